@@ -1,0 +1,106 @@
+"""The static affine map between what the model computes and what a page stores.
+
+    K:  k' = R((k - shift) / scale)      q' = R(q * scale)         q'.k' = q.k - q.shift
+    V:  v' = R((v - shift) / scale)      o  = R(o') * scale + shift
+
+R is the identity or a normalized (block) Hadamard rotation; R = R^-1. `q.shift` is the same for every key
+of a query, so softmax cancels it and nothing is undone at read time. That does not hold under a logit
+soft-cap, where a shift of K is refused. Static per-head and per-channel code scales are this map's
+`scale`. Fixed at load; its fingerprint is part of every block key.
+
+Tensor legend: T tokens, H kv heads, Q query heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from quire.kernels.formats import FormatError, KVFormat, Scales, Transform
+
+
+@dataclass(frozen=True, eq=False)
+class SideTransform:
+    """The map of one side of one layer, for the kv heads of one shard."""
+
+    rotate: bool = False
+    shift_HD: Tensor | None = None
+    """fp32 or None (zero)."""
+    scale_HD: Tensor | None = None
+    """fp32, positive, or None (one). Static code scales are folded in."""
+
+    @property
+    def identity(self) -> bool:
+        return not self.rotate and self.shift_HD is None and self.scale_HD is None
+
+    def store(self, x_THD: Tensor) -> Tensor:
+        """fp32 numbers as a page stores them, before rounding to codes."""
+        x = x_THD.float()
+        if self.shift_HD is not None:
+            x = x - self.shift_HD
+        if self.scale_HD is not None:
+            x = x / self.scale_HD
+        return rotate(x) if self.rotate else x
+
+    def query(self, q_TQD: Tensor) -> Tensor:
+        """fp32 queries to be multiplied with stored keys."""
+        q = q_TQD.float()
+        if self.scale_HD is not None:
+            q = q * _per_query_head(self.scale_HD, q_TQD.shape[1])
+        return rotate(q) if self.rotate else q
+
+    def output(self, o_TQD: Tensor) -> Tensor:
+        """fp32 attention output of the model, from a mean of stored values."""
+        o = rotate(o_TQD.float()) if self.rotate else o_TQD.float()
+        if self.scale_HD is not None:
+            o = o * _per_query_head(self.scale_HD, o_TQD.shape[1])
+        if self.shift_HD is not None:
+            o = o + _per_query_head(self.shift_HD, o_TQD.shape[1])
+        return o
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        digest = hashlib.blake2b(f"rotate={self.rotate}".encode(), digest_size=32)
+        for part in (self.shift_HD, self.scale_HD):
+            digest.update(b"-" if part is None else part.float().cpu().contiguous().numpy().tobytes())
+        return digest.digest()
+
+
+def default_transform(fmt: KVFormat) -> SideTransform:
+    """The map a format needs when nothing was calibrated.
+
+    fp8 gets a static scale of 1. Raises FormatError where only a calibration can tell the numbers.
+    """
+    if fmt.transform in (Transform.AFFINE, Transform.AFFINE_HADAMARD):
+        raise FormatError(
+            f"{fmt.codes} with a static {fmt.transform} transform needs calibrated shifts and scales; "
+            "pass transforms= or choose a format with dynamic scales such as int8 or int4"
+        )
+    if fmt.scales is Scales.STATIC and fmt.codes.value != "fp8":
+        raise FormatError(f"static {fmt.codes} scales need a calibration; choose dynamic ones (scales=token)")
+    return SideTransform(rotate=fmt.transform is Transform.HADAMARD)
+
+
+@lru_cache(maxsize=64)
+def hadamard(head_dim: int, device: torch.device) -> Tensor:
+    """The [D, D] fp32 rotation: symmetric, orthogonal; blocks of the largest power of two that divides D."""
+    size = head_dim & -head_dim
+    block = torch.ones(1, 1)
+    while block.shape[0] < size:
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    blocks = [block / math.sqrt(size)] * (head_dim // size)
+    return torch.block_diag(*blocks).to(device)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """x R along the last axis, in fp32."""
+    return x @ hadamard(x.shape[-1], x.device)
+
+
+def _per_query_head(x_HD: Tensor, query_heads: int) -> Tensor:
+    return x_HD.repeat_interleave(query_heads // x_HD.shape[0], 0)

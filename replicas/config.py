@@ -1,0 +1,87 @@
+"""The engine's configuration: one frozen tree, checked once, never written back.
+
+Knows nothing of clusters; `cluster/config.py` holds this tree as one of its branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from quire.kernels.layout import PAGE_TOKENS
+from quire.replicas.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """The pages of one shard."""
+
+    bytes: int | None = None
+    """Bytes of memory for KV pages per shard; None: 256 MiB on a CPU, `memory_fraction` of what is free on
+    a GPU once the weights are loaded."""
+    memory_fraction: float = 0.9
+    page_tokens: int = 64
+    """Tokens per page: 16, 32 or 64."""
+
+    def __post_init__(self) -> None:
+        if self.page_tokens not in PAGE_TOKENS:
+            raise ConfigError(f"pool.page_tokens is one of {PAGE_TOKENS}, got {self.page_tokens}")
+        if self.bytes is not None and self.bytes <= 0:
+            raise ConfigError(f"pool.bytes is a positive number of bytes, got {self.bytes}")
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"pool.memory_fraction lies in (0, 1], got {self.memory_fraction}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """What one step may hold, and how many may wait."""
+
+    max_running: int = 64
+    """Sequences that may hold pages at once."""
+    max_step_tokens: int = 512
+    """Token budget of a step: decoding sequences first, then chunks of prompts."""
+    max_queued: int = 256
+    """Requests that may wait; one more is refused with RESOURCE_EXHAUSTED."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_step_tokens", "max_queued"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"scheduler.{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_step_tokens < self.max_running:
+            raise ConfigError(
+                f"scheduler.max_step_tokens ({self.max_step_tokens}) must be at least "
+                f"scheduler.max_running ({self.max_running}), or decoding sequences would starve"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One replica: a model, its shards, their pools and the scheduler."""
+
+    model: str
+    """A local folder with config.json and *.safetensors, a Hugging Face hub id, or "demo"."""
+    kv: str | Mapping[str, object] = "int8"
+    """KV policy: a format's name, k8v4, or a mapping as in a policy file (`kernels/formats.py`)."""
+    tp: int = 1
+    """Tensor-parallel shards."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and arithmetic; auto: float32 on a CPU, the checkpoint's own on a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_tokens: int | None = None
+    """Prompt and output of one sequence together; None: what the model's config allows."""
+    shard_timeout_s: float = 10.0
+    """A shard that does not answer a step for so long is taken for dead."""
+    threads_per_shard: int | None = None
+    """CPU threads of one shard; None: the machine's cores divided by tp."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    def __post_init__(self) -> None:
+        if self.tp < 1:
+            raise ConfigError(f"tp is the number of shards, at least 1, got {self.tp}")
+        if self.shard_timeout_s <= 0:
+            raise ConfigError(f"shard_timeout_s must be positive, got {self.shard_timeout_s}")
+        if isinstance(self.kv, dict):
+            object.__setattr__(self, "kv", MappingProxyType(self.kv))
