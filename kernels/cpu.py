@@ -1,23 +1,261 @@
-"""The operations on pages as a CPU serves them."""
+"""The operations on pages as a CPU serves them: `cpu.cpp`, compiled once for this machine.
+
+Where no C++ compiler is found the references of `ref/paged.py` serve instead: the same numbers, many times
+slower. `backend()` tells which. Decodes and prefill chunks are one function, and with the compiled code a
+query row's result has the same bits whatever else is in the batch.
+
+Legend: see `paged.py`.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, Structure, byref, c_bool, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache as once
+from pathlib import Path
+from typing import Literal
+
+import torch
 from torch import Tensor
 
+from quire.kernels.formats import Codes, FormatError, KVFormat
 from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.ref.paged import attend_ref, write_kv_ref
+from quire.kernels.transform import SideTransform
+
+_LOG = logging.getLogger(__name__)
+_FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+_CODES = {codes: number for number, codes in enumerate(Codes)}  # as the C++ enum numbers them
+_MAX_HEAD_DIM = 1024
 
 
-def backend() -> str:
-    """Which code serves pages on this machine's CPU."""
-    return "reference"
+def backend() -> Literal["c++", "reference"]:
+    """Which code serves pages on this machine's CPU. The first call compiles (a few seconds)."""
+    return "reference" if _library() is None else "c++"
 
 
 def write_kv(cache: LayerCache, k_THD: Tensor, v_THD: Tensor, slots_T: Tensor) -> None:
-    """Transform, quantize and store each token's K and V at its slot; a slot of -1 stores nothing."""
-    write_kv_ref(cache, k_THD, v_THD, slots_T)
+    """Transform, quantize and store each token's K and V at its slot; a slot of -1 stores nothing.
+
+    K and V are of any float type. Raises IndexError for a slot outside the pool; then nothing is stored.
+    """
+    library = _library()
+    if library is None:
+        write_kv_ref(cache, k_THD, v_THD, slots_T)
+        return
+    expected = (slots_T.shape[0], cache.layout.kv_heads, cache.layout.head_dim)
+    if k_THD.shape != expected or v_THD.shape != expected:
+        raise ValueError(f"K and V must be {expected}, got {tuple(k_THD.shape)} and {tuple(v_THD.shape)}")
+    k_THD, v_THD, slots_T = _dense_rows(k_THD), _dense_rows(v_THD), slots_T.to(torch.int64).contiguous()
+    native = _Cache.of(cache)
+    k, v = _Rows.of(k_THD), _Rows.of(v_THD)
+    tokens, threads = slots_T.shape[0], torch.get_num_threads()
+    if not library.quire_write(byref(native), byref(k), byref(v), slots_T.data_ptr(), tokens, threads):
+        raise IndexError(f"a slot of {slots_T.tolist()} lies outside the pool's {cache.pool_NB.shape[0]} pages")
 
 
 def attend(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec) -> Tensor:
-    """Causal attention of every query row over its sequence's pages. [T, Q, D] in q's type."""
-    return attend_ref(cache, q_TQD, batch, spec).to(q_TQD.dtype)
+    """Causal attention of every query row over its sequence's pages: [T, Q, D] of q's type.
+
+    Computed in fp32. Rows that belong to no sequence come out as zeros.
+    Raises IndexError if a sequence's page table names a page outside the pool.
+    """
+    spec.check(cache)
+    library = _library()
+    if library is None:
+        return attend_ref(cache, q_TQD, batch, spec).to(q_TQD.dtype)
+    query_heads, head_dim = q_TQD.shape[1:]
+    if head_dim != cache.layout.head_dim or query_heads % cache.layout.kv_heads:
+        raise ValueError(
+            f"queries {tuple(q_TQD.shape)} do not fit {cache.layout.kv_heads} kv heads of {cache.layout.head_dim}"
+        )
+    rows_TQD = _dense_rows(q_TQD)
+    out_TQD = torch.zeros(q_TQD.shape, dtype=rows_TQD.dtype)
+    query_start, kv_tokens, page_table = (
+        x.to(torch.int32).contiguous() for x in (batch.query_start_S1, batch.kv_tokens_S, batch.page_table_SM)
+    )
+    native = _Cache.of(cache)
+    sequences = _Batch(
+        query_start.data_ptr(), kv_tokens.data_ptr(), page_table.data_ptr(), page_table.shape[1], batch.sequences
+    )
+    rows, how = _Rows.of(rows_TQD), _Spec(spec.scale, spec.softcap or 0.0, spec.window or 0)
+    threads = torch.get_num_threads()
+    if not library.quire_attend(
+        byref(native), byref(rows), out_TQD.data_ptr(), byref(sequences), byref(how), threads
+    ):
+        raise IndexError(f"the page table names a page outside the pool of {cache.pool_NB.shape[0]} pages")
+    return out_TQD.to(q_TQD.dtype)
+
+
+def _dense_rows(x_THD: Tensor) -> Tensor:
+    """In a type that the C++ reads, the last axis dense; other strides are passed on."""
+    if x_THD.dtype not in (torch.float32, torch.bfloat16):
+        x_THD = x_THD.float()
+    return x_THD if x_THD.stride(-1) == 1 else x_THD.contiguous()
+
+
+# ---- the structures of cpu.cpp --------------------------------------------------------------------------
+
+
+class _Side(Structure):
+    _fields_ = (
+        ("shift_HD", c_void_p),
+        ("scale_HD", c_void_p),
+        ("codes_at", c_int64),
+        ("scales_at", c_int64),
+        ("codes", c_int32),
+        ("groups", c_int32),
+        ("rotate", c_int32),
+        ("transposed", c_int32),
+    )
+
+    @classmethod
+    def of(
+        cls, layout_dim: int, fmt: KVFormat, how: SideTransform, codes_at: int, scales_at: int, *, value: bool
+    ) -> _Side:
+        return cls(
+            _address(how.shift_HD),
+            _address(how.scale_HD),
+            codes_at,
+            scales_at,
+            _CODES[fmt.codes],
+            fmt.groups(layout_dim),
+            how.rotate,
+            value and fmt.codes.quantized,
+        )
+
+
+class _Cache(Structure):
+    _fields_ = (
+        ("pool", c_void_p),
+        ("pages", c_int64),
+        ("page_bytes", c_int64),
+        ("head_bytes", c_int64),
+        ("heads", c_int32),
+        ("head_dim", c_int32),
+        ("page_tokens", c_int32),
+        ("unused", c_int32),
+        ("k", _Side),
+        ("v", _Side),
+    )
+
+    @classmethod
+    def of(cls, cache: LayerCache) -> _Cache:
+        layout, cell, fmt = cache.layout, cache.cell, cache.format
+        if layout.head_dim > _MAX_HEAD_DIM:
+            raise FormatError(f"head_dim {layout.head_dim} exceeds the {_MAX_HEAD_DIM} that the CPU path serves")
+        return cls(
+            cache.pool_NB.data_ptr(),
+            cache.pool_NB.shape[0],
+            layout.page_bytes,
+            layout.head_bytes,
+            layout.kv_heads,
+            layout.head_dim,
+            layout.page_tokens,
+            0,
+            _Side.of(layout.head_dim, fmt.k, cache.k_transform, cell.k_codes, cell.k_scales, value=False),
+            _Side.of(layout.head_dim, fmt.v, cache.v_transform, cell.v_codes, cell.v_scales, value=True),
+        )
+
+
+class _Rows(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("token_stride", c_int64),
+        ("head_stride", c_int64),
+        ("is_bf16", c_int32),
+        ("heads", c_int32),
+    )
+
+    @classmethod
+    def of(cls, x_THD: Tensor) -> _Rows:
+        token_stride, head_stride, _ = x_THD.stride()
+        return cls(
+            x_THD.data_ptr(), token_stride, head_stride, x_THD.dtype is torch.bfloat16, x_THD.shape[1]
+        )
+
+
+class _Batch(Structure):
+    _fields_ = (
+        ("query_start", c_void_p),
+        ("kv_tokens", c_void_p),
+        ("page_table", c_void_p),
+        ("table_stride", c_int64),
+        ("sequences", c_int64),
+    )
+
+
+class _Spec(Structure):
+    _fields_ = (("scale", c_float), ("softcap", c_float), ("window", c_int64))
+
+
+def _address(x_HD: Tensor | None) -> int | None:
+    if x_HD is None:
+        return None
+    if x_HD.dtype is not torch.float32 or not x_HD.is_contiguous() or x_HD.device.type != "cpu":
+        raise ValueError(f"a static transform's tensors are contiguous fp32 on the pool's device, got {x_HD.dtype}")
+    return x_HD.data_ptr()
+
+
+# ---- building and loading -------------------------------------------------------------------------------
+
+
+@once
+def _library() -> ctypes.CDLL | None:
+    """The compiled cpu.cpp, or None (said once in the log) where it cannot be had."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        _LOG.warning("no C++ compiler (g++) found: attention on this CPU runs by the slow reference")
+        return None
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        _LOG.warning("cannot build cpu.cpp: attention on this CPU runs by the slow reference: %s", said)
+        return None
+    library.quire_write.argtypes = [
+        POINTER(_Cache), POINTER(_Rows), POINTER(_Rows), c_void_p, c_int64, c_int,
+    ]  # fmt: skip
+    library.quire_attend.argtypes = [
+        POINTER(_Cache), POINTER(_Rows), c_void_p, POINTER(_Batch), POINTER(_Spec), c_int,
+    ]  # fmt: skip
+    library.quire_write.restype = library.quire_attend.restype = c_bool
+    return library
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared object for this source, compiler and CPU: from the user's cache, or built into it now.
+
+    Raises OSError or CalledProcessError (with the compiler's words) if that fails.
+    """
+    source = Path(__file__).with_name("cpu.cpp")
+    macros = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)  # names compiler and CPU features
+    key = hashlib.blake2b(f"{_FLAGS}{macros}".encode() + source.read_bytes(), digest_size=16).hexdigest()
+    folder = _cache_folder()
+    built = folder / f"cpu-{key}.so"
+    if not built.exists():
+        handle, partial = tempfile.mkstemp(dir=folder, suffix=".so")
+        os.close(handle)
+        _run(compiler, *_FLAGS, "-Wno-psabi", "-shared", "-fPIC", "-o", partial, str(source))
+        os.replace(partial, built)  # atomic: several processes may build at once
+    return built
+
+
+def _cache_folder() -> Path:
+    """Of this user alone, because what lies there is executed."""
+    folder = Path.home() / ".cache" / "quire"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="quire-"))
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="quire-"))
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,13 +1,13 @@
 """What can go wrong for a request or at start, each with the gRPC status it reaches the client as.
 
-    QuireError
-    ├── InvalidRequest      INVALID_ARGUMENT     the request can never be served as it is
-    ├── UnknownModel        NOT_FOUND            no such model, file or hub id
-    ├── QueueFull           RESOURCE_EXHAUSTED   come back later
-    ├── DeadlinePassed      DEADLINE_EXCEEDED    the client's time is over
-    ├── ReplicaDied         UNAVAILABLE          a shard is gone; another try may succeed
-    ├── ConfigError         FAILED_PRECONDITION  the configuration contradicts itself or the model
-    └── ModelNotServable    FAILED_PRECONDITION  an architecture or checkpoint we refuse, with the reason
+QuireError
+├── InvalidRequest      INVALID_ARGUMENT     the request can never be served as it is
+├── UnknownModel        NOT_FOUND            no such model, file or hub id
+├── QueueFull           RESOURCE_EXHAUSTED   come back later
+├── DeadlinePassed      DEADLINE_EXCEEDED    the client's time is over
+├── ReplicaDied         UNAVAILABLE          a shard is gone; another try may succeed
+├── ConfigError         FAILED_PRECONDITION  the configuration contradicts itself or the model
+└── ModelNotServable    FAILED_PRECONDITION  an architecture or checkpoint we refuse, with the reason
 """
 
 from __future__ import annotations

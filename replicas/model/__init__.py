@@ -1,0 +1,1 @@
+"""The model: transformers' own code over our weights, shards and paged attention."""

@@ -1,0 +1,135 @@
+"""Device functions shared by the kernels: reading codes, scales and zeros of a page as numbers.
+
+Codes become fp16 by bit tricks, never by integer-to-float instructions: a byte u placed under the exponent
+0x64 is the fp16 number 1024 + u, exactly; the 1024 is taken back after the dot. `ASM` selects two-instruction
+PTX forms of the same bits, which the interpreter cannot run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quire.kernels.formats import FormatError, KVFormat
+from quire.kernels.paged import LayerCache
+
+MAGIC = tl.constexpr(1024.0)  # what the bit tricks add to every integer code
+INT8_ZERO = tl.constexpr(1152.0)  # the offset-binary 128 on top of it
+
+
+def groups_of(fmt: KVFormat, head_dim: int) -> int:
+    """Dynamic scales per token, as the kernels' constexpr. Raises FormatError if a dot cannot split so."""
+    groups = fmt.groups(head_dim)
+    if groups > 1 and head_dim // groups < 16:
+        raise FormatError(f"GPU kernels need groups of 16 channels or more, got {head_dim // groups}")
+    return groups
+
+
+def check_head_dim(cache: LayerCache) -> int:
+    """The head_dim. Raises FormatError if the kernels cannot tile it."""
+    head_dim = cache.layout.head_dim
+    if head_dim < 32 or head_dim & (head_dim - 1):
+        raise FormatError(
+            f"GPU kernels take a head_dim of 32, 64, 128 or 256, got {head_dim}; serve this model on the CPU"
+        )
+    return head_dim
+
+
+@triton.jit
+def unpack_int8(x, ASM: tl.constexpr):
+    """Bytes u to fp16 1024 + u: two PRMT for four."""
+    if ASM:
+        y = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0x64646464, 0x4140; prmt.b32 $1, $2, 0x64646464, 0x4342;",
+            "=r,=r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        y = (x.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
+    return y
+
+
+@triton.jit
+def unpack_int4(x, ASM: tl.constexpr):
+    """Bytes l | h << 4 to two fp16, 1024 + l and 1024 + 16 h: two PRMT and four LOP3 for eight numbers."""
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            lop3.b32 $0, a, 0x000f000f, 0x64006400, 0xea;
+            lop3.b32 $1, b, 0x000f000f, 0x64006400, 0xea;
+            lop3.b32 $2, a, 0x00f000f0, 0x64006400, 0xea;
+            lop3.b32 $3, b, 0x00f000f0, 0x64006400, 0xea; }""",
+            "=r,=r,=r,=r,r",
+            [x],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        wide = x.to(tl.uint16)
+        low = ((wide & 0x0F) | 0x6400).to(tl.float16, bitcast=True)
+        high = ((wide & 0xF0) | 0x6400).to(tl.float16, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def unpack_fp8(x, ASM: tl.constexpr, NATIVE: tl.constexpr):
+    """e4m3 bytes to fp16. Without the instruction (before sm_89) by moving bits: exponent bias 7 to 15."""
+    if NATIVE:
+        y = x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    elif ASM:
+        y = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b, s, t;
+            prmt.b32 a, $2, 0, 0x1404;
+            prmt.b32 b, $2, 0, 0x3424;
+            shr.b32 s, a, 1;
+            shr.b32 t, b, 1;
+            and.b32 s, s, 0x3f803f80;
+            and.b32 t, t, 0x3f803f80;
+            lop3.b32 $0, a, 0x80008000, s, 0xea;
+            lop3.b32 $1, b, 0x80008000, t, 0xea; }""",
+            "=r,=r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+        y = y * 256.0
+    else:
+        wide = x.to(tl.uint16)
+        y = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+    return y
+
+
+@triton.jit
+def load_scales(section_ptr, token_P, CODES: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr):
+    """The scale entries of one page as raw words, one [P] per group: [group][token] in the page."""
+    words = ()
+    for g in tl.static_range(GROUPS):
+        if CODES == "int4":
+            word = tl.load(section_ptr.to(tl.pointer_type(tl.uint32)) + g * P + token_P)
+        else:
+            word = tl.load(section_ptr.to(tl.pointer_type(tl.uint16)) + g * P + token_P)
+        words = words + (word,)
+    return words
+
+
+@triton.jit
+def scale_of(word, CODES: tl.constexpr):
+    """fp32 scale of a raw word."""
+    if CODES == "int4":
+        scale = (word & 0xFFFF).to(tl.uint16)
+    else:
+        scale = word
+    return scale.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def zero_of(word):
+    """fp32 zero point of an int4 word, an integer 0..15."""
+    return (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)

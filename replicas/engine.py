@@ -1,0 +1,408 @@
+"""The step loop's body: take requests in, plan, run one step, hand events out.
+
+Owns every sequence and the books of the page pool. Single-threaded; `async_engine.py` gives it a thread,
+`llm.py` calls it directly. Tensors are the executor's.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from quire.kvstore.keys import KeySpace
+from quire.kvstore.pool import PagePool
+from quire.replicas.config import SchedulerConfig
+from quire.replicas.detokenize import Detokenizer
+from quire.replicas.errors import InvalidRequest, QueueFull, Status
+from quire.replicas.plan import StepBatch
+from quire.replicas.request import (
+    EngineStats,
+    Event,
+    Failure,
+    FinishReason,
+    ModelInfo,
+    Output,
+    Request,
+    RequestId,
+)
+from quire.replicas.sampler import Sampled, sample_step, token_logprobs
+from quire.replicas.scheduler import SchedulerState, SeqId, StepPlan, plan_step
+from quire.replicas.sequence import Progress, Sequence
+
+
+class StepExecutor(Protocol):
+    """Runs a step on all shards."""
+
+    @property
+    def num_pages(self) -> int: ...
+
+    def run(self, batch: StepBatch) -> Tensor:
+        """fp32 logits [R, V] of the batch's wanted rows. Raises ReplicaDied."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One sequence's part of the step that runs."""
+
+    seq: Sequence
+    tokens: int
+    rows: range
+    """Tokens of its part (0 is the first computed in this step) whose logits are wanted."""
+
+
+class Engine:
+    """Requests in (`add`, `cancel`), events out (`step`)."""
+
+    def __init__(
+        self,
+        executor: StepExecutor,
+        info: ModelInfo,
+        keys: KeySpace,
+        scheduler: SchedulerConfig,
+        tokenizer: Tokenizer | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.info = info
+        self._executor = executor
+        self._keys = keys
+        self._limits = scheduler
+        self._tokenizer = tokenizer
+        self._clock = clock
+        self._pool = PagePool(executor.num_pages)
+        self._waiting: dict[SeqId, Sequence] = {}  # in order of arrival
+        self._running: dict[SeqId, Sequence] = {}
+        self._next_id = 0
+        self._events: list[Event] = []
+        self._counts: Counter[str] = Counter()
+        self._step_seconds = 0.0
+        self._end_tokens = frozenset(info.eos_token_ids)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._events)
+
+    @property
+    def queued(self) -> int:
+        return len(self._waiting)
+
+    def stats(self) -> EngineStats:
+        pool = self._pool
+        return EngineStats(
+            **self._counts,
+            step_seconds=self._step_seconds,
+            running=len(self._running),
+            queued=len(self._waiting),
+            pages_total=pool.total,
+            pages_free=pool.free,
+            pages_cached=pool.cached,
+            pages_used=pool.used,
+        )
+
+    def check(self) -> None:
+        """Hold the pool's books against the pages the sequences hold. Raises IntegrityError."""
+        self._pool.check(page for seq in self._sequences() for page in seq.pages)
+
+    def validate(self, request: Request) -> None:
+        """Refuse what can never be served. Raises InvalidRequest; touches nothing that changes."""
+        info, params, prompt = self.info, request.sampling, request.prompt
+        if not prompt:
+            raise InvalidRequest("the prompt is empty; send at least one token")
+        if min(prompt) < 0 or max(prompt) >= info.vocab_size:
+            bad = next(t for t in prompt if not 0 <= t < info.vocab_size)
+            raise InvalidRequest(f"token id {bad} is not in the model's vocabulary 0..{info.vocab_size - 1}")
+        wrong = [t for t in params.stop_token_ids if not 0 <= t < info.vocab_size]
+        if wrong:
+            raise InvalidRequest(
+                f"stop_token_ids holds {wrong[0]}; the vocabulary is 0..{info.vocab_size - 1}"
+            )
+        if len(prompt) >= info.max_model_tokens:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens; this model serves {info.max_model_tokens} of "
+                "prompt and output together. Shorten the prompt or raise max_model_tokens"
+            )
+        longest = min(len(prompt) + params.max_tokens, info.max_model_tokens)
+        capacity = self._pool.total * info.page_tokens
+        if longest > capacity:
+            raise InvalidRequest(
+                f"prompt and max_tokens need {longest} tokens of KV; the pool holds {capacity}. "
+                "Shorten the prompt, lower max_tokens, or raise pool.bytes"
+            )
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest("stop texts need a tokenizer, and this model has none; use stop_token_ids")
+
+    def add(self, request: Request) -> None:
+        """Queue a valid request. Raises InvalidRequest or QueueFull, and then nothing of it remains."""
+        self.validate(request)
+        if self.queued >= self._limits.max_queued:
+            raise QueueFull(
+                f"{self.queued} requests are waiting already, the bound is scheduler.max_queued="
+                f"{self._limits.max_queued}; try again later or add replicas"
+            )
+        seed = request.sampling.seed
+        progress = Progress(
+            request=request,
+            submitted_s=self._clock(),
+            seed=secrets.randbits(63) if seed is None else seed,
+            open=request.sampling.n,
+        )
+        self._enqueue(progress, 0)
+
+    def cancel(self, request_id: RequestId) -> None:
+        """End a request; its pages are free before the next step. Unknown ids are ignored."""
+        self._end(request_id, lambda progress: Output(
+            request_id=request_id,
+            index=0,
+            finish_reason=FinishReason.CANCELLED,
+            usage=progress.usage(),
+            timings=progress.timings(self._clock()),
+        ))  # fmt: skip
+
+    def fail_all(self, status: Status, message: str) -> None:
+        """Every open request ends with a Failure."""
+        for request_id in {seq.request.id for seq in self._sequences()}:
+            self._fail(request_id, status, message)
+
+    def step(self) -> tuple[Event, ...]:
+        """Run one step, if there is anything to do, and return all events since the last call.
+
+        Raises ReplicaDied; the caller then decides about the open requests (`fail_all`).
+        """
+        self._expire()
+        plan = plan_step(self._state())
+        jobs = self._carry_out(plan)
+        if jobs:
+            started = self._clock()
+            logits_RV = self._executor.run(self._batch(jobs))
+            self._absorb(jobs, logits_RV)
+            self._step_seconds += self._clock() - started
+            self._counts["steps"] += 1
+        return self.take_events()
+
+    def take_events(self) -> tuple[Event, ...]:
+        events, self._events = tuple(self._events), []
+        return events
+
+    # ---- before the step
+
+    def _state(self) -> SchedulerState:
+        slots = max(self._limits.max_running - len(self._running), 0)
+        first = sorted(self._waiting.values(), key=lambda seq: -seq.request.priority)[:slots]
+        return SchedulerState(
+            running=[seq.as_running() for seq in self._running.values()],
+            waiting=[seq.as_waiting(*self._pool.lookup(seq.shareable_keys())) for seq in first],
+            available_pages=self._pool.available,
+            page_tokens=self.info.page_tokens,
+            max_running=self._limits.max_running,
+            max_step_tokens=self._limits.max_step_tokens,
+        )
+
+    def _carry_out(self, plan: StepPlan) -> list[_Job]:
+        """Move sequences and pages as planned. Cached blocks are taken before anything can evict them."""
+        for seq_id in plan.preempt:
+            seq = self._running.pop(seq_id)
+            self._pool.release(seq.drop_pages())
+            self._waiting = {seq_id: seq, **self._waiting}
+        for seq_id in plan.admit:
+            seq = self._waiting.pop(seq_id)
+            self._running[seq_id] = seq
+            seq.hold(self._pool.share(seq.shareable_keys()))
+            seq.computed = len(seq.pages) * self.info.page_tokens
+            seq.published = len(seq.pages)
+            if seq.progress.admitted_s is None:
+                seq.progress.admitted_s = self._clock()
+                seq.progress.cached_tokens = seq.computed
+                self._counts["cached_tokens"] += seq.computed
+        jobs = []
+        for work in plan.work:
+            seq = self._running[work.id]
+            need = -(-(seq.computed + work.tokens) // self.info.page_tokens) - len(seq.pages)
+            if need > 0:
+                seq.hold(self._pool.allocate(need))
+            jobs.append(_Job(seq, work.tokens, self._wanted_rows(seq, work.tokens)))
+        self._counts["preemptions"] += len(plan.preempt)
+        return jobs
+
+    def _wanted_rows(self, seq: Sequence, tokens: int) -> range:
+        last = tokens if seq.computed + tokens == len(seq.tokens) else 0
+        if seq.wants_prompt_logprobs:
+            first = max(len(seq.prompt_logprobs) - seq.computed, 0)
+            return range(first, max(last, min(tokens, seq.prompt_tokens - 1 - seq.computed)))
+        return range(max(last - 1, 0), last)
+
+    def _batch(self, jobs: list[_Job]) -> StepBatch:
+        page_tokens = self.info.page_tokens
+        positions = [np.arange(job.seq.computed, job.seq.computed + job.tokens) for job in jobs]
+        starts = np.cumsum([0, *(job.tokens for job in jobs)])
+        table_SM = np.zeros((len(jobs), max(len(job.seq.pages) for job in jobs)), dtype=np.int64)
+        for row, job in enumerate(jobs):
+            table_SM[row, : len(job.seq.pages)] = job.seq.page_row()
+        slots = [
+            table_SM[row, at // page_tokens] * page_tokens + at % page_tokens
+            for row, at in enumerate(positions)
+        ]
+        tokens = [t for job in jobs for t in job.seq.tokens[job.seq.computed :][: job.tokens]]
+        rows = [start + row for start, job in zip(starts, jobs, strict=False) for row in job.rows]
+        return StepBatch(
+            token_ids_T=np.array(tokens, dtype=np.int64),
+            positions_T=np.concatenate(positions),
+            slots_T=np.concatenate(slots),
+            query_start_S1=starts,
+            kv_tokens_S=np.array([job.seq.computed + job.tokens for job in jobs]),
+            page_table_SM=table_SM,
+            logit_rows_R=np.array(rows, dtype=np.int64),
+        )
+
+    # ---- after the step
+
+    def _absorb(self, jobs: list[_Job], logits_RV: Tensor) -> None:
+        """Advance the books by what the step computed, then draw the next tokens."""
+        due: list[Sequence] = []
+        last_rows: list[int] = []
+        row = 0
+        for job in jobs:
+            seq = job.seq
+            if seq.wants_prompt_logprobs and job.rows:
+                self._note_prompt_logprobs(seq, logits_RV[row : row + len(job.rows)], job)
+            row += len(job.rows)
+            new_prompt = min(seq.computed + job.tokens, seq.prompt_tokens) - seq.computed
+            self._counts["prompt_tokens"] += max(new_prompt, 0)
+            seq.computed += job.tokens
+            if seq.computed == len(seq.tokens):
+                due.append(seq)
+                last_rows.append(row - 1)
+            for key, page in seq.complete_blocks():
+                self._pool.publish(key, page)
+        if due:
+            rows_RV = logits_RV if len(last_rows) == row else logits_RV[last_rows]
+            for seq, drawn in zip(due, sample_step(rows_RV, due, self._end_tokens), strict=True):
+                if drawn is None:
+                    self._fail(seq.request.id, Status.INTERNAL, _NOT_FINITE)
+                elif seq.id in self._running:
+                    self._append(seq, drawn)
+
+    def _note_prompt_logprobs(self, seq: Sequence, rows_RV: Tensor, job: _Job) -> None:
+        """Logits at position p speak of token p + 1; the prompt's last row speaks of the output."""
+        first = seq.computed + job.rows.start
+        of_prompt = min(seq.computed + job.rows.stop, seq.prompt_tokens - 1) - first
+        if of_prompt > 0:
+            tokens = rows_RV.new_tensor(seq.tokens[first + 1 : first + 1 + of_prompt]).long()
+            count = seq.request.sampling.prompt_logprobs or 0
+            seq.prompt_logprobs += token_logprobs(rows_RV[:of_prompt], tokens, [count] * of_prompt)
+
+    def _append(self, seq: Sequence, drawn: Sampled) -> None:
+        """The sequence grows by one token: say so, and end it if this was its last."""
+        now, progress, params = self._clock(), seq.progress, seq.request.sampling
+        first_of_request = progress.first_token_s is None
+        if first_of_request:
+            progress.first_token_s = now
+        seq.tokens.append(drawn.token)
+        seq.output_counts[drawn.token] += 1
+        progress.output_tokens += 1
+        self._counts["output_tokens"] += 1
+        text, seq.finish_reason = self._text_and_end(seq, drawn.token)
+        finished = seq.finish_reason is not None
+        if finished:
+            self._leave(seq)
+            progress.open -= 1
+        done = progress.open == 0
+        self._events.append(
+            Output(
+                request_id=seq.request.id,
+                index=seq.index,
+                token_ids=(drawn.token,),
+                text=text,
+                logprobs=() if drawn.logprob is None else (drawn.logprob,),
+                prompt_logprobs=tuple(seq.prompt_logprobs) if first_of_request else (),
+                finish_reason=seq.finish_reason,
+                usage=progress.usage() if done else None,
+                timings=progress.timings(now) if done else None,
+            )
+        )
+        if done:
+            self._counts["requests_finished"] += 1
+        if first_of_request:  # the prompt's blocks are in the index now: the other outputs share them
+            for index in range(1, params.n):
+                self._enqueue(progress, index)
+
+    def _text_and_end(self, seq: Sequence, token: int) -> tuple[str, FinishReason | None]:
+        params, text = seq.request.sampling, ""
+        may_stop = seq.output_tokens >= params.min_tokens
+        ends = token in params.stop_token_ids or (token in self._end_tokens and not params.ignore_eos)
+        if ends and may_stop:
+            return (seq.detokenizer.finish() if seq.detokenizer else ""), FinishReason.STOP
+        if seq.detokenizer:
+            text, stopped = seq.detokenizer.push(token, may_stop=may_stop)
+            if stopped:
+                return text, FinishReason.STOP
+        full = seq.output_tokens >= params.max_tokens or len(seq.tokens) >= self.info.max_model_tokens
+        if not full:
+            return text, None
+        return text + (seq.detokenizer.finish() if seq.detokenizer else ""), FinishReason.LENGTH
+
+    # ---- coming and going
+
+    def _sequences(self) -> Iterator[Sequence]:
+        yield from self._running.values()
+        yield from self._waiting.values()
+
+    def _enqueue(self, progress: Progress, index: int) -> None:
+        request = progress.request
+        detokenizer = None
+        if self._tokenizer is not None:
+            detokenizer = Detokenizer(self._tokenizer, request.prompt, request.sampling.stop)
+        seq_id = SeqId(self._next_id)
+        self._next_id += 1
+        self._waiting[seq_id] = Sequence(
+            id=seq_id,
+            progress=progress,
+            index=index,
+            root=self._keys.root(request.tenant),
+            page_tokens=self.info.page_tokens,
+            detokenizer=detokenizer,
+        )
+
+    def _leave(self, seq: Sequence) -> None:
+        self._running.pop(seq.id, None)
+        self._waiting.pop(seq.id, None)
+        self._pool.release(seq.drop_pages())
+
+    def _end(self, request_id: RequestId, last_word: Callable[[Progress], Event]) -> bool:
+        """Let all sequences of a request go and say its last word. False if there is no such request."""
+        ours = [seq for seq in self._sequences() if seq.request.id == request_id]
+        for seq in ours:
+            self._leave(seq)
+        if ours:
+            event = last_word(ours[0].progress)
+            self._events.append(event)
+            self._counts["requests_failed" if isinstance(event, Failure) else "requests_cancelled"] += 1
+        return bool(ours)
+
+    def _fail(self, request_id: RequestId, status: Status, message: str) -> None:
+        self._end(request_id, lambda _: Failure(request_id, status, message))
+
+    def _expire(self) -> None:
+        """Requests that never ran and whose deadline is over need not run any more."""
+        now = self._clock()
+        for seq in list(self._waiting.values()):
+            deadline = seq.request.deadline_s
+            if deadline is not None and now > deadline and seq.progress.admitted_s is None:
+                waited = now - seq.progress.submitted_s
+                self._fail(
+                    seq.request.id,
+                    Status.DEADLINE_EXCEEDED,
+                    f"the deadline passed after {waited:.2f} s in the queue; allow more time or add replicas",
+                )
+
+
+_NOT_FINITE = (
+    "the model's logits are not finite; the weights or a shard's memory are damaged. "
+    "Try again, and check the checkpoint if it happens again"
+)

@@ -1,0 +1,144 @@
+"""One output of one request while it is being made: its tokens, pages, keys and text.
+
+Mutable, and owned by the engine alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quire.kvstore.keys import BlockKey, extend_chain
+from quire.kvstore.prefix_index import PageId
+from quire.replicas.detokenize import Detokenizer
+from quire.replicas.plan import Ints
+from quire.replicas.request import FinishReason, Request, Timings, TokenLogprob, Usage
+from quire.replicas.scheduler import Running, SeqId, Waiting
+
+
+@dataclass(eq=False, slots=True)
+class Progress:
+    """What the outputs of one request have in common."""
+
+    request: Request
+    submitted_s: float
+    seed: int
+    open: int
+    """Outputs that are not finished."""
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.request.prompt),
+            cached_tokens=self.cached_tokens,
+            output_tokens=self.output_tokens,
+        )
+
+    def timings(self, now_s: float) -> Timings:
+        """Moments that never came count as now."""
+        admitted_s = now_s if self.admitted_s is None else self.admitted_s
+        first_token_s = now_s if self.first_token_s is None else self.first_token_s
+        return Timings(
+            queue_s=admitted_s - self.submitted_s,
+            first_token_s=first_token_s - self.submitted_s,
+            total_s=now_s - self.submitted_s,
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Tokens are appended, never changed; pages hold the KV of the first `computed` of them."""
+
+    id: SeqId
+    progress: Progress
+    index: int
+    root: BlockKey
+    page_tokens: int
+    detokenizer: Detokenizer | None
+    tokens: list[int] = field(init=False)
+    computed: int = 0
+    pages: list[PageId] = field(default_factory=list)
+    published: int = 0
+    """Leading blocks already offered to the prefix index."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    output_counts: Counter[int] = field(default_factory=Counter)
+    finish_reason: FinishReason | None = None
+    _keys: list[BlockKey] = field(default_factory=list)
+    _page_row: Ints = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        self._page_row = np.zeros(8, dtype=np.int64)
+
+    @property
+    def request(self) -> Request:
+        return self.progress.request
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Only the first output reports them, once."""
+        return (
+            self.request.sampling.prompt_logprobs is not None
+            and self.index == 0
+            and len(self.prompt_logprobs) < self.prompt_tokens - 1
+        )
+
+    def keys(self) -> list[BlockKey]:
+        """Keys of all full blocks of the known tokens."""
+        parent = self._keys[-1] if self._keys else self.root
+        self._keys += extend_chain(
+            parent, self.tokens[len(self._keys) * self.page_tokens :], self.page_tokens
+        )
+        return self._keys
+
+    def shareable_keys(self) -> list[BlockKey]:
+        """Keys worth looking up: at least one token must be left to compute, or there are no logits."""
+        if self.wants_prompt_logprobs:
+            return []
+        return self.keys()[: (len(self.tokens) - 1) // self.page_tokens]
+
+    def complete_blocks(self) -> Iterator[tuple[BlockKey, PageId]]:
+        """Blocks whose KV is now complete and that were not returned before."""
+        full = self.computed // self.page_tokens
+        if full > self.published:
+            keys = self.keys()
+            for block in range(self.published, full):
+                yield keys[block], self.pages[block]
+            self.published = full
+
+    def hold(self, pages: list[PageId]) -> None:
+        """Append pages, in token order."""
+        have, want = len(self.pages), len(self.pages) + len(pages)
+        if want > self._page_row.size:
+            self._page_row = np.concatenate([self._page_row, np.zeros(want, dtype=np.int64)])
+        self._page_row[have:want] = pages
+        self.pages += pages
+
+    def drop_pages(self) -> list[PageId]:
+        """Give up all pages: what was computed will be computed again, or found in the prefix index."""
+        pages, self.pages = self.pages, []
+        self.computed = self.published = 0
+        return pages
+
+    def page_row(self) -> Ints:
+        return self._page_row[: len(self.pages)]
+
+    def as_running(self) -> Running:
+        return Running(self.id, self.request.priority, len(self.tokens), self.computed, len(self.pages))
+
+    def as_waiting(self, cached_pages: int, idle_pages: int) -> Waiting:
+        return Waiting(self.id, self.request.priority, len(self.tokens), cached_pages, idle_pages)

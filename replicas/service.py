@@ -1,0 +1,162 @@
+"""The `quire.v1.Engine` service: many gateways' streams over one engine. Knows no Ray.
+
+Every stream is a lease: when it ends, its requests are cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc
+
+from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
+from quire.replicas.errors import QuireError
+from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Request, RequestId
+from quire.replicas.wire import model_to_proto, request_from_proto, stats_to_proto, write_event
+
+SECRET_METADATA = "quire-secret"
+INTERNAL_CHANNEL = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    # A peer whose machine is gone sends no FIN: pings find it.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+"""Options of both ends of the stream between a gateway and a replica."""
+
+
+class Engine(Protocol):
+    """What the service needs of `AsyncEngine`."""
+
+    info: ModelInfo
+
+    def start(self, deliver: Callable[[tuple[Event, ...]], None]) -> None: ...
+    def submit(self, request: Request) -> None: ...
+    def cancel(self, request_id: RequestId) -> None: ...
+    def stats(self) -> EngineStats: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Lease:
+    """One gateway's stream: its open requests and what waits to be sent on it."""
+
+    number: int
+    open: dict[int, RequestId] = field(default_factory=dict)
+    outbox: list[engine_pb2.ReplicaMessage] = field(default_factory=list)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: bool = False
+
+    def post(self, message: engine_pb2.ReplicaMessage) -> None:
+        self.outbox.append(message)
+        self.wake.set()
+
+    def post_event(self, call: int, event: Event) -> None:
+        """Adds to the step that waits already: a slow gateway gets fewer and larger messages."""
+        if not self.outbox or self.outbox[-1].WhichOneof("message") != "step":
+            self.post(engine_pb2.ReplicaMessage(step=engine_pb2.Step()))
+        write_event(self.outbox[-1].step.events.add(), call, event)
+
+
+class EngineService(engine_pb2_grpc.EngineServicer):
+    """Runs on the event loop that creates it; the engine's thread only hands over whole steps."""
+
+    def __init__(self, engine: Engine, *, secret: str, replica_id: str) -> None:
+        """Starts the engine. `secret` is what gateways must show."""
+        self._engine = engine
+        self._secret = secret.encode()
+        self._replica_id = replica_id
+        self._started_s = time.monotonic()
+        self._leases = 0
+        self._owners: dict[RequestId, tuple[_Lease, int]] = {}
+        self._loop = asyncio.get_running_loop()
+        engine.start(self._from_engine_thread)
+
+    async def Connect(
+        self, requests: AsyncIterator[engine_pb2.GatewayMessage], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[engine_pb2.ReplicaMessage]:
+        await self._authenticate(context)
+        self._leases += 1
+        lease = _Lease(self._leases)
+        reader = asyncio.create_task(self._read(lease, requests))
+        try:
+            hello = engine_pb2.Hello(model=model_to_proto(self._engine.info), replica_id=self._replica_id)
+            yield engine_pb2.ReplicaMessage(hello=hello)
+            while not lease.ended:
+                await lease.wake.wait()
+                lease.wake.clear()
+                outbox, lease.outbox = lease.outbox, []
+                for message in outbox:
+                    yield message
+        finally:  # also on CancelledError and GeneratorExit: both happen when a gateway goes
+            reader.cancel()
+            lease.ended = True
+            for request_id in lease.open.values():
+                self._engine.cancel(request_id)
+
+    async def _authenticate(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        shown = dict(context.invocation_metadata() or ()).get(SECRET_METADATA, "")
+        if not hmac.compare_digest(str(shown).encode(), self._secret):
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                f"metadata {SECRET_METADATA!r} is missing or not this application's secret; "
+                "only gateways of the same deployment may connect",
+            )
+
+    async def _read(self, lease: _Lease, requests: AsyncIterator[engine_pb2.GatewayMessage]) -> None:
+        try:
+            async for message in requests:
+                match message.WhichOneof("message"):
+                    case "submit":
+                        self._submit(lease, message.submit)
+                    case "cancel" if message.cancel.call in lease.open:
+                        self._engine.cancel(lease.open[message.cancel.call])
+                    case "stats":
+                        lease.post(self._stats(message.stats.query))
+        finally:
+            lease.ended = True
+            lease.wake.set()
+
+    def _submit(self, lease: _Lease, submit: engine_pb2.Submit) -> None:
+        request_id = RequestId(f"{lease.number}.{submit.call}")
+        self._owners[request_id] = (lease, submit.call)
+        lease.open[submit.call] = request_id
+        try:
+            self._engine.submit(request_from_proto(submit, request_id))
+        except QuireError as error:
+            self._dispatch((Failure(request_id, error.status, str(error)),))
+
+    def _stats(self, query: int) -> engine_pb2.ReplicaMessage:
+        uptime_s = time.monotonic() - self._started_s
+        stats = stats_to_proto(self._engine.stats(), self._replica_id, uptime_s)
+        return engine_pb2.ReplicaMessage(stats=engine_pb2.StatsAnswer(query=query, stats=stats))
+
+    def _from_engine_thread(self, events: tuple[Event, ...]) -> None:
+        self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    def _dispatch(self, events: tuple[Event, ...]) -> None:
+        """Sorts a step's events by stream; an event of a request that is over has no owner and ends here."""
+        for event in events:
+            owner = self._owners.get(event.request_id)
+            if owner is None:
+                continue
+            lease, call = owner
+            if isinstance(event, Failure) or event.usage is not None:
+                del self._owners[event.request_id], lease.open[call]
+            if not lease.ended:
+                lease.post_event(call, event)
+
+
+async def listen(service: EngineService, host: str) -> tuple[grpc.aio.Server, str]:
+    """Serves on a free port of `host`; returns the server and its address, host:port."""
+    server = grpc.aio.server(options=(*INTERNAL_CHANNEL, ("grpc.so_reuseport", 0)))
+    engine_pb2_grpc.add_EngineServicer_to_server(service, server)
+    port = server.add_insecure_port(f"{host}:0")
+    await server.start()
+    return server, f"{host}:{port}"

@@ -1,0 +1,126 @@
+import random
+
+import pytest
+
+from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
+from quire.kvstore.pool import IntegrityError, PagePool, PoolFull
+
+
+def _keys(count: int, seed: int = 0) -> list[BlockKey]:
+    return extend_chain(KeySpace(b"l", b"m", b"t").root(str(seed)), list(range(16 * count)), 16)
+
+
+def test_pages_are_handed_out_once_and_come_back():
+    pool = PagePool(5)
+    pages = pool.allocate(5)
+    assert sorted(pages) == [0, 1, 2, 3, 4]
+    with pytest.raises(PoolFull, match="1 KV pages are needed, 0 of 5"):
+        pool.allocate(1)
+    pool.release(pages)
+    assert (pool.free, pool.used, pool.cached) == (5, 0, 0)
+
+
+def test_a_failed_allocation_changes_nothing():
+    pool = PagePool(3)
+    held = pool.allocate(2)
+    with pytest.raises(PoolFull):
+        pool.allocate(2)
+    pool.check(held)
+
+
+def test_published_blocks_outlive_their_sequence_and_are_shared():
+    pool, keys = PagePool(4), _keys(3)
+    pages = pool.allocate(3)
+    for key, page in zip(keys, pages, strict=True):
+        pool.publish(key, page)
+    pool.release(pages)
+    assert (pool.cached, pool.available) == (3, 4)
+    assert pool.lookup(keys) == (3, 3)
+    first, second = pool.share(keys), pool.share(keys[:2])
+    assert first == pages
+    assert second == pages[:2]
+    assert (pool.cached, pool.used) == (0, 3)
+    pool.release(first)
+    pool.check(second)
+
+
+def test_a_match_ends_at_the_first_missing_block():
+    pool, keys = PagePool(4), _keys(4)
+    pages = pool.allocate(2)
+    pool.publish(keys[0], pages[0])
+    pool.publish(keys[2], pages[1])
+    assert pool.lookup(keys) == (1, 0)
+    assert pool.share(keys) == [pages[0]]
+
+
+def test_eviction_takes_the_least_recently_used_and_a_chains_tail_first():
+    pool, old, new = PagePool(4), _keys(2, 1), _keys(2, 2)
+    for keys in (old, new):
+        pages = pool.allocate(2)
+        for key, page in zip(keys, pages, strict=True):
+            pool.publish(key, page)
+        pool.release(pages)
+    pool.release(pool.share(old))  # `old` was used last
+    pool.allocate(1)
+    assert pool.lookup(new) == (1, 1)
+    pool.allocate(1)
+    assert pool.lookup(new) == (0, 0)
+    assert pool.lookup(old) == (2, 2)
+
+
+def test_shared_blocks_are_never_evicted():
+    pool, keys = PagePool(3), _keys(2)
+    pages = pool.allocate(2)
+    for key, page in zip(keys, pages, strict=True):
+        pool.publish(key, page)
+    with pytest.raises(PoolFull):
+        pool.allocate(2)
+    assert pool.lookup(keys) == (2, 0)
+
+
+def test_a_block_computed_twice_keeps_its_first_page():
+    pool, (key,) = PagePool(3), _keys(1)
+    a, b = pool.allocate(2)
+    pool.publish(key, a)
+    pool.publish(key, b)
+    pool.release([a, b])
+    assert (pool.cached, pool.free) == (1, 2)
+    assert pool.share([key]) == [a]
+
+
+def test_releasing_too_often_is_refused():
+    pool = PagePool(2)
+    pages = pool.allocate(1)
+    pool.release(pages)
+    with pytest.raises(IntegrityError, match="released more often"):
+        pool.release(pages)
+
+
+def test_the_check_explains_what_is_wrong():
+    pool = PagePool(3)
+    held = pool.allocate(2)
+    pool.check(held)
+    with pytest.raises(IntegrityError, match=f"page {held[1]} has 1 references, 0 are held"):
+        pool.check(held[:1])
+
+
+def test_random_use_keeps_the_books_right():
+    rng = random.Random(0)
+    pool, sequences = PagePool(40), []
+    for turn in range(3000):
+        if sequences and (rng.random() < 0.45 or pool.available < 5):
+            pool.release(sequences.pop(rng.randrange(len(sequences))))
+        else:
+            keys = _keys(rng.randint(1, 5), rng.randint(0, 9))
+            pages = pool.share(keys)
+            pages += pool.allocate(len(keys) - len(pages))
+            for key, page in zip(keys, pages, strict=True):
+                if rng.random() < 0.8:
+                    pool.publish(key, page)
+            sequences.append(pages)
+        if turn % 100 == 0:
+            pool.check([page for pages in sequences for page in pages])
+    for pages in sequences:
+        pool.release(pages)
+    pool.check()
+    assert pool.used == 0
