@@ -106,6 +106,78 @@ def unpack_fp8(x, ASM: tl.constexpr, NATIVE: tl.constexpr):
     return y
 
 
+@triton.constexpr_function
+def parts(codes, groups):
+    """Loads per page and side; their bytes hold one group each, for int4 two (one a nibble)."""
+    return max(1, groups // 2 if codes == "int4" else groups)
+
+
+@triton.constexpr_function
+def nibbles(codes):
+    """Numbers per byte of codes."""
+    return 2 if codes == "int4" else 1
+
+
+@triton.constexpr_function
+def pieces(codes, groups):
+    """Runs of channels with a dot of their own: the numbers of a part, for int4 its low, then its high nibbles."""
+    return parts(codes, groups) * nibbles(codes)
+
+
+@triton.constexpr_function
+def first_channel(piece, codes, groups, head_dim):
+    width = head_dim // pieces(codes, groups)
+    return piece // 2 * width + piece % 2 * (head_dim // 2) if codes == "int4" else piece * width
+
+
+@triton.constexpr_function
+def group_of(piece, codes, groups):
+    """Which scale a piece has: high nibbles the second half of them."""
+    if groups <= 1 or codes != "int4":
+        return piece if groups > 1 else 0
+    return piece // 2 + piece % 2 * (groups // 2)
+
+
+@triton.constexpr_function
+def factor_of(piece, codes):
+    """A piece's codes arrive times this: high nibbles as they stand in their byte."""
+    return 16.0 if codes == "int4" and piece % 2 else 1.0
+
+
+@triton.jit
+def load_codes(
+    section_ptr,
+    written_P,
+    CODES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    IS_V: tl.constexpr,
+):
+    """One side's codes of a page in parts: K and 16-bit V [P, W], V of 8 bits and less [W, P].
+
+    Integer codes of unwritten tokens are numbers whatever the bytes; only 16-bit V is masked (0 * NaN).
+    """
+    PARTS: tl.constexpr = parts(CODES, GROUPS)
+    BYTES: tl.constexpr = D // nibbles(CODES)
+    W: tl.constexpr = BYTES // PARTS
+    token_P, byte_W = tl.arange(0, P), tl.arange(0, W)
+    codes = ()
+    for g in tl.static_range(PARTS):
+        if CODES == "bf16":
+            ptr = section_ptr.to(tl.pointer_type(tl.bfloat16)) + token_P[:, None] * D + byte_W[None, :]
+            if IS_V:
+                part = tl.load(ptr, mask=written_P[:, None], other=0.0)
+            else:
+                part = tl.load(ptr)
+        elif IS_V:
+            part = tl.load(section_ptr + (g * W + byte_W)[:, None] * P + token_P[None, :])
+        else:
+            part = tl.load(section_ptr + token_P[:, None] * BYTES + (g * W + byte_W)[None, :])
+        codes = codes + (part,)
+    return codes
+
+
 @triton.jit
 def load_scales(section_ptr, token_P, CODES: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr):
     """The scale entries of one page as raw words, one [P] per group: [group][token] in the page."""
@@ -133,3 +205,10 @@ def scale_of(word, CODES: tl.constexpr):
 def zero_of(word):
     """fp32 zero point of an int4 word, an integer 0..15."""
     return (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def softcap_base2(logit_PR, softcap):
+    """softcap * tanh(logit / softcap), both sides in base 2: tanh(x) = 1 - 2 / (exp(2 x) + 1)."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    return softcap * LOG2E * (1.0 - 2.0 / (tl.exp2(logit_PR * (2.0 / softcap)) + 1.0))

@@ -1,0 +1,45 @@
+# make demo    everything from nothing: environment, model, served answers (under two minutes after the installs)
+# make test    the whole test suite; make lint: style and types
+#
+# On Linux, PyPI's torch is the CUDA build. On a machine without a GPU point pip at PyTorch's CPU wheels, in
+# its own configuration or with PIP_ARGS="--extra-index-url ...", and nothing of CUDA is installed.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint format protos clean
+
+demo: $(VENV)/.runtime
+	scripts/loopback $(BIN)/quire demo
+
+test: $(VENV)/.dev
+	scripts/loopback $(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(VENV)/.dev
+	$(BIN)/python scripts/protos.py
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e ".[serve]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,117 @@
+"""The replicas as a gateway sees them: which one takes a request, and the links to them.
+
+Whoever decides (`ReplicaChooser`: Ray Serve's router, or a fixed address in tests) only names a replica;
+requests and tokens travel on the link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from quire.cluster.gateway.links import ReplicaLink
+from quire.protos.quire.v1 import inference_pb2
+from quire.replicas.errors import ReplicaDied
+
+_CONNECT_TIMEOUT_S = 5.0
+_PAUSE_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaAddress:
+    """A replica that was chosen for a request."""
+
+    replica_id: str
+    """Never used again for another replica."""
+    address: str
+    """host:port of its Engine service."""
+
+
+class ReplicaChooser(Protocol):
+    """Decides which replica takes a request, and counts it there as long as the context is held."""
+
+    def choose(self) -> AbstractAsyncContextManager[ReplicaAddress]: ...
+
+
+class Fleet:
+    """All links of one gateway."""
+
+    def __init__(self, chooser: ReplicaChooser, *, secret: str, wait_s: float) -> None:
+        """`wait_s`: how long a request may wait for a replica while none is ready."""
+        self._chooser = chooser
+        self._secret = secret
+        self._wait_s = wait_s
+        self._links: dict[str, ReplicaLink] = {}
+        self._lost: set[str] = set()
+        self._connecting = asyncio.Lock()
+        self._model: inference_pb2.Model | None = None
+
+    @asynccontextmanager
+    async def reserve(self) -> AsyncIterator[ReplicaLink]:
+        """A place on a living replica, given back at the end.
+
+        Raises ReplicaDied if none is ready within `wait_s`.
+        """
+        async with AsyncExitStack() as slot:
+            try:
+                async with asyncio.timeout(self._wait_s):
+                    link = await self._reserve(slot)
+            except TimeoutError as error:
+                raise ReplicaDied(
+                    f"no replica was ready within {self._wait_s:g} s; it may still be loading: try again, "
+                    "or look at `quire stats` and the replica's log"
+                ) from error
+            yield link
+
+    async def model(self) -> inference_pb2.Model:
+        """What all replicas of this application serve. Raises ReplicaDied."""
+        if self._model is None:
+            async with self.reserve() as link:
+                self._model = link.model
+        return self._model
+
+    async def report_lost(self, link: ReplicaLink) -> None:
+        """The replica failed a request as dead: choose it no more, though Serve may still name it."""
+        self._lost.add(link.replica_id)
+        if self._links.pop(link.replica_id, None) is not None:
+            await link.close()
+
+    async def stats(self) -> list[inference_pb2.ReplicaStats]:
+        """Of every replica that answers; one that dies meanwhile is left out."""
+        await self.model()  # connects to one at least
+        answers = await asyncio.gather(
+            *(link.stats() for link in self._links.values() if link.alive), return_exceptions=True
+        )
+        return [answer for answer in answers if isinstance(answer, inference_pb2.ReplicaStats)]
+
+    async def close(self) -> None:
+        links, self._links = self._links, {}
+        for link in links.values():
+            await link.close()
+
+    async def _reserve(self, slot: AsyncExitStack) -> ReplicaLink:
+        while True:
+            chosen = await slot.enter_async_context(self._chooser.choose())
+            if chosen.replica_id not in self._lost:
+                try:
+                    return await self._link(chosen)
+                except ReplicaDied:
+                    self._lost.add(chosen.replica_id)
+            await slot.aclose()
+            await asyncio.sleep(_PAUSE_S)  # Serve needs a moment to replace it
+
+    async def _link(self, chosen: ReplicaAddress) -> ReplicaLink:
+        link = self._links.get(chosen.replica_id)
+        if link is None:
+            async with self._connecting:
+                link = self._links.get(chosen.replica_id)
+                if link is None:
+                    link = await ReplicaLink.connect(chosen.address, self._secret, _CONNECT_TIMEOUT_S)
+                    self._links[chosen.replica_id] = link
+        if not link.alive:
+            del self._links[chosen.replica_id]
+            raise ReplicaDied(f"replica {chosen.replica_id} is gone")
+        return link

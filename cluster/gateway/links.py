@@ -1,0 +1,158 @@
+"""One gateway's stream to one replica: calls go up one by one, events come down a step at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
+from quire.replicas.errors import ReplicaDied, Status
+from quire.replicas.service import INTERNAL_CHANNEL, SECRET_METADATA
+
+
+class Call:
+    """One request on a link. Iterate its events; close it in any case."""
+
+    def __init__(self, link: ReplicaLink, number: int) -> None:
+        self._link = link
+        self._number = number
+        self._events: asyncio.Queue[engine_pb2.Event] = asyncio.Queue()
+        self._over = False
+
+    async def next(self) -> engine_pb2.Event:
+        """The next event; the last one is a failure or a delta with usage."""
+        return await self._events.get()
+
+    def cancel(self) -> None:
+        """Asks the replica to end it; its last event still comes."""
+        self._link.send(engine_pb2.GatewayMessage(cancel=engine_pb2.CancelCall(call=self._number)))
+
+    def close(self) -> None:
+        """Gives everything back, on the replica too if the last event has not come."""
+        if not self._over:
+            self.cancel()
+        self._link.forget(self._number)
+
+    def feed(self, event: engine_pb2.Event) -> None:
+        """For the link: an event has come."""
+        self._over = event.HasField("failure") or event.delta.HasField("usage")
+        self._events.put_nowait(event)
+
+
+class ReplicaLink:
+    """A connected replica. Made by `connect`; of no more use once `alive` is False."""
+
+    def __init__(self, channel: grpc.aio.Channel, stream: Any, outbox: Outbox, hello: engine_pb2.Hello) -> None:
+        self.replica_id: str = hello.replica_id
+        self.model: inference_pb2.Model = hello.model
+        self.alive = True
+        self._channel = channel
+        self._stream = stream
+        self._outbox = outbox
+        self._calls: dict[int, Call] = {}
+        self._queries: dict[int, asyncio.Future[inference_pb2.ReplicaStats]] = {}
+        self._numbers = 0
+        self._reader = asyncio.create_task(self._read())
+
+    @staticmethod
+    async def connect(address: str, secret: str, timeout_s: float) -> ReplicaLink:
+        """Raises ReplicaDied if the replica at `address` (host:port) does not say hello in time."""
+        channel = grpc.aio.insecure_channel(address, options=INTERNAL_CHANNEL)
+        outbox: Outbox = asyncio.Queue()
+        stream = engine_pb2_grpc.EngineStub(channel).Connect(  # type: ignore[no-untyped-call]
+            _drain(outbox), metadata=((SECRET_METADATA, secret),)
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                first = await stream.read()
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
+            await channel.close()
+            raise ReplicaDied(f"the replica at {address} does not answer: {_reason(error)}") from error
+        if first is grpc.aio.EOF or not first.HasField("hello"):
+            await channel.close()
+            raise ReplicaDied(f"the replica at {address} closed the stream before its hello")
+        return ReplicaLink(channel, stream, outbox, first.hello)
+
+    def submit(self, submit: engine_pb2.Submit) -> Call:
+        """Sends a request; `submit.call` is set here. On a dead link the call fails at once."""
+        self._numbers += 1
+        submit.call = self._numbers
+        call = self._calls[self._numbers] = Call(self, self._numbers)
+        if self.alive:
+            self.send(engine_pb2.GatewayMessage(submit=submit))
+        else:
+            call.feed(_lost(self._numbers))
+        return call
+
+    async def stats(self) -> inference_pb2.ReplicaStats:
+        """Raises ReplicaDied if the link ends before the answer."""
+        if not self.alive:
+            raise ReplicaDied(f"replica {self.replica_id} is gone")
+        self._numbers += 1
+        query = self._numbers
+        answer = self._queries[query] = asyncio.get_running_loop().create_future()
+        self.send(engine_pb2.GatewayMessage(stats=engine_pb2.StatsQuery(query=query)))
+        try:
+            return await answer
+        finally:
+            del self._queries[query]
+
+    def send(self, message: engine_pb2.GatewayMessage) -> None:
+        if self.alive:
+            self._outbox.put_nowait(message)
+
+    def forget(self, number: int) -> None:
+        """For a call: it wants no more events."""
+        self._calls.pop(number, None)
+
+    async def close(self) -> None:
+        """Ends the stream; the replica cancels what was open on it."""
+        self._reader.cancel()
+        self._stream.cancel()
+        self._fail_all()
+        await self._channel.close()
+
+    async def _read(self) -> None:
+        try:
+            while (message := await self._stream.read()) is not grpc.aio.EOF:
+                if message.HasField("step"):
+                    for event in message.step.events:
+                        if (call := self._calls.get(event.call)) is not None:
+                            call.feed(event)
+                elif (answer := self._queries.get(message.stats.query)) is not None and not answer.done():
+                    answer.set_result(message.stats.stats)
+        except grpc.aio.AioRpcError:
+            pass  # the replica died or its machine is gone: what `_fail_all` tells every call
+        finally:
+            self._fail_all()
+
+    def _fail_all(self) -> None:
+        self.alive = False
+        for number, call in self._calls.items():
+            call.feed(_lost(number))
+        self._calls.clear()
+        for answer in self._queries.values():
+            if not answer.done():
+                answer.set_exception(ReplicaDied(f"replica {self.replica_id} is gone"))
+
+
+Outbox = asyncio.Queue[engine_pb2.GatewayMessage]
+
+
+async def _drain(outbox: Outbox) -> AsyncIterator[engine_pb2.GatewayMessage]:
+    while True:
+        yield await outbox.get()
+
+
+def _lost(number: int) -> engine_pb2.Event:
+    message = "the replica serving this request died; try again"
+    return engine_pb2.Event(
+        call=number, failure=engine_pb2.Failure(status=Status.UNAVAILABLE, message=message)
+    )
+
+
+def _reason(error: grpc.aio.AioRpcError | TimeoutError) -> str:
+    return f"{error.details()}" if isinstance(error, grpc.aio.AioRpcError) else "no hello in time"

@@ -1,0 +1,134 @@
+"""An engine with a thread of its own: submit and cancel from anywhere, events once per step.
+
+Every submitted request ends with exactly one last event, also when a shard dies under it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from quire.replicas.config import EngineConfig
+from quire.replicas.engine import Engine
+from quire.replicas.errors import QueueFull, QuireError, ReplicaDied, Status
+from quire.replicas.executor import Executor, ShardLauncher
+from quire.replicas.load import load_engine
+from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Request, RequestId
+
+_IDLE_WAKE_S = 0.2
+"""How often an idle engine looks at the deadlines of its queue and at its shards."""
+
+log = logging.getLogger(__name__)
+
+
+class AsyncEngine:
+    """Loads at construction (blocking), steps from `start` to `close`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        launcher: ShardLauncher | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._executor: Executor
+        self._engine: Engine
+        self._executor, self._engine = load_engine(config, launcher, progress)
+        self._max_queued = config.scheduler.max_queued
+        self._inbox: deque[Request | RequestId] = deque()
+        self._arrived = threading.Condition()
+        self._closing = False
+        self._death: ReplicaDied | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._engine.info
+
+    def start(self, deliver: Callable[[tuple[Event, ...]], None]) -> None:
+        """Begin stepping. `deliver` is called on the engine's thread with each step's events."""
+        self._thread = threading.Thread(target=self._run, args=(deliver,), name="quire-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequest, QueueFull or ReplicaDied, and then no event follows."""
+        self._engine.validate(request)
+        with self._arrived:
+            if self._death or self._closing:
+                raise self._death or ReplicaDied("the replica is shutting down; try again")
+            waiting = self._engine.queued + len(self._inbox)
+            if waiting >= self._max_queued:
+                raise QueueFull(
+                    f"{waiting} requests are waiting already, the bound is scheduler.max_queued="
+                    f"{self._max_queued}; try again later or add replicas"
+                )
+            self._inbox.append(request)
+            self._arrived.notify()
+
+    def cancel(self, request_id: RequestId) -> None:
+        """End a request before the next step begins. Unknown ids are ignored."""
+        with self._arrived:
+            self._inbox.append(request_id)
+            self._arrived.notify()
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def check_health(self) -> None:
+        """Raises ReplicaDied once a shard is gone or silent."""
+        if self._death:
+            raise self._death
+        self._executor.check()
+
+    def close(self) -> None:
+        """Fail what is open, stop the thread and the shards."""
+        with self._arrived:
+            self._closing = True
+            self._arrived.notify()
+        if self._thread:
+            self._thread.join()
+        self._executor.close()
+
+    def _run(self, deliver: Callable[[tuple[Event, ...]], None]) -> None:
+        while not self._closing:
+            self._wait_for_work()
+            try:
+                events = self._take_inbox() + self._engine.step()
+                self._executor.check()
+            except Exception as error:  # the thread's outermost frame: whatever it was, no client may hang
+                self._die(error)
+                break
+            if events:
+                deliver(events)
+        self._engine.fail_all(Status.UNAVAILABLE, self._last_words())
+        deliver(self._take_inbox() + self._engine.take_events())
+
+    def _wait_for_work(self) -> None:
+        with self._arrived:
+            if not (self._inbox or self._engine.has_work or self._closing):
+                self._arrived.wait(_IDLE_WAKE_S)
+
+    def _take_inbox(self) -> tuple[Event, ...]:
+        """Hand submissions and cancellations to the engine; those that came too late fail here."""
+        with self._arrived:
+            arrived, self._inbox = self._inbox, deque()
+        late: list[Event] = []
+        for message in arrived:
+            if isinstance(message, str):
+                self._engine.cancel(message)
+            elif self._death or self._closing:
+                late.append(Failure(message.id, Status.UNAVAILABLE, self._last_words()))
+            else:
+                self._engine.add(message)
+        return tuple(late)
+
+    def _die(self, error: Exception) -> None:
+        log.error("the engine stops: %s", error, exc_info=not isinstance(error, QuireError))
+        expected = isinstance(error, QuireError)
+        said = str(error) if expected else f"the engine failed ({type(error).__name__}); its log says where"
+        with self._arrived:
+            self._death = ReplicaDied(said)
+
+    def _last_words(self) -> str:
+        return str(self._death) if self._death else "the replica is shutting down; try again"

@@ -1,0 +1,117 @@
+"""The communicator of one replica's shards: sums, gathers, and steps from rank 0 to the others.
+
+Built directly on process groups over a key-value store; torch's default group is never touched, so several
+replicas fit in one process and a dead one leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quire.replicas.errors import ReplicaDied
+
+_FIRST_BYTES = 32 * 1024
+"""A message's length and beginning travel in one operation of so many bytes: enough for a decode step."""
+
+
+class TensorParallelGroup:
+    """All ranks of one replica. Every method is called by all ranks, in the same order.
+
+    Raises: ReplicaDied from every method when a rank does not take part within `timeout_s`.
+    """
+
+    def __init__(
+        self, store: dist.Store, *, rank: int, size: int, host: str, timeout_s: float, device: torch.device
+    ) -> None:
+        """Connect. `host` is the address this rank's sockets are bound to."""
+        self.rank, self.size, self._timeout_s = rank, size, timeout_s
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        options._timeout = timedelta(seconds=timeout_s)
+        options._threads = 1
+        try:
+            self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
+        except RuntimeError as error:
+            raise self._died("connect", error) from error
+        self._nccl = _nccl_group(store, rank, size, timeout_s) if device.type == "cuda" else None
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, in x's type.
+
+        On a CPU added in fp32 and in the order of the ranks, so that an element's sum does not depend on
+        where in a tensor of what size it stands.
+        """
+        if self._nccl is not None and x.is_cuda:
+            x = x.contiguous()
+            self._nccl.allreduce([x]).wait()
+            return x
+        parts = self.all_gather(x)
+        total = parts[0].float()
+        for part in parts[1:]:
+            total = total + part
+        return total.to(x.dtype)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[size, *x.shape]: every rank's x."""
+        x = x.contiguous()
+        out = x.new_empty((self.size, *x.shape))
+        if x.numel() == 0:
+            return out
+        if self._nccl is not None and x.is_cuda:
+            self._nccl._allgather_base(out, x).wait()
+        else:
+            self._wait(self._gloo.allgather([list(out.unbind())], [x]), "all_gather")
+        return out
+
+    def send(self, message: bytes) -> None:
+        """From rank 0 to all others, who are in `receive`."""
+        whole = np.zeros(max(_FIRST_BYTES, 8 + len(message)), dtype=np.uint8)
+        whole[:8] = np.frombuffer(len(message).to_bytes(8, "little"), np.uint8)
+        whole[8 : 8 + len(message)] = np.frombuffer(message, np.uint8)
+        self._broadcast(torch.from_numpy(whole[:_FIRST_BYTES]))
+        if len(whole) > _FIRST_BYTES:
+            self._broadcast(torch.from_numpy(whole[_FIRST_BYTES:]))
+
+    def receive(self) -> bytes:
+        """What rank 0 sends."""
+        first = torch.empty(_FIRST_BYTES, dtype=torch.uint8)
+        self._broadcast(first)
+        length = int.from_bytes(first[:8].numpy().tobytes(), "little")
+        message = first[8 : 8 + length].numpy().tobytes()
+        if length + 8 > _FIRST_BYTES:
+            rest = torch.empty(length + 8 - _FIRST_BYTES, dtype=torch.uint8)
+            self._broadcast(rest)
+            message += rest.numpy().tobytes()
+        return message
+
+    def check_in(self) -> None:
+        """Returns when every rank has called it: a send alone does not show that its receiver lives."""
+        self._wait(self._gloo.allgather([list(torch.empty(self.size, 1).unbind())], [torch.zeros(1)]), "check in")
+
+    def _broadcast(self, data: Tensor) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        self._wait(self._gloo.broadcast([data], options), "step")
+
+    def _wait(self, work: dist.Work, what: str) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._died(what, error) from error
+
+    def _died(self, what: str, error: RuntimeError) -> ReplicaDied:
+        reason = str(error).splitlines()[0]
+        return ReplicaDied(
+            f"rank {self.rank} of {self.size} shards lost another one ({what}, limit {self._timeout_s:g} s): {reason}"
+        )
+
+
+def _nccl_group(store: dist.Store, rank: int, size: int, timeout_s: float) -> dist.ProcessGroupNCCL:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    return dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)

@@ -1,0 +1,220 @@
+"""Where transformers' models meet our pages: the attention function they call, and what it finds in a step.
+
+A model calls it once a layer with queries, keys and values after RoPE; the step's metadata travels as the
+keyword argument `step` of `model(...)`. Names: T tokens, Q query heads, H kv heads, D head_dim, S sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+
+from quire.kernels.decode import decode_attention
+from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
+from quire.kernels.prefill import prefill_attention
+from quire.kernels.write import write_kv
+from quire.replicas.errors import ModelNotServable
+from quire.replicas.plan import Ints, StepBatch
+
+ATTENTION = "quire"
+"""The name under which transformers finds `paged_attention`. It has no mask function: no mask is built."""
+
+_DECODE_TOKENS = 8
+"""Sequences with so many new tokens or fewer are served by the decode kernel."""
+
+_IGNORED = frozenset({"dropout", "position_ids", "use_cache", "cu_seq_lens_q", "is_causal"})
+"""Arguments of other attention functions that do not change what causal attention means."""
+
+
+class AttentionStep(Protocol):
+    """What `paged_attention` asks of the `step` it is handed."""
+
+    def attend(self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec) -> Tensor:
+        """Attention outputs [T, Q, D] of one layer."""
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    step: AttentionStep | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **extra: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: query [1, Q, T, D], key and value [1, H, T, D] → [1, T, Q, D].
+
+    Raises: ModelNotServable where the model asks for an attention we do not implement.
+    """
+    if step is None:
+        raise ModelNotServable(
+            f"{type(module).__name__} does not pass keyword arguments to its attention, so paged KV cannot "
+            "reach it; this architecture is not servable"
+        )
+    unknown = [name for name, given in extra.items() if given is not None and name not in _IGNORED]
+    if unknown or attention_mask is not None:
+        raise ModelNotServable(
+            f"{type(module).__name__} uses {', '.join(unknown) or 'an attention mask of its own'}, which paged "
+            "attention does not implement; this architecture is not servable"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q_TQD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
+    spec = AttentionSpec(scale, sliding_window, softcap)
+    return step.attend(_layer_index(module), q_TQD, k_THD, v_THD, spec)[None], None
+
+
+def _layer_index(module: nn.Module) -> int:
+    index = module.layer_idx
+    assert isinstance(index, int)
+    return index
+
+
+AttentionInterface.register(ATTENTION, paged_attention)
+
+
+@dataclass(frozen=True, eq=False)
+class StepPart:
+    """Neighbouring sequences of a step that one kernel serves."""
+
+    rows: slice
+    """Their tokens."""
+    batch: PagedBatch
+    decode: bool
+
+
+@dataclass(frozen=True, eq=False)
+class PagedStep:
+    """One step over the pages of a shard."""
+
+    caches: tuple[LayerCache, ...]
+    parts: tuple[StepPart, ...]
+    slots_T: Tensor
+
+    def attend(self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec) -> Tensor:
+        """Write the new tokens' K and V, then attend to what was written. Rows of no sequence are zero."""
+        cache = self.caches[layer]
+        write_kv(cache, k_THD, v_THD, self.slots_T)
+        outs = [
+            (decode_attention if part.decode else prefill_attention)(cache, q_TQD[part.rows], part.batch, spec)
+            for part in self.parts
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def step_parts(batch: StepBatch, slots_T: Ints, device: torch.device) -> tuple[Tensor, tuple[StepPart, ...]]:
+    """The slots on `device` and the step cut where decoding sequences end (the batch has them first).
+
+    `slots_T` may be longer than the batch: padding tokens, which go to the last part. On a CPU one part
+    serves all: its kernel cares for each sequence by itself.
+    """
+    slots = torch.from_numpy(slots_T.copy()).to(device)
+    new_S = np.diff(batch.query_start_S1)
+    longer = np.flatnonzero(new_S > _DECODE_TOKENS)
+    middle = int(longer[0]) if len(longer) else len(new_S)
+    bounds = [(0, len(new_S), True)]
+    if device.type != "cpu" and 0 < middle < len(new_S):
+        bounds = [(0, middle, True), (middle, len(new_S), False)]
+    elif device.type != "cpu" and middle == 0:
+        bounds = [(0, len(new_S), False)]
+    parts = []
+    for first, last, decode in bounds:
+        start, end = int(batch.query_start_S1[first]), int(batch.query_start_S1[last])
+        rows = slice(start, end if last < len(new_S) else len(slots_T))
+        paged = PagedBatch(
+            query_start_S1=_int32(batch.query_start_S1[first : last + 1] - start, device),
+            kv_tokens_S=_int32(batch.kv_tokens_S[first:last], device),
+            page_table_SM=_int32(batch.page_table_SM[first:last], device),
+            slots_T=slots[rows],
+            max_query_tokens=int(new_S[first:last].max()),
+            max_kv_tokens=int(batch.kv_tokens_S[first:last].max()),
+        )
+        parts.append(StepPart(rows, paged, decode))
+    return slots, tuple(parts)
+
+
+def _int32(numbers: Ints, device: torch.device) -> Tensor:
+    return torch.from_numpy(numbers.astype(np.int32)).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHeads:
+    """The attention of one layer as the model really calls it."""
+
+    query_heads: int
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    spec: AttentionSpec
+
+
+class Probe:
+    """A step that computes nothing and notes what arrives."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerHeads] = {}
+
+    def attend(self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec) -> Tensor:
+        self.layers[layer] = LayerHeads(
+            q_TQD.shape[1], k_THD.shape[1], k_THD.shape[2], v_THD.shape[2], spec
+        )
+        return q_TQD.new_zeros(*q_TQD.shape[:2], v_THD.shape[2])
+
+
+@torch.inference_mode()
+def probe_attention(model: PreTrainedModel) -> tuple[LayerHeads, ...]:
+    """What every layer's attention is, learned from a forward of two tokens.
+
+    Raises: ModelNotServable where a layer's attention never reaches `paged_attention`, or has heads or a
+    window that pages cannot hold.
+    """
+    config, name = model.config, type(model).__name__
+    probe = Probe()
+    two = torch.arange(2, device=model.device)[None]
+    logits = model(
+        input_ids=two, position_ids=two, use_cache=False, step=probe, logits_to_keep=two[0, :1]
+    ).logits
+    if logits.shape[:2] != (1, 1):
+        raise ModelNotServable(f"{name} does not implement logits_to_keep; this architecture is not servable")
+    missing = sorted(set(range(config.num_hidden_layers)) - set(probe.layers))
+    if missing:
+        raise ModelNotServable(
+            f"layers {missing} of {name} keep no K and V that reach paged attention (another kind of layer, or an "
+            "attention of their own); this architecture is not servable"
+        )
+    layers = tuple(probe.layers[i] for i in range(config.num_hidden_layers))
+    for index, heads in enumerate(layers):
+        _check_layer(name, index, heads, layers[0], _expected_window(config, index))
+    return layers
+
+
+def _check_layer(name: str, index: int, heads: LayerHeads, first: LayerHeads, window: int | None) -> None:
+    if heads.k_dim != heads.v_dim:
+        raise ModelNotServable(
+            f"layer {index} of {name} has K heads of {heads.k_dim} and V heads of {heads.v_dim} (multi-head latent "
+            "attention or the like); pages need both to be the same"
+        )
+    if (heads.kv_heads, heads.k_dim) != (first.kv_heads, first.k_dim):
+        raise ModelNotServable(
+            f"layer {index} of {name} has {heads.kv_heads} kv heads of {heads.k_dim}, layer 0 has "
+            f"{first.kv_heads} of {first.k_dim}; pages need all layers to be the same"
+        )
+    if heads.spec.window != window:
+        raise ModelNotServable(
+            f"layer {index} of {name} should have the sliding window {window} by its config but asks attention for "
+            f"{heads.spec.window}; this architecture is not servable"
+        )
+
+
+def _expected_window(config: PreTrainedConfig, layer: int) -> int | None:
+    window: int | None = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    return window if types is None or types[layer] == "sliding_attention" else None

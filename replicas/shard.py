@@ -1,0 +1,200 @@
+"""One shard: its slice of the weights, its pages, and the forward pass of a step.
+
+Knows nothing of requests or schedules: a step's tokens come in, logits go out.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from quire.kernels.formats import FormatError, layer_formats
+from quire.kernels.layout import PageLayout
+from quire.kernels.paged import LayerCache
+from quire.kernels.transform import default_transform
+from quire.replicas.collectives import TensorParallelGroup
+from quire.replicas.config import EngineConfig
+from quire.replicas.errors import ConfigError
+from quire.replicas.model.attention import PagedStep, step_parts
+from quire.replicas.model.checkpoint import Checkpoint, eos_token_ids, find_model, load_config
+from quire.replicas.model.invariance import padded
+from quire.replicas.model.key_bias import with_safe_keys
+from quire.replicas.model.loading import LoadedModel, Progress, check_servable, load_model
+from quire.replicas.plan import Ints, StepBatch
+from quire.replicas.request import ModelInfo
+
+_LOG = logging.getLogger(__name__)
+
+_CPU_POOL_BYTES = 256 << 20
+
+
+class Shard:
+    """Rank `rank` of `config.tp`. `group` joins the ranks; None when there is one."""
+
+    info: ModelInfo
+    layout: PageLayout
+    """Of this shard's pages."""
+    num_pages: int
+    weights_fingerprint: bytes
+    """Part of every block key; the same on all ranks."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        rank: int = 0,
+        group: TensorParallelGroup | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Load the weights and allocate the pages. Raises UnknownModel, ModelNotServable, ConfigError."""
+        if (group is None) != (config.tp == 1):
+            raise ValueError(f"tp={config.tp} needs {'no' if config.tp == 1 else 'a'} group")
+        self.device = _device(config, rank)
+        folder = find_model(config.model)
+        model_config = load_config(folder)
+        max_tokens = _max_model_tokens(config, model_config)
+        check_servable(model_config, max_tokens)
+        dtype = _dtype(config, model_config, self.device)
+        with Checkpoint.open(folder) as checkpoint:
+            loaded = load_model(
+                checkpoint,
+                model_config,
+                rank=rank,
+                tp=config.tp,
+                group=group,
+                dtype=dtype,
+                device=self.device,
+                progress=progress,
+            )
+            self.layout = _layout(config, checkpoint, loaded)
+            self.weights_fingerprint = checkpoint.fingerprint
+        self._model = loaded.model
+        self.num_pages = _pool_bytes(config, self.device) // self.layout.page_bytes
+        if self.num_pages < 1:
+            raise ConfigError(
+                f"a pool of {_pool_bytes(config, self.device)} bytes holds no page of {self.layout.page_bytes}; raise "
+                "pool.bytes or pool.memory_fraction"
+            )
+        self._caches = _caches(self.layout, loaded, self.num_pages, self.device)
+        self.info = ModelInfo(
+            model=config.model,
+            architecture=type(loaded.model).__name__,
+            vocab_size=model_config.vocab_size,
+            max_model_tokens=max_tokens,
+            eos_token_ids=eos_token_ids(folder, model_config),
+            tp=config.tp,
+            page_tokens=self.layout.page_tokens,
+            kv_formats=tuple((f.k.codes.value, f.v.codes.value) for f in self.layout.layers),
+            bytes_per_token=self.layout.bytes_per_token * config.tp,
+            bf16_bytes_per_token=replace(
+                self.layout, layers=layer_formats("bf16", len(self.layout.layers))
+            ).bytes_per_token
+            * config.tp,
+        )
+        _LOG.info(
+            "rank %d: %s in %s on %s, %d pages of %d bytes",
+            rank, self.info.architecture, dtype, self.device, self.num_pages, self.layout.page_bytes,
+        )  # fmt: skip
+
+    @property
+    def pool(self) -> Tensor:
+        """uint8 [num_pages, page_bytes]: what leaves and enters when pages travel."""
+        return self._caches[0].pool_NB
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch) -> Tensor:
+        """Run a step: its K and V are in the pages afterwards.
+
+        Sequences with up to 8 new tokens come first. Returns fp32 logits [R, vocabulary].
+        """
+        tokens, rows = len(batch.token_ids_T), len(batch.logit_rows_R)
+        ids_T, positions_T, slots_T = batch.token_ids_T, batch.positions_T, batch.slots_T
+        rows_R = batch.logit_rows_R
+        if self.device.type == "cpu":
+            # Padding tokens belong to no sequence and are stored nowhere (`invariance.py` says why they are).
+            more = padded(tokens) - tokens
+            ids_T, positions_T = np.pad(ids_T, (0, more)), np.pad(positions_T, (0, more))
+            slots_T = np.pad(slots_T, (0, more), constant_values=-1)
+            rows_R = np.pad(rows_R, (0, padded(rows) - rows))
+        slots, parts = step_parts(batch, slots_T, self.device)
+        logits_1RV: Tensor = self._model(
+            input_ids=self._tensor(ids_T)[None],
+            position_ids=self._tensor(positions_T)[None],
+            use_cache=False,
+            step=PagedStep(self._caches, parts, slots),
+            logits_to_keep=self._tensor(rows_R),
+        ).logits
+        return logits_1RV[0, :rows].float()
+
+    def _tensor(self, numbers: Ints) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(self.device)
+
+
+def _device(config: EngineConfig, rank: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if config.device == "cpu" or (config.device == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise ConfigError('device is "cuda" but torch sees no GPU; set device to "auto" or "cpu"')
+    # A process that was given one GPU of its own calls it 0.
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def _dtype(config: EngineConfig, model: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        named: torch.dtype = getattr(torch, config.dtype)
+        return named
+    if device.type == "cpu":
+        return torch.float32
+    return model.dtype if isinstance(model.dtype, torch.dtype) else torch.bfloat16
+
+
+def _max_model_tokens(config: EngineConfig, model: PreTrainedConfig) -> int:
+    allowed: int | None = getattr(model, "max_position_embeddings", None)
+    if config.max_model_tokens is None and allowed is None:
+        raise ConfigError("the model's config gives no max_position_embeddings; set max_model_tokens")
+    if allowed is not None and config.max_model_tokens is not None and config.max_model_tokens > allowed:
+        raise ConfigError(
+            f"max_model_tokens is {config.max_model_tokens}, the model allows {allowed}; lower it to that or less"
+        )
+    return config.max_model_tokens or allowed or 0
+
+
+def _layout(config: EngineConfig, checkpoint: Checkpoint, loaded: LoadedModel) -> PageLayout:
+    heads = loaded.layers[0]
+    try:
+        formats = layer_formats(config.kv, len(loaded.layers))
+        formats = with_safe_keys(checkpoint, formats, heads.k_dim)
+        return PageLayout(formats, heads.kv_heads, heads.k_dim, config.pool.page_tokens)
+    except FormatError as error:
+        raise ConfigError(f"kv: {error}") from error
+
+
+def _pool_bytes(config: EngineConfig, device: torch.device) -> int:
+    if config.pool.bytes is not None:
+        return config.pool.bytes
+    if device.type == "cpu":
+        return _CPU_POOL_BYTES
+    return math.floor(torch.cuda.mem_get_info(device)[0] * config.pool.memory_fraction)
+
+
+def _caches(
+    layout: PageLayout, loaded: LoadedModel, num_pages: int, device: torch.device
+) -> tuple[LayerCache, ...]:
+    """One pool of zeros, seen by every layer. Raises ConfigError where a format does not fit the model."""
+    pool_NB = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8, device=device)
+    try:
+        caches = tuple(
+            LayerCache(pool_NB, layout, i, default_transform(f.k), default_transform(f.v))
+            for i, f in enumerate(layout.layers)
+        )
+        for heads, cache in zip(loaded.layers, caches, strict=True):
+            heads.spec.check(cache)
+    except FormatError as error:
+        raise ConfigError(f"kv: {error}") from error
+    return caches
