@@ -5,14 +5,17 @@ Codes become fp16 by bit tricks, never by integer-to-float instructions: a byte 
 PTX forms of the same bits, which the interpreter cannot run.
 """
 
+# ruff: noqa: RUF005 (Triton has no starred tuples)
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from quire.kernels.formats import FormatError, KVFormat
 from quire.kernels.paged import LayerCache
 
+LOG2E = 1.4426950408889634
 MAGIC = tl.constexpr(1024.0)  # what the bit tricks add to every integer code
 INT8_ZERO = tl.constexpr(1152.0)  # the offset-binary 128 on top of it
 
@@ -33,6 +36,12 @@ def check_head_dim(cache: LayerCache) -> int:
             f"GPU kernels take a head_dim of 32, 64, 128 or 256, got {head_dim}; serve this model on the CPU"
         )
     return head_dim
+
+
+def instructions(device: torch.device) -> tuple[bool, bool]:
+    """Whether the kernels may use PTX, and the fp8 conversion of sm_89 and later; the interpreter has the latter."""
+    asm = device.type == "cuda"
+    return asm, not asm or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @triton.jit
@@ -210,5 +219,4 @@ def zero_of(word):
 @triton.jit
 def softcap_base2(logit_PR, softcap):
     """softcap * tanh(logit / softcap), both sides in base 2: tanh(x) = 1 - 2 / (exp(2 x) + 1)."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    return softcap * LOG2E * (1.0 - 2.0 / (tl.exp2(logit_PR * (2.0 / softcap)) + 1.0))
+    return (softcap * 1.4426950408889634) * (1.0 - 2.0 / (tl.exp2(logit_PR * (2.0 / softcap)) + 1.0))

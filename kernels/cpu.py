@@ -30,7 +30,11 @@ from quire.kernels.ref.paged import attend_ref, write_kv_ref
 from quire.kernels.transform import SideTransform
 
 _LOG = logging.getLogger(__name__)
-_FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+_SOURCES = ("cpu.cpp", "cpu_cells.h", "cpu_vectors.h")
+_FLAGS = (
+    *("-std=gnu++17", "-O3", "-march=native", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),  # change no result; never -ffast-math
+)
 _CODES = {codes: number for number, codes in enumerate(Codes)}  # as the C++ enum numbers them
 _MAX_HEAD_DIM = 1024
 
@@ -140,7 +144,6 @@ class _Cache(Structure):
         ("heads", c_int32),
         ("head_dim", c_int32),
         ("page_tokens", c_int32),
-        ("unused", c_int32),
         ("k", _Side),
         ("v", _Side),
     )
@@ -158,7 +161,6 @@ class _Cache(Structure):
             layout.kv_heads,
             layout.head_dim,
             layout.page_tokens,
-            0,
             _Side.of(layout.head_dim, fmt.k, cache.k_transform, cell.k_codes, cell.k_scales, value=False),
             _Side.of(layout.head_dim, fmt.v, cache.v_transform, cell.v_codes, cell.v_scales, value=True),
         )
@@ -234,15 +236,16 @@ def _compiled(compiler: str) -> Path:
 
     Raises OSError or CalledProcessError (with the compiler's words) if that fails.
     """
-    source = Path(__file__).with_name("cpu.cpp")
+    sources = [Path(__file__).with_name(name) for name in _SOURCES]
     macros = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)  # names compiler and CPU features
-    key = hashlib.blake2b(f"{_FLAGS}{macros}".encode() + source.read_bytes(), digest_size=16).hexdigest()
+    text = "".join([*_FLAGS, macros, *(path.read_text() for path in sources)])
+    key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     folder = _cache_folder()
     built = folder / f"cpu-{key}.so"
     if not built.exists():
         handle, partial = tempfile.mkstemp(dir=folder, suffix=".so")
         os.close(handle)
-        _run(compiler, *_FLAGS, "-Wno-psabi", "-shared", "-fPIC", "-o", partial, str(source))
+        _run(compiler, *_FLAGS, "-Wno-psabi", "-shared", "-fPIC", "-o", partial, str(sources[0]))
         os.replace(partial, built)  # atomic: several processes may build at once
     return built
 

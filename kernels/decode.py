@@ -1,17 +1,33 @@
 """Attention of few query rows per sequence over its pages: split over the pages, then combined.
 
-Legend: see `paged.py`.
+One program holds a tile of query rows of one kv head and walks its share of the pages, a page a turn.
+
+Legend: see `paged.py`; here R query rows of a tile (row = token * group + head in group), W channels of a
+piece (see `_triton.py`), X splits.
 """
 
+# ruff: noqa: RUF005 (Triton has no starred tuples)
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from quire.kernels._attend import Tiling
 from torch import Tensor
 
 from quire.kernels import cpu
+from quire.kernels._swapped import accumulate, load_queries, logits, store_output
+from quire.kernels._triton import (
+    LOG2E,
+    check_head_dim,
+    groups_of,
+    instructions,
+    load_codes,
+    load_scales,
+    pieces,
+    softcap_base2,
+)
 from quire.kernels.formats import Codes
 from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 
@@ -108,7 +124,7 @@ def _launch_attend(
     head_dim = check_head_dim(cache)
     group = q_TQD.shape[1] // layout.kv_heads
     row_tiles = triton.cdiv(batch.max_query_tokens * group, tiling.rows)
-    on_gpu = q_TQD.device.type == "cuda"
+    asm, fp8_native = instructions(q_TQD.device)
     decode_kernel[(batch.sequences * layout.kv_heads, tiling.splits, row_tiles)](
         q_TQD,
         cache.pool_NB,
@@ -117,7 +133,7 @@ def _launch_attend(
         batch.kv_tokens_S,
         out,
         lse,
-        spec.scale * _LOG2E,
+        spec.scale * LOG2E,
         spec.window or 0,
         spec.softcap or 0.0,
         layout.page_bytes,
@@ -141,8 +157,8 @@ def _launch_attend(
         R=tiling.rows,
         D=head_dim,
         P=layout.page_tokens,
-        ASM=on_gpu,
-        FP8_NATIVE=not on_gpu or torch.cuda.get_device_capability(q_TQD.device) >= (8, 9),
+        ASM=asm,
+        FP8_NATIVE=fp8_native,
         STAGES=tiling.stages,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
@@ -218,7 +234,7 @@ def decode_kernel(
     first_page += split * pages_per_split
     end_page = tl.minimum(end_page, first_page + pages_per_split)
 
-    q, q_sum = _load_queries(
+    q, q_sum = load_queries(
         q_ptr + (first_token + token_R) * q_stride_t + q_head_R * q_stride_h, used_R, KC, KG, R, D
     )
     acc = ()
@@ -243,7 +259,7 @@ def decode_kernel(
         k_codes = load_codes(cell_ptr, written_P, KC, KG, D, P, False)
         v_codes = load_codes(cell_ptr + V_CODES, written_P, VC, VG, D, P, True)
 
-        logit_PR = _logits(k_codes, q, q_sum, k_words, scale_log2e, KC, KG, P, R, ASM, FP8_NATIVE)
+        logit_PR = logits(k_codes, q, q_sum, k_words, scale_log2e, KC, KG, P, R, ASM, FP8_NATIVE)
         if SOFTCAP:
             logit_PR = softcap_base2(logit_PR, softcap)
         seen_PR = at_P[:, None] <= seen_to_R[None, :]
@@ -257,153 +273,15 @@ def decode_kernel(
         sum_R = sum_R * decay_R + tl.sum(prob_PR, 0)
         top_R = new_top_R
 
-        acc = _accumulate(acc, v_codes, prob_PR, decay_R, v_words, written_P, VC, VG, ASM, FP8_NATIVE)
+        acc = accumulate(acc, v_codes, prob_PR, decay_R, v_words, written_P, VC, VG, ASM, FP8_NATIVE)
         k_words = load_scales(next_ptr + K_SCALES, token_P, KC, KG, P)
         v_words = load_scales(next_ptr + V_SCALES, token_P, VC, VG, P)
         cell_ptr = next_ptr
 
     place_R = ((first_token + token_R) * (H * G) + q_head_R) * splits + split
-    _store_output(out_ptr + place_R * D, acc, 1.0 / tl.maximum(sum_R, 1e-30), used_R, VC, VG, D)
+    store_output(out_ptr + place_R * D, acc, 1.0 / tl.maximum(sum_R, 1e-30), used_R, VC, VG, D)
     lse_R = tl.where(sum_R > 0, top_R + tl.log2(tl.maximum(sum_R, 1e-30)), float("-inf"))
     tl.store(lse_ptr + place_R, lse_R, mask=used_R)
-
-
-@triton.jit
-def _load_queries(row_ptr_R, used_R, KC: tl.constexpr, KG: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
-    """Q in pieces as the dots with K's take them, each [W, R], and their fp32 sums [R].
-
-    Not scaled: bf16 to fp16 is exact in fp16's normal range, so the softmax scale rides on K's.
-    High nibbles arrive as 16 h: their Q is divided by 16.
-    """
-    channel_W = tl.arange(0, D // pieces(KC, KG))
-    pieces = ()
-    sums = ()
-    for i in tl.static_range(pieces(KC, KG)):
-        ptr_WR = row_ptr_R[None, :] + (channel_W + first_channel(i, KC, KG, D))[:, None]
-        x_WR = tl.load(ptr_WR, mask=used_R[None, :], other=0.0)
-        if KC == "bf16":
-            x_WR = x_WR.to(tl.bfloat16)
-        else:
-            x_WR = (tl.clamp(x_WR.to(tl.float32), -65504.0, 65504.0) / factor_of(i, KC)).to(tl.float16)
-        pieces = pieces + (x_WR,)
-        sums = sums + (tl.sum(x_WR.to(tl.float32), 0),)
-    return pieces, sums
-
-
-@triton.jit
-def _logits(
-    codes,
-    q,
-    q_sum,
-    words,
-    scale_log2e,
-    KC: tl.constexpr,
-    KG: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
-    ASM: tl.constexpr,
-    FP8_NATIVE: tl.constexpr,
-):
-    """Scaled logits in base 2, fp32 [P, R]. Zero points and the magic 1024 leave through the sums of Q."""
-    if KC == "int4" and KG <= 1:
-        low, high = unpack_int4(codes[0], ASM)
-        dot_PR = tl.dot(high, q[1], tl.dot(low, q[0]))
-        if KG == 1:
-            zero_P = zero_of(words[0])
-            offset_PR = ((q_sum[0] + q_sum[1]) * MAGIC)[None, :] + zero_P[:, None] * (
-                q_sum[0] + 16.0 * q_sum[1]
-            )[None, :]
-            logit_PR = (dot_PR - offset_PR) * (scale_of(words[0], KC) * scale_log2e)[:, None]
-        else:
-            logit_PR = (
-                dot_PR - (q_sum[0] * (MAGIC + 8.0) + q_sum[1] * (MAGIC + 128.0))[None, :]
-            ) * scale_log2e
-    elif KC == "int4":
-        logit_PR = tl.zeros([P, R], tl.float32)
-        for g in tl.static_range(KG // 2):
-            low, high = unpack_int4(codes[g], ASM)
-            low_word, high_word = words[g], words[KG // 2 + g]
-            low_PR = tl.dot(low, q[2 * g]) - q_sum[2 * g][None, :] * (zero_of(low_word) + MAGIC)[:, None]
-            high_PR = (
-                tl.dot(high, q[2 * g + 1])
-                - q_sum[2 * g + 1][None, :] * (zero_of(high_word) * 16.0 + MAGIC)[:, None]
-            )
-            logit_PR += low_PR * (scale_of(low_word, KC) * scale_log2e)[:, None]
-            logit_PR += high_PR * (scale_of(high_word, KC) * scale_log2e)[:, None]
-    elif KG == 0:
-        logit_PR = _dot_bytes(codes[0], q[0], q_sum[0], KC, ASM, FP8_NATIVE) * scale_log2e
-    else:
-        logit_PR = tl.zeros([P, R], tl.float32)
-        for g in tl.static_range(KG):
-            dot_PR = _dot_bytes(codes[g], q[g], q_sum[g], KC, ASM, FP8_NATIVE)
-            logit_PR += dot_PR * (scale_of(words[g], KC) * scale_log2e)[:, None]
-    return logit_PR
-
-
-@triton.jit
-def _dot_bytes(codes_PW, q_WR, q_sum_R, KC: tl.constexpr, ASM: tl.constexpr, FP8_NATIVE: tl.constexpr):
-    """codes . q of a part of one number per byte (or 16 bits), fp32 [P, R]."""
-    if KC == "int8":
-        dot_PR = tl.dot(unpack_int8(codes_PW, ASM), q_WR) - (q_sum_R * INT8_ZERO)[None, :]
-    elif KC == "fp8":
-        dot_PR = tl.dot(unpack_fp8(codes_PW, ASM, FP8_NATIVE), q_WR)
-    else:
-        dot_PR = tl.dot(codes_PW, q_WR)
-    return dot_PR
-
-
-@triton.jit
-def _accumulate(
-    acc,
-    codes,
-    prob_PR,
-    decay_R,
-    words,
-    written_P,
-    VC: tl.constexpr,
-    VG: tl.constexpr,
-    ASM: tl.constexpr,
-    FP8_NATIVE: tl.constexpr,
-):
-    """acc * decay + V' P' for every part, each [W, R]; high nibbles stay times 16.
-
-    V's scales multiply the probabilities. Zero points and the magic 1024 leave page by page: left in the
-    accumulator they would grow with the context and eat its precision.
-    """
-    new = ()
-    for i in tl.static_range(pieces(VC, VG)):
-        if VG > 0:
-            word_P = words[group_of(i, VC, VG)]
-            scaled_PR = prob_PR * tl.where(written_P, scale_of(word_P, VC), 0.0)[:, None]
-        else:
-            scaled_PR = prob_PR
-        if VC == "bf16":
-            dot_WR = tl.dot(tl.trans(codes[0]), scaled_PR.to(tl.bfloat16))
-        elif VC == "fp8":
-            dot_WR = tl.dot(unpack_fp8(codes[i], ASM, FP8_NATIVE), scaled_PR.to(tl.float16))
-        elif VC == "int8":
-            scaled_PR = scaled_PR.to(tl.float16)
-            dot_WR = tl.dot(unpack_int8(codes[i], ASM), scaled_PR)
-            dot_WR -= (tl.sum(scaled_PR.to(tl.float32), 0) * INT8_ZERO)[None, :]
-        else:
-            scaled_PR = scaled_PR.to(tl.float16)
-            nibbles = unpack_int4(codes[i // 2], ASM)
-            if VG > 0:
-                offset_P = tl.where(written_P, zero_of(word_P), 0.0) * factor_of(i, VC) + MAGIC
-                offset_R = tl.sum(scaled_PR.to(tl.float32) * offset_P[:, None], 0)
-            else:
-                offset_R = tl.sum(scaled_PR.to(tl.float32), 0) * (MAGIC + 8.0 * factor_of(i, VC))
-            dot_WR = tl.dot(nibbles[i % 2], scaled_PR) - offset_R[None, :]
-        new = new + (acc[i] * decay_R[None, :] + dot_WR,)
-    return new
-
-
-@triton.jit
-def _store_output(out_ptr_R, acc, factor_R, used_R, VC: tl.constexpr, VG: tl.constexpr, D: tl.constexpr):
-    channel_W = tl.arange(0, D // pieces(VC, VG))
-    for i in tl.static_range(pieces(VC, VG)):
-        ptr_WR = out_ptr_R[None, :] + (channel_W + first_channel(i, VC, VG, D))[:, None]
-        tl.store(ptr_WR, acc[i] * (factor_R / factor_of(i, VC))[None, :], mask=used_R[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -16,6 +16,7 @@ from quire.replicas.errors import QueueFull, QuireError, ReplicaDied, Status
 from quire.replicas.executor import Executor, ShardLauncher
 from quire.replicas.load import load_engine
 from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Request, RequestId
+from quire.replicas.shard_process import use_threads
 
 _IDLE_WAKE_S = 0.2
 """How often an idle engine looks at the deadlines of its queue and at its shards."""
@@ -35,7 +36,7 @@ class AsyncEngine:
         self._executor: Executor
         self._engine: Engine
         self._executor, self._engine = load_engine(config, launcher, progress)
-        self._max_queued = config.scheduler.max_queued
+        self._config = config
         self._inbox: deque[Request | RequestId] = deque()
         self._arrived = threading.Condition()
         self._closing = False
@@ -58,10 +59,10 @@ class AsyncEngine:
             if self._death or self._closing:
                 raise self._death or ReplicaDied("the replica is shutting down; try again")
             waiting = self._engine.queued + len(self._inbox)
-            if waiting >= self._max_queued:
+            if waiting >= self._config.scheduler.max_queued:
                 raise QueueFull(
                     f"{waiting} requests are waiting already, the bound is scheduler.max_queued="
-                    f"{self._max_queued}; try again later or add replicas"
+                    f"{self._config.scheduler.max_queued}; try again later or add replicas"
                 )
             self._inbox.append(request)
             self._arrived.notify()
@@ -91,6 +92,7 @@ class AsyncEngine:
         self._executor.close()
 
     def _run(self, deliver: Callable[[tuple[Event, ...]], None]) -> None:
+        use_threads(self._config)
         while not self._closing:
             self._wait_for_work()
             try:

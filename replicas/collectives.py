@@ -6,6 +6,7 @@ replicas fit in one process and a dead one leaves nothing behind.
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 
 import numpy as np
@@ -91,7 +92,9 @@ class TensorParallelGroup:
 
     def check_in(self) -> None:
         """Returns when every rank has called it: a send alone does not show that its receiver lives."""
-        self._wait(self._gloo.allgather([list(torch.empty(self.size, 1).unbind())], [torch.zeros(1)]), "check in")
+        self._wait(
+            self._gloo.allgather([list(torch.empty(self.size, 1).unbind())], [torch.zeros(1)]), "check in"
+        )
 
     def _broadcast(self, data: Tensor) -> None:
         options = dist.BroadcastOptions()
@@ -105,7 +108,9 @@ class TensorParallelGroup:
             raise self._died(what, error) from error
 
     def _died(self, what: str, error: RuntimeError) -> ReplicaDied:
-        reason = str(error).splitlines()[0]
+        reason = re.sub(
+            r"\[/\S+\] |\. This is typically.*", "", str(error).splitlines()[0]
+        )  # gloo's source lines
         return ReplicaDied(
             f"rank {self.rank} of {self.size} shards lost another one ({what}, limit {self._timeout_s:g} s): {reason}"
         )

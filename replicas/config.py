@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal
 
 from quire.kernels.layout import PAGE_TOKENS
@@ -83,5 +82,3 @@ class EngineConfig:
             raise ConfigError(f"tp is the number of shards, at least 1, got {self.tp}")
         if self.shard_timeout_s <= 0:
             raise ConfigError(f"shard_timeout_s must be positive, got {self.shard_timeout_s}")
-        if isinstance(self.kv, dict):
-            object.__setattr__(self, "kv", MappingProxyType(self.kv))

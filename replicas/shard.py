@@ -5,6 +5,7 @@ Knows nothing of requests or schedules: a step's tokens come in, logits go out.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from dataclasses import replace
@@ -54,12 +55,12 @@ class Shard:
         """Load the weights and allocate the pages. Raises UnknownModel, ModelNotServable, ConfigError."""
         if (group is None) != (config.tp == 1):
             raise ValueError(f"tp={config.tp} needs {'no' if config.tp == 1 else 'a'} group")
-        self.device = _device(config, rank)
+        self.device = shard_device(config, rank)
         folder = find_model(config.model)
         model_config = load_config(folder)
         max_tokens = _max_model_tokens(config, model_config)
         check_servable(model_config, max_tokens)
-        dtype = _dtype(config, model_config, self.device)
+        self.dtype = _dtype(config, model_config, self.device)
         with Checkpoint.open(folder) as checkpoint:
             loaded = load_model(
                 checkpoint,
@@ -67,7 +68,7 @@ class Shard:
                 rank=rank,
                 tp=config.tp,
                 group=group,
-                dtype=dtype,
+                dtype=self.dtype,
                 device=self.device,
                 progress=progress,
             )
@@ -98,8 +99,14 @@ class Shard:
         )
         _LOG.info(
             "rank %d: %s in %s on %s, %d pages of %d bytes",
-            rank, self.info.architecture, dtype, self.device, self.num_pages, self.layout.page_bytes,
+            rank, self.info.architecture, self.dtype, self.device, self.num_pages, self.layout.page_bytes,
         )  # fmt: skip
+
+    @property
+    def transforms_fingerprint(self) -> bytes:
+        """Of all layers' static transforms; part of every block key."""
+        parts = [t.fingerprint for cache in self._caches for t in (cache.k_transform, cache.v_transform)]
+        return hashlib.blake2b(b"".join(parts), digest_size=32).digest()
 
     @property
     def pool(self) -> Tensor:
@@ -135,7 +142,8 @@ class Shard:
         return torch.from_numpy(numbers.astype(np.int64)).to(self.device)
 
 
-def _device(config: EngineConfig, rank: int) -> torch.device:
+def shard_device(config: EngineConfig, rank: int) -> torch.device:
+    """Where a rank computes. Raises ConfigError for a GPU that is not there."""
     available = torch.cuda.is_available()
     if config.device == "cpu" or (config.device == "auto" and not available):
         return torch.device("cpu")

@@ -45,7 +45,9 @@ class Call:
 class ReplicaLink:
     """A connected replica. Made by `connect`; of no more use once `alive` is False."""
 
-    def __init__(self, channel: grpc.aio.Channel, stream: Any, outbox: Outbox, hello: engine_pb2.Hello) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, stream: Any, outbox: Outbox, hello: engine_pb2.Hello
+    ) -> None:
         self.replica_id: str = hello.replica_id
         self.model: inference_pb2.Model = hello.model
         self.alive = True
@@ -93,7 +95,8 @@ class ReplicaLink:
             raise ReplicaDied(f"replica {self.replica_id} is gone")
         self._numbers += 1
         query = self._numbers
-        answer = self._queries[query] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[inference_pb2.ReplicaStats] = asyncio.get_running_loop().create_future()
+        self._queries[query] = answer
         self.send(engine_pb2.GatewayMessage(stats=engine_pb2.StatsQuery(query=query)))
         try:
             return await answer

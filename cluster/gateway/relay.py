@@ -9,18 +9,11 @@ from dataclasses import dataclass, field
 
 from quire.cluster.gateway.fleet import Fleet
 from quire.cluster.gateway.links import Call, ReplicaLink
+from quire.cluster.status import error_of
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
-from quire.replicas.errors import QuireError, ReplicaDied, Status
+from quire.replicas.errors import ReplicaDied, Status
 
 Send = Callable[[inference_pb2.Delta], Awaitable[None]]
-
-
-class RequestFailed(QuireError):
-    """The replica's own words on why a request failed."""
-
-    def __init__(self, status: Status, message: str) -> None:
-        super().__init__(message)
-        self.status = status  # type: ignore[misc]  # of the replica's choosing, not the class's
 
 
 @dataclass(slots=True)
@@ -51,7 +44,7 @@ class Relay:
             self._call.cancel()
 
     async def run(self, send: Send) -> None:
-        """Raises RequestFailed, ReplicaDied."""
+        """Raises the QuireError that the replica failed the request with."""
         try:
             await self._attempt(send, skip=False)
         except ReplicaDied:
@@ -95,7 +88,7 @@ class Relay:
         if failure.status == Status.UNAVAILABLE:
             await self._fleet.report_lost(link)
             raise ReplicaDied(failure.message)
-        raise RequestFailed(Status(failure.status), failure.message)
+        raise error_of(failure.status, failure.message)
 
 
 class _Resumed:
@@ -111,7 +104,9 @@ class _Resumed:
         had = self._tokens.get(delta.index, [])
         known = min(len(had), len(delta.token_ids))
         if list(delta.token_ids[:known]) != had[:known]:
-            raise ReplicaDied("the replica died, and another one's answer differs from what was sent; try again")
+            raise ReplicaDied(
+                "the replica died, and another one's answer differs from what was sent; try again"
+            )
         del had[:known]
         characters = min(self._characters.get(delta.index, 0), len(delta.text))
         self._characters[delta.index] = self._characters.get(delta.index, 0) - characters

@@ -104,7 +104,9 @@ class PagedStep:
         cache = self.caches[layer]
         write_kv(cache, k_THD, v_THD, self.slots_T)
         outs = [
-            (decode_attention if part.decode else prefill_attention)(cache, q_TQD[part.rows], part.batch, spec)
+            (decode_attention if part.decode else prefill_attention)(
+                cache, q_TQD[part.rows], part.batch, spec
+            )
             for part in self.parts
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -163,9 +165,7 @@ class Probe:
         self.layers: dict[int, LayerHeads] = {}
 
     def attend(self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec) -> Tensor:
-        self.layers[layer] = LayerHeads(
-            q_TQD.shape[1], k_THD.shape[1], k_THD.shape[2], v_THD.shape[2], spec
-        )
+        self.layers[layer] = LayerHeads(q_TQD.shape[1], k_THD.shape[1], k_THD.shape[2], v_THD.shape[2], spec)
         return q_TQD.new_zeros(*q_TQD.shape[:2], v_THD.shape[2])
 
 

@@ -166,7 +166,9 @@ def _read(checkpoint: Checkpoint, name: str, local: tuple[int, ...], plan: Shard
             one = (local[1] // parts, *local[2:])
             return torch.stack(
                 [
-                    torch.cat([_read_tensor(checkpoint, part, name, one, plan, fused=False) for part in expert])
+                    torch.cat(
+                        [_read_tensor(checkpoint, part, name, one, plan, fused=False) for part in expert]
+                    )
                     for expert in experts
                 ]
             )
@@ -177,7 +179,13 @@ def _read(checkpoint: Checkpoint, name: str, local: tuple[int, ...], plan: Shard
 
 
 def _read_tensor(
-    checkpoint: Checkpoint, tensor: str, parameter: str, local: tuple[int, ...], plan: ShardPlan, *, fused: bool = True
+    checkpoint: Checkpoint,
+    tensor: str,
+    parameter: str,
+    local: tuple[int, ...],
+    plan: ShardPlan,
+    *,
+    fused: bool = True,
 ) -> Tensor:
     whole = checkpoint.shape(tensor)
     if not local:

@@ -75,7 +75,11 @@ def fused_sizes(module: str, config: PreTrainedConfig) -> tuple[int, ...] | None
     leaf = module.rpartition(".")[2]
     if leaf == "qkv_proj":
         d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return (config.num_attention_heads * d, config.num_key_value_heads * d, config.num_key_value_heads * d)
+        return (
+            config.num_attention_heads * d,
+            config.num_key_value_heads * d,
+            config.num_key_value_heads * d,
+        )
     if leaf == "gate_up_proj":
         moe = getattr(config, "moe_intermediate_size", None) if ".experts." in module else None
         return (moe or config.intermediate_size,) * 2

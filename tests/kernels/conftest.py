@@ -35,7 +35,11 @@ class InterpreterRun(pytest.Item):
     def runtest(self) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(self.path)]
         run = subprocess.run(
-            command, cwd=self.config.rootpath, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+            command,
+            cwd=self.config.rootpath,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
         )
         assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 

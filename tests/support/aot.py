@@ -39,7 +39,9 @@ class Compiled:
         return sum(n for op, n in self.loop.items() if op.startswith(prefixes))
 
 
-def compile_kernel(kernel: Any, arguments: dict[str, Any], *, capability: int, warps: int, stages: int = 2) -> Compiled:
+def compile_kernel(
+    kernel: Any, arguments: dict[str, Any], *, capability: int, warps: int, stages: int = 2
+) -> Compiled:
     """`arguments`: a type such as "*u8:16" or "i32:16" (:16 divisible by 16) for every runtime argument, a
     value for every constexpr."""
     signature, constants, attributes = {}, {}, {}

@@ -1,0 +1,55 @@
+"""The Serve application: gateways in front of replicas. `quire.cluster.app:build` in a Serve config file."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from quire.cluster.config import ReplicaConfig, ServeConfig, parse
+from quire.cluster.gateway.deployment import Gateway
+from quire.replicas.config import EngineConfig
+from quire.replicas.deployment import Replica
+
+_SLACK = 64
+"""Requests a replica may take beyond its engine's bounds, so that the engine and not Serve says no."""
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application for a configuration tree (`ServeConfig` as plain dicts). Raises ConfigError."""
+    return application(parse(args))
+
+
+def application(config: ServeConfig) -> Application:
+    secret = config.secret or secrets.token_hex(32)
+    replica = serve.deployment(**_replica_options(config.engine, config.replicas))(Replica).bind(
+        config.engine, secret, config.replicas.cpus_per_shard, config.replicas.gpus_per_shard
+    )
+    gateway = serve.deployment(
+        name="Gateway",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": config.gateway.cpus},
+        max_ongoing_requests=config.gateway.max_open_requests,
+        graceful_shutdown_timeout_s=config.replicas.graceful_shutdown_s,
+    )(Gateway)
+    return gateway.bind(replica, config.gateway, config.engine.model, secret)
+
+
+def _replica_options(engine: EngineConfig, replicas: ReplicaConfig) -> dict[str, Any]:
+    shard = {"CPU": replicas.cpus_per_shard}
+    if replicas.gpus_per_shard:
+        shard["GPU"] = replicas.gpus_per_shard
+    return {
+        "name": "Replica",
+        "num_replicas": replicas.count,
+        "max_ongoing_requests": engine.scheduler.max_running + engine.scheduler.max_queued + _SLACK,
+        "ray_actor_options": {"num_cpus": replicas.cpus_per_shard, "num_gpus": replicas.gpus_per_shard},
+        "placement_group_bundles": [shard] * engine.tp,
+        "placement_group_strategy": replicas.placement,
+        "health_check_period_s": replicas.health_check_period_s,
+        "health_check_timeout_s": replicas.health_check_timeout_s,
+        "graceful_shutdown_timeout_s": replicas.graceful_shutdown_s,
+        "graceful_shutdown_wait_loop_s": 0.2,
+    }

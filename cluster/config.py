@@ -1,0 +1,141 @@
+"""The configuration of a served application: one frozen tree with the engine's as its largest branch.
+
+Parsed from what a YAML file or the CLI gives; an unknown key or a value of the wrong type is refused by its
+full name. deploy/serve.yaml lists every key, and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+from quire.replicas.config import EngineConfig
+from quire.replicas.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """Where clients connect, and how much one gateway takes on."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on. The gateway asks nobody for a key: leave it on the loopback address, or put
+    something that does in front."""
+    port: int = 8100
+    """0: any free port (`quire serve` prints it)."""
+    max_open_requests: int = 1024
+    """Requests open at once; one more is refused with RESOURCE_EXHAUSTED."""
+    max_message_bytes: int = 16 << 20
+    """The largest message a client may send."""
+    replica_wait_s: float = 60.0
+    """How long a request may wait while no replica is ready; then it fails with UNAVAILABLE."""
+    cpus: float = 1.0
+    """CPU cores that Ray reserves for the gateway."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"gateway.port lies in 0..65535, got {self.port}")
+        for name in ("max_open_requests", "max_message_bytes", "replica_wait_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"gateway.{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaConfig:
+    """How many engines there are, what Ray reserves for each, and how Serve watches them."""
+
+    count: int = 1
+    """Replicas: whole engines, each with engine.tp shards."""
+    cpus_per_shard: float = 1.0
+    """CPU cores that Ray reserves for each shard."""
+    gpus_per_shard: float = 0.0
+    """GPUs that Ray reserves for each shard: 1 to serve on GPUs; with 0 a shard sees none."""
+    placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+    """Where the shards of one replica go: Ray's placement group strategy."""
+    health_check_period_s: float = 1.0
+    """A replica is replaced after three failed checks in a row."""
+    health_check_timeout_s: float = 5.0
+    graceful_shutdown_s: float = 20.0
+    """How long a replica that is taken down may finish its requests."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"replicas.count must be at least 1, got {self.count}")
+        for name in ("health_check_period_s", "health_check_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"replicas.{name} must be positive, got {getattr(self, name)}")
+        for name in ("cpus_per_shard", "gpus_per_shard", "graceful_shutdown_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"replicas.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """A served application."""
+
+    engine: EngineConfig
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    replicas: ReplicaConfig = field(default_factory=ReplicaConfig)
+    secret: str | None = None
+    """What gateways show to replicas. None: made anew at every deployment, which then replaces them all."""
+
+
+def parse(tree: Mapping[str, Any]) -> ServeConfig:
+    """Raises ConfigError, which names the key and the keys there are."""
+    return _build(ServeConfig, tree, "")
+
+
+def _build(kind: type[T], tree: object, path: str) -> T:
+    """A dataclass from a mapping; `path` is its place in the tree, with a dot at the end."""
+    where = path.rstrip(".") or "the configuration"
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{where} must be a mapping of keys to values, got {tree!r}")
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    for key in tree:
+        if key not in known:
+            raise ConfigError(f"unknown key {path}{key}; {where} has the keys {', '.join(known)}")
+    hints = typing.get_type_hints(kind)
+    values = {key: _value(hints[key], value, path + key) for key, value in tree.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where} lacks a key without a default: {error}") from error
+
+
+def _value(hint: Any, value: object, path: str) -> object:
+    if is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path + ".")
+    if not _fits(hint, value):
+        raise ConfigError(f"{path} must be {_words(hint)}, got {value!r}")
+    return value
+
+
+def _fits(hint: Any, value: object) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(option, value) for option in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _words(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        types.NoneType: "null",
+    }
+    return " or ".join(names.get(option, "a mapping") for option in options)

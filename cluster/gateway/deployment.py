@@ -1,0 +1,52 @@
+"""The gateway as a Ray Serve deployment. Serve starts and replaces it; clients come to its own port."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from quire.cluster.config import GatewayConfig
+from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
+from quire.cluster.gateway.grpc_service import InferenceService
+from quire.cluster.gateway.prompts import Prompts
+from quire.cluster.gateway.server import listen
+from quire.replicas.model.checkpoint import find_model
+
+_STOP_GRACE_S = 1.0
+
+
+class ServeChooser:
+    """Ray Serve's request router names the replica, and counts the request there while it is held."""
+
+    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
+        self._replicas = replicas
+
+    @asynccontextmanager
+    async def choose(self) -> AsyncIterator[ReplicaAddress]:
+        async with self._replicas.choose_replica() as chosen:
+            yield ReplicaAddress(chosen.replica_id, chosen.replica_metadata["address"])
+
+
+class Gateway:
+    """Options (name, resources) are set by `cluster/app.py`."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, replicas: DeploymentHandle[Any], config: GatewayConfig, model: str, secret: str
+    ) -> None:
+        """Listens when done. Raises ConfigError if the port is taken or the model has no tokenizer."""
+        self._fleet = Fleet(ServeChooser(replicas), secret=secret, wait_s=config.replica_wait_s)
+        service = InferenceService(
+            self._fleet, Prompts(find_model(model)), max_open_requests=config.max_open_requests
+        )
+        self._server, self._port = await listen(service, config)
+
+    async def port(self) -> int:
+        """The port it listens on."""
+        return self._port
+
+    async def __del__(self) -> None:
+        await self._server.stop(_STOP_GRACE_S)
+        await self._fleet.close()

@@ -1,0 +1,188 @@
+"""The `quire.v1.Inference` service: checks a request, makes a prompt of it, relays the answer.
+
+Knows neither Ray nor the engine; replicas are reached through the fleet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from quire.cluster.gateway.fleet import Fleet
+from quire.cluster.gateway.prompts import Prompts
+from quire.cluster.gateway.relay import Relay
+from quire.cluster.status import code_of
+from quire.protos.quire.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
+from quire.replicas.errors import InvalidRequest, QueueFull, QuireError, UnknownModel
+from quire.replicas.wire import sampling_from_proto
+
+_log = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+MAX_PRIORITY = 100
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """One for each gateway; all methods run on its event loop."""
+
+    def __init__(self, fleet: Fleet, prompts: Prompts, *, max_open_requests: int) -> None:
+        self._fleet = fleet
+        self._prompts = prompts
+        self._max_open_requests = max_open_requests
+        self._open = 0
+        self._retries = 0
+        self._relays: dict[str, Relay] = {}
+
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+        async with _answering(context), self._admitted():
+            model = await self._model(request.model)
+            match request.WhichOneof("prompt"):
+                case "text":
+                    token_ids: Sequence[int] = await self._prompts.encode(request.text)
+                case "token_ids":
+                    token_ids = request.token_ids.ids
+                case _:
+                    raise InvalidRequest("the request has no prompt; set text or token_ids")
+            await self._relay(request, token_ids, model, context)
+
+    async def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> None:
+        async with _answering(context), self._admitted():
+            model = await self._model(request.model)
+            token_ids = await self._prompts.encode_chat(request.messages)
+            await self._relay(request, token_ids, model, context)
+
+    async def Cancel(
+        self, request: inference_pb2.CancelRequest, context: Context
+    ) -> inference_pb2.CancelResponse:
+        relay = self._relays.get(request.request_id)
+        if relay is not None:
+            relay.cancel()
+        return inference_pb2.CancelResponse(found=relay is not None)
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        async with _answering(context):
+            await self._model(request.model)
+            if request.messages:
+                token_ids = await self._prompts.encode_chat(request.messages)
+            else:
+                token_ids = await self._prompts.encode(request.text)
+            return inference_pb2.TokenizeResponse(token_ids=token_ids)
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        async with _answering(context):
+            _check_token_ids(request.token_ids, await self._model(request.model))
+            return inference_pb2.DetokenizeResponse(text=self._prompts.decode(request.token_ids))
+
+    async def GetModel(self, request: inference_pb2.GetModelRequest, context: Context) -> inference_pb2.Model:
+        async with _answering(context):
+            return await self._model(request.model)
+
+    async def GetStats(self, request: inference_pb2.GetStatsRequest, context: Context) -> inference_pb2.Stats:
+        async with _answering(context):
+            return inference_pb2.Stats(
+                model=await self._fleet.model(),
+                replicas=await self._fleet.stats(),
+                gateway_open_requests=self._open,
+                gateway_retries=self._retries,
+            )
+
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        if self._open >= self._max_open_requests:
+            raise QueueFull(
+                f"{self._open} requests are open on this gateway, its limit; "
+                "come back later, or raise gateway.max_open_requests"
+            )
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+
+    async def _model(self, name: str) -> inference_pb2.Model:
+        model = await self._fleet.model()
+        if name not in ("", model.name):
+            raise UnknownModel(
+                f"no model {name!r} is served here; {model.name!r} is. Leave the name empty for it"
+            )
+        return model
+
+    async def _relay(
+        self,
+        request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
+        token_ids: Sequence[int],
+        model: inference_pb2.Model,
+        context: Context,
+    ) -> None:
+        _check_prompt(token_ids, model)
+        _check_request(request, model)
+        if request.request_id in self._relays:
+            raise InvalidRequest(
+                f"request_id {request.request_id!r} is in use; ids of open requests are unique"
+            )
+        submit = engine_pb2.Submit(
+            token_ids=token_ids, sampling=request.sampling, priority=request.priority, tenant=request.tenant
+        )
+        remaining_s = context.time_remaining()
+        relay = Relay(self._fleet, submit, None if remaining_s is None else time.monotonic() + remaining_s)
+        if request.request_id:
+            self._relays[request.request_id] = relay
+        try:
+            await relay.run(context.write)
+        finally:
+            self._retries += relay.retries
+            if request.request_id:
+                del self._relays[request.request_id]
+
+
+@asynccontextmanager
+async def _answering(context: Context) -> AsyncIterator[None]:
+    """Turns what is raised inside into the call's status; a bug shows its traceback in the log only."""
+    try:
+        yield
+    except QuireError as error:
+        await context.abort(code_of(error), str(error))
+    except asyncio.CancelledError:
+        raise  # the client has gone
+    except Exception:
+        _log.exception("unexpected error while answering a request")
+        await context.abort(grpc.StatusCode.INTERNAL, "an error inside the gateway; its log says more")
+
+
+def _check_prompt(token_ids: Sequence[int], model: inference_pb2.Model) -> None:
+    if not token_ids:
+        raise InvalidRequest("the prompt is empty; send at least one token")
+    if len(token_ids) >= model.max_model_tokens:
+        raise InvalidRequest(
+            f"the prompt has {len(token_ids)} tokens; prompt and output together may have "
+            f"{model.max_model_tokens}. Shorten the prompt"
+        )
+    _check_token_ids(token_ids, model)
+
+
+def _check_token_ids(token_ids: Sequence[int], model: inference_pb2.Model) -> None:
+    if token_ids and max(token_ids) >= model.vocab_size:
+        raise InvalidRequest(
+            f"token id {max(token_ids)} is outside the vocabulary; ids lie in 0..{model.vocab_size - 1}"
+        )
+
+
+def _check_request(
+    request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, model: inference_pb2.Model
+) -> None:
+    sampling = sampling_from_proto(request.sampling)
+    if any(token >= model.vocab_size for token in sampling.stop_token_ids):
+        raise InvalidRequest(
+            f"stop_token_ids {sampling.stop_token_ids} leave the vocabulary, 0..{model.vocab_size - 1}"
+        )
+    if abs(request.priority) > MAX_PRIORITY:
+        raise InvalidRequest(f"priority lies in -{MAX_PRIORITY}..{MAX_PRIORITY}, got {request.priority}")

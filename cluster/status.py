@@ -1,0 +1,56 @@
+"""Errors across gRPC: which status an error becomes, and which error a status becomes again."""
+
+from __future__ import annotations
+
+import grpc
+
+from quire.replicas.errors import (
+    ConfigError,
+    DeadlinePassed,
+    InvalidRequest,
+    QueueFull,
+    QuireError,
+    ReplicaDied,
+    Status,
+    UnknownModel,
+)
+
+
+class Cancelled(QuireError):
+    """The call was ended on purpose."""
+
+    status = Status.CANCELLED
+
+
+_ERRORS: dict[Status, type[QuireError]] = {
+    error.status: error
+    for error in (
+        InvalidRequest,
+        UnknownModel,
+        QueueFull,
+        DeadlinePassed,
+        ReplicaDied,
+        ConfigError,
+        Cancelled,
+    )
+}
+
+
+def error_of(status: str, message: str) -> QuireError:
+    """The error with this status; QuireError itself (INTERNAL) for one that we never send."""
+    if status not in Status.__members__:
+        return QuireError(f"{status}: {message}")
+    return _ERRORS.get(Status(status), QuireError)(message)
+
+
+def code_of(error: QuireError) -> grpc.StatusCode:
+    return grpc.StatusCode[error.status.name]
+
+
+def error_of_rpc(error: grpc.RpcError) -> QuireError:
+    """What the server said, as the error it was there."""
+    code: grpc.StatusCode = error.code()
+    details = error.details() or code.name
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        details = "the deadline passed before the answer was complete; give a longer one, or ask for less"
+    return error_of(code.name, details)

@@ -1,0 +1,132 @@
+"""The replica as a Ray Serve deployment: an engine, its shards in one placement group, its Engine service.
+
+The only file of this room that knows Ray. Serve starts, checks and replaces replicas; no token passes
+through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+
+import ray
+from ray import serve
+from ray.actor import ActorHandle
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.util.placement_group import PlacementGroup, get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from quire.replicas.async_engine import AsyncEngine
+from quire.replicas.config import EngineConfig
+from quire.replicas.service import EngineService, listen
+from quire.replicas.shard_process import ShardSpec, serve_shard
+
+_STOP_WAIT_S = 5.0
+_SERVER_GRACE_S = 1.0
+_PROGRESS_KEY = b"quire/loading"
+
+log = logging.getLogger(__name__)
+
+
+@ray.remote
+class ShardActor:
+    """The process of a shard of rank 1 or up."""
+
+    def serve(self, spec: ShardSpec) -> None:
+        """Returns when rank 0 says stop. Raises ReplicaDied, or what loading raises."""
+        serve_shard(replace(spec, host=ray.util.get_node_ip_address()))
+
+
+class RayShards:
+    """A `ShardLauncher`: shard r is an actor in bundle r of the replica's placement group.
+
+    The actors belong to this process: Ray ends them with it, however it ends.
+    """
+
+    def __init__(self, bundles: PlacementGroup, *, cpus: float, gpus: float) -> None:
+        self._bundles = bundles
+        self._resources = {"num_cpus": cpus, "num_gpus": gpus}
+        self._actors: list[ActorHandle] = []
+        self._served: list[ray.ObjectRef] = []
+        self._lock = threading.Lock()
+        self._failure: str | None = None
+
+    def start(self, spec: ShardSpec) -> None:
+        actor = ShardActor.options(
+            **self._resources,
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=self._bundles, placement_group_bundle_index=spec.rank
+            ),
+        ).remote()
+        served = actor.serve.remote(spec)
+        self._actors.append(actor)
+        self._served.append(served)
+        served.future().add_done_callback(lambda ended: self._ended(spec.rank, ended))
+
+    def failure(self) -> str | None:
+        return self._failure
+
+    def stop(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._served:
+            ray.wait(self._served, num_returns=len(self._served), timeout=_STOP_WAIT_S)
+
+    def _ended(self, rank: int, served: Future[None]) -> None:
+        """Ray's news: the actor's only call has returned, or the actor has died."""
+        error = served.exception()
+        how = "ended" if error is None else str(error).strip().splitlines()[0]
+        with self._lock:  # the first one to die is the reason; the others follow it
+            self._failure = self._failure or f"shard {rank} is gone: {how}"
+
+
+class Replica:
+    """Options (name, placement group, health checks) are set by `cluster/app.py`."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: EngineConfig, secret: str, cpus_per_shard: float, gpus_per_shard: float
+    ) -> None:
+        """Loads the model and listens. Raises UnknownModel, ModelNotServable, ConfigError, ReplicaDied."""
+        bundles = get_current_placement_group()
+        launcher = RayShards(bundles, cpus=cpus_per_shard, gpus=gpus_per_shard) if config.tp > 1 else None
+        name = serve.get_replica_context().replica_id.unique_id
+        self._engine = await asyncio.to_thread(AsyncEngine, config, launcher, _progress_of(name))
+        service = EngineService(self._engine, secret=secret, replica_id=name)
+        self._server, self._address = await listen(service, ray.util.get_node_ip_address())
+        log.info("replica %s answers at %s", name, self._address)
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """For gateways: where this replica's Engine service is."""
+        return {"address": self._address}
+
+    async def check_health(self) -> None:
+        """For Serve, which replaces the replica when this raises. Never waits."""
+        self._engine.check_health()
+
+    async def __del__(self) -> None:
+        """Serve has let requests finish, as long as it may: what is still open fails as UNAVAILABLE."""
+        await asyncio.to_thread(self._engine.close)
+        await self._server.stop(_SERVER_GRACE_S)
+
+
+def _progress_of(replica: str) -> Callable[[int, int], None]:
+    """Tells whoever asks `loading_progress` in this cluster how far the weights are."""
+
+    def publish(done: int, total: int) -> None:
+        _internal_kv_put(_PROGRESS_KEY, f"{replica} {done} {total}".encode(), overwrite=True)
+
+    return publish
+
+
+def loading_progress() -> tuple[int, int] | None:
+    """Tensors (loaded, in all) of the replica that reported last; None before the first report."""
+    said = _internal_kv_get(_PROGRESS_KEY)
+    if said is None:
+        return None
+    _, done, total = said.split()
+    return int(done), int(total)

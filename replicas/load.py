@@ -1,0 +1,65 @@
+"""From a configuration to an engine that can step: model, shards, tokenizer, block keys."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from quire.kvstore.keys import KeySpace
+from quire.replicas.config import EngineConfig
+from quire.replicas.engine import Engine
+from quire.replicas.errors import ModelNotServable
+from quire.replicas.executor import Executor, ShardLauncher
+from quire.replicas.model.checkpoint import find_model
+from quire.replicas.shard import Shard
+
+
+def load_engine(
+    config: EngineConfig,
+    launcher: ShardLauncher | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    host: str = "127.0.0.1",
+) -> tuple[Executor, Engine]:
+    """Load all shards; blocking. `host`: the address at which other shards reach this process.
+
+    Raises: ConfigError, UnknownModel, ModelNotServable, ReplicaDied.
+    """
+    tokenizer = load_tokenizer(config.model)
+    executor = Executor(config, launcher, progress, host=host)
+    engine = Engine(
+        executor=executor,
+        info=executor.shard.info,
+        keys=_key_space(executor.shard),
+        scheduler=config.scheduler,
+        tokenizer=None if tokenizer is None else _fast(tokenizer),
+    )
+    return executor, engine
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model's weights; None if there is none, as with test models."""
+    folder = find_model(model)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+def _fast(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ModelNotServable(
+            f"{type(tokenizer).__name__} has no tokenizer.json form; convert it with convert_slow_tokenizer"
+        )
+    return backend
+
+
+def _key_space(shard: Shard) -> KeySpace:
+    """Arithmetic is part of the model: the same weights in bf16 and fp32 compute different keys and values."""
+    digest = hashlib.blake2b(shard.weights_fingerprint, digest_size=32)
+    digest.update(str(shard.dtype).encode())
+    return KeySpace(shard.layout.fingerprint, digest.digest(), shard.transforms_fingerprint)

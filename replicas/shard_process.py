@@ -1,0 +1,124 @@
+"""What runs where a shard of rank 1 and up lives: load, report, then serve steps until told to stop.
+
+`serve_shard` is a plain function: a process of its own or a thread of an actor can call it.
+
+Rank 0 and the others meet in a key-value store, whose keys are a protocol of four words:
+`arrived/<rank>` the process is up → `connect` all are → `loaded/<rank>` how loading ended → `go`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import IntEnum
+
+import torch
+import torch.distributed as dist
+
+from quire.replicas.collectives import TensorParallelGroup
+from quire.replicas.config import EngineConfig
+from quire.replicas.errors import QuireError, ReplicaDied
+from quire.replicas.plan import StepBatch
+from quire.replicas.shard import Shard, shard_device
+
+START_TIMEOUT_S = 3600.0
+"""How long a shard waits for rank 0 while the model loads; a dead rank 0 closes the store and is seen at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """All that a shard's process needs to know. Picklable."""
+
+    config: EngineConfig
+    rank: int
+    store_host: str
+    store_port: int
+    host: str
+    """The address this shard binds its sockets to: its own node's."""
+
+
+class Kind(IntEnum):
+    """The first byte of a message from rank 0."""
+
+    IDLE = 0  # rank 0 lives and asks whether the others do
+    STEP = 1
+    STOP = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """How loading ended on one rank."""
+
+    pages: int = 0
+    error: str = ""
+    """Name of a QuireError, or empty."""
+    text: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps([self.pages, self.error, self.text])
+
+    @staticmethod
+    def from_json(data: bytes) -> Loaded:
+        return Loaded(*json.loads(data))
+
+    def check(self) -> int:
+        """The pages, or the error as it was raised there."""
+        if self.error:
+            raise next(c for c in QuireError.__subclasses__() if c.__name__ == self.error)(self.text)
+        return self.pages
+
+
+def use_threads(config: EngineConfig) -> None:
+    """Give torch this shard's share of the machine. For whoever owns the process, and for each thread that
+    computes."""
+    torch.set_num_threads(config.threads_per_shard or max(1, (os.cpu_count() or 1) // config.tp))
+
+
+def connect(spec: ShardSpec, store: dist.Store) -> TensorParallelGroup:
+    """This rank's end of the replica's group."""
+    return TensorParallelGroup(
+        store,
+        rank=spec.rank,
+        size=spec.config.tp,
+        host=spec.host,
+        timeout_s=spec.config.shard_timeout_s,
+        device=shard_device(spec.config, spec.rank),
+    )
+
+
+def serve_shard(spec: ShardSpec) -> None:
+    """Be shard `spec.rank` until rank 0 says stop.
+
+    An error while loading is reported to rank 0 and raised. Raises ReplicaDied when rank 0 is not heard of
+    for `shard_timeout_s`.
+    """
+    use_threads(spec.config)
+    patience = timedelta(seconds=START_TIMEOUT_S)
+    try:
+        store = dist.TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=patience)
+        store.set(f"arrived/{spec.rank}", "")
+        store.wait(["connect"])
+        group = connect(spec, store)
+    except RuntimeError as error:
+        raise ReplicaDied(f"shard {spec.rank} lost rank 0 while starting: {error}") from error
+    try:
+        shard = Shard(spec.config, spec.rank, group)
+    except QuireError as error:
+        store.set(f"loaded/{spec.rank}", Loaded(0, type(error).__name__, str(error)).to_json())
+        raise
+    store.set(f"loaded/{spec.rank}", Loaded(shard.num_pages).to_json())
+    try:
+        store.wait(["go"])
+    except RuntimeError as error:
+        raise ReplicaDied(f"shard {spec.rank} lost rank 0 while it loaded: {error}") from error
+    while True:
+        message = memoryview(group.receive())
+        kind = Kind(message[0])
+        if kind is Kind.STOP:
+            return
+        if kind is Kind.IDLE:
+            group.check_in()
+        else:
+            shard.forward(StepBatch.from_bytes(message[1:]))

@@ -1,0 +1,105 @@
+"""The rules of docs/structure.md, held against the code."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RANK = {"protos": 0, "kernels": 0, "kvstore": 1, "replicas": 2, "cluster": 3}
+SOURCES = [p for room in RANK if room != "protos" for p in sorted((ROOT / room).rglob("*.py"))]
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def test_imports_point_down():
+    wrong = []
+    for path in SOURCES:
+        room = path.relative_to(ROOT).parts[0]
+        for name in _imports(path):
+            parts = name.split(".")
+            if parts[0] == "quire" and len(parts) > 1 and parts[1] != room and RANK[parts[1]] >= RANK[room]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+def test_the_lower_rooms_do_not_read_protos():
+    wrong = [
+        p
+        for p in SOURCES
+        if p.parts[len(ROOT.parts)] in ("kernels", "kvstore")
+        for n in _imports(p)
+        if "protos" in n
+    ]
+    assert not wrong
+
+
+def test_ray_is_known_to_cluster_and_to_one_file_of_replicas():
+    users = {
+        str(p.relative_to(ROOT))
+        for p in SOURCES
+        if p.relative_to(ROOT).parts[0] != "cluster"
+        for name in _imports(p)
+        if name.split(".")[0] == "ray"
+    }
+    assert users <= {"replicas/deployment.py"}
+
+
+def test_only_the_command_line_reads_the_environment():
+    readers = {
+        str(p.relative_to(ROOT))
+        for p in SOURCES
+        if re.search(r"\bos\.(environ|getenv|putenv)", p.read_text())
+    }
+    assert readers <= {"cluster/cli.py"}
+
+
+def test_nothing_is_pickled_but_the_spec_a_parent_hands_its_child():
+    users = {
+        str(p.relative_to(ROOT))
+        for p in SOURCES
+        for n in _imports(p)
+        if n.split(".")[0] in ("pickle", "dill")
+    }
+    assert users <= {"replicas/local_processes.py"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_file_says_what_it_owns(path):
+    text = path.read_text()
+    if text.strip():
+        assert ast.get_docstring(ast.parse(text)), f"{path} begins without a docstring"
+
+
+def test_every_room_has_a_link_and_a_line_in_the_structure_page():
+    page = (ROOT / "docs/structure.md").read_text()
+    for room in RANK:
+        assert (ROOT / "src/quire" / room).resolve() == ROOT / room
+        assert f"| `{room}/` |" in page
+
+
+def test_the_files_that_the_structure_page_names_exist():
+    page = (ROOT / "docs/structure.md").read_text()
+    named = set(re.findall(r"`((?:kernels|kvstore|replicas|cluster|protos|tests|docs)/[\w/.]*)`", page))
+    assert named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_constraints_pin_every_direct_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [
+        d for extra in project["optional-dependencies"].values() for d in extra
+    ]
+    names = {re.split(r"[\[<>=;\s]", d)[0].lower() for d in wanted} - {"quire"}
+    lines = (ROOT / "constraints.txt").read_text().lower().replace("_", "-").splitlines()
+    pinned = {line.split("==")[0] for line in lines}
+    assert not names - pinned
