@@ -23,6 +23,7 @@ from quire.kernels._triton import (
     unpack_fp8,
     unpack_int4,
     unpack_int8,
+    without_nan,
     zero_of,
 )
 
@@ -139,7 +140,8 @@ def accumulate(
         if VC == "bf16":
             dot_WR = tl.dot(tl.trans(codes[0]), scaled_PR.to(tl.bfloat16))
         elif VC == "fp8":
-            dot_WR = tl.dot(unpack_fp8(codes[i], ASM, FP8_NATIVE), scaled_PR.to(tl.float16))
+            v_WP = without_nan(unpack_fp8(codes[i], ASM, FP8_NATIVE), FP8_NATIVE)
+            dot_WR = tl.dot(v_WP, scaled_PR.to(tl.float16))
         elif VC == "int8":
             scaled_PR = scaled_PR.to(tl.float16)
             dot_WR = tl.dot(unpack_int8(codes[i], ASM), scaled_PR)

@@ -115,6 +115,17 @@ def unpack_fp8(x, ASM: tl.constexpr, NATIVE: tl.constexpr):
     return y
 
 
+@triton.jit
+def without_nan(x, NATIVE: tl.constexpr):
+    """fp16 from e4m3 with the top value for NaN. An unwritten token of V holds any byte, and 0 * NaN is NaN.
+
+    A minimum returns the operand that is a number, two at a time; a mask along [d][token] would be bytewise.
+    """
+    if NATIVE:
+        x = tl.minimum(x, tl.full(x.shape, 448.0, tl.float16))
+    return x
+
+
 @triton.constexpr_function
 def parts(codes, groups):
     """Loads per page and side; their bytes hold one group each, for int4 two (one a nibble)."""

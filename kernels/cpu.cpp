@@ -17,7 +17,8 @@
 struct Rows {  // [T, heads, D], the last axis dense
   const void* data;
   int64_t token_stride, head_stride;  // in elements
-  int32_t is_bf16, heads;
+  int64_t tokens;
+  int32_t heads, is_bf16;
 
   void read(int64_t t, int h, int n, float* out) const {
     const int64_t at = t * token_stride + h * head_stride;
@@ -81,27 +82,20 @@ struct Product {
     const int64_t step = first ? ahead_step : 0;
     const float* left = a + (int64_t)r0 * a_stride;
     F sum[ROWS][VECTORS];
-#pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++)
         sum[r][v] = alpha ? load<F>(out_at(r0 + r, column, v)) * alpha[r0 + r] : F{};
     for (int k = 0; k < n; k++) {
       __builtin_prefetch(next + k * step);
       __builtin_prefetch(next + k * step + step / 2);
       F right[VECTORS];
-#pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++) right[v] = load<F>(b + (int64_t)k * b_stride + column + v * LANES);
-#pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
         const F x = splat(left[r * a_stride + k]);
-#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) sum[r][v] = fma(x, right[v], sum[r][v]);
       }
     }
-#pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++) store(out_at(r0 + r, column, v), sum[r][v]);
   }
 
@@ -267,19 +261,23 @@ class Attention {
   }
 };
 
-bool pages_exist(const Cache& c, const Batch& batch) {
-  for (int64_t s = 0; s < batch.sequences; s++)
+// Whether all that the batch names exists: query rows, and pages for every key.
+bool fits(const Batch& batch, const Cache& c, const Rows& q) {
+  for (int64_t s = 0; s < batch.sequences; s++) {
+    const int64_t start = batch.query_start[s], end = batch.query_start[s + 1];
+    if (start < 0 || end > q.tokens || end - start > batch.kv_tokens[s]) return false;
+    if (batch.kv_tokens[s] > batch.table_stride * c.page_tokens) return false;
     for (int64_t i = 0; i * c.page_tokens < batch.kv_tokens[s]; i++) {
-      if (i >= batch.table_stride) return false;
       const int64_t page = batch.page_table[s * batch.table_stride + i];
       if (page < 0 || page >= c.pages) return false;
     }
+  }
   return true;
 }
 
 }  // namespace
 
-// ---- what cpu.py calls; false: a slot or page lies outside the pool, nothing was done -------------------
+// ---- what cpu.py calls; false: something named does not exist, nothing was done -------------------------
 
 extern "C" bool quire_write(const Cache* cache, const Rows* k, const Rows* v, const int64_t* slots,
                             int64_t tokens, int threads) {
@@ -304,7 +302,7 @@ extern "C" bool quire_write(const Cache* cache, const Rows* k, const Rows* v, co
 
 extern "C" bool quire_attend(const Cache* cache, const Rows* q, void* out, const Batch* batch,
                              const Spec* spec, int threads) {
-  if (!pages_exist(*cache, *batch)) return false;
+  if (!fits(*batch, *cache, *q)) return false;
   const Attention attention(*cache, *q, *batch, *spec, out);
   const std::vector<Tile> tiles = attention.tiles();
   std::vector<int64_t> start{0};  // of each tile's chunks, counted over all tiles

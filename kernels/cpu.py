@@ -61,14 +61,16 @@ def write_kv(cache: LayerCache, k_THD: Tensor, v_THD: Tensor, slots_T: Tensor) -
     k, v = _Rows.of(k_THD), _Rows.of(v_THD)
     tokens, threads = slots_T.shape[0], torch.get_num_threads()
     if not library.quire_write(byref(native), byref(k), byref(v), slots_T.data_ptr(), tokens, threads):
-        raise IndexError(f"a slot of {slots_T.tolist()} lies outside the pool's {cache.pool_NB.shape[0]} pages")
+        raise IndexError(
+            f"a slot of {slots_T.tolist()} lies outside the pool's {cache.pool_NB.shape[0]} pages"
+        )
 
 
 def attend(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec) -> Tensor:
     """Causal attention of every query row over its sequence's pages: [T, Q, D] of q's type.
 
     Computed in fp32. Rows that belong to no sequence come out as zeros.
-    Raises IndexError if a sequence's page table names a page outside the pool.
+    Raises IndexError if the batch names query rows or pages that do not exist.
     """
     spec.check(cache)
     library = _library()
@@ -77,7 +79,8 @@ def attend(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionS
     query_heads, head_dim = q_TQD.shape[1:]
     if head_dim != cache.layout.head_dim or query_heads % cache.layout.kv_heads:
         raise ValueError(
-            f"queries {tuple(q_TQD.shape)} do not fit {cache.layout.kv_heads} kv heads of {cache.layout.head_dim}"
+            f"queries {tuple(q_TQD.shape)} do not fit pages of {cache.layout.kv_heads} kv heads "
+            f"and head_dim {cache.layout.head_dim}"
         )
     rows_TQD = _dense_rows(q_TQD)
     out_TQD = torch.zeros(q_TQD.shape, dtype=rows_TQD.dtype)
@@ -86,14 +89,22 @@ def attend(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionS
     )
     native = _Cache.of(cache)
     sequences = _Batch(
-        query_start.data_ptr(), kv_tokens.data_ptr(), page_table.data_ptr(), page_table.shape[1], batch.sequences
+        query_start.data_ptr(),
+        kv_tokens.data_ptr(),
+        page_table.data_ptr(),
+        page_table.shape[1],
+        batch.sequences,
     )
     rows, how = _Rows.of(rows_TQD), _Spec(spec.scale, spec.softcap or 0.0, spec.window or 0)
     threads = torch.get_num_threads()
     if not library.quire_attend(
         byref(native), byref(rows), out_TQD.data_ptr(), byref(sequences), byref(how), threads
     ):
-        raise IndexError(f"the page table names a page outside the pool of {cache.pool_NB.shape[0]} pages")
+        raise IndexError(
+            f"query_start {query_start.tolist()} and kv_tokens {kv_tokens.tolist()} of the batch do not fit "
+            f"{q_TQD.shape[0]} query rows and {cache.pool_NB.shape[0]} pages: a sequence has at most as many "
+            "query rows as tokens in its pages, and its page table names a page for each of these"
+        )
     return out_TQD.to(q_TQD.dtype)
 
 
@@ -121,7 +132,7 @@ class _Side(Structure):
 
     @classmethod
     def of(
-        cls, layout_dim: int, fmt: KVFormat, how: SideTransform, codes_at: int, scales_at: int, *, value: bool
+        cls, head_dim: int, fmt: KVFormat, how: SideTransform, codes_at: int, scales_at: int, *, value: bool
     ) -> _Side:
         return cls(
             _address(how.shift_HD),
@@ -129,7 +140,7 @@ class _Side(Structure):
             codes_at,
             scales_at,
             _CODES[fmt.codes],
-            fmt.groups(layout_dim),
+            fmt.groups(head_dim),
             how.rotate,
             value and fmt.codes.quantized,
         )
@@ -152,7 +163,9 @@ class _Cache(Structure):
     def of(cls, cache: LayerCache) -> _Cache:
         layout, cell, fmt = cache.layout, cache.cell, cache.format
         if layout.head_dim > _MAX_HEAD_DIM:
-            raise FormatError(f"head_dim {layout.head_dim} exceeds the {_MAX_HEAD_DIM} that the CPU path serves")
+            raise FormatError(
+                f"head_dim {layout.head_dim} exceeds the {_MAX_HEAD_DIM} that the CPU path serves"
+            )
         return cls(
             cache.pool_NB.data_ptr(),
             cache.pool_NB.shape[0],
@@ -171,16 +184,16 @@ class _Rows(Structure):
         ("data", c_void_p),
         ("token_stride", c_int64),
         ("head_stride", c_int64),
-        ("is_bf16", c_int32),
+        ("tokens", c_int64),
         ("heads", c_int32),
+        ("is_bf16", c_int32),
     )
 
     @classmethod
     def of(cls, x_THD: Tensor) -> _Rows:
         token_stride, head_stride, _ = x_THD.stride()
-        return cls(
-            x_THD.data_ptr(), token_stride, head_stride, x_THD.dtype is torch.bfloat16, x_THD.shape[1]
-        )
+        tokens, heads, _ = x_THD.shape
+        return cls(x_THD.data_ptr(), token_stride, head_stride, tokens, heads, x_THD.dtype is torch.bfloat16)
 
 
 class _Batch(Structure):
@@ -201,7 +214,9 @@ def _address(x_HD: Tensor | None) -> int | None:
     if x_HD is None:
         return None
     if x_HD.dtype is not torch.float32 or not x_HD.is_contiguous() or x_HD.device.type != "cpu":
-        raise ValueError(f"a static transform's tensors are contiguous fp32 on the pool's device, got {x_HD.dtype}")
+        raise ValueError(
+            f"a static transform's tensors are contiguous fp32 on the pool's device, got {x_HD.dtype}"
+        )
     return x_HD.data_ptr()
 
 

@@ -33,6 +33,7 @@ from quire.kernels._triton import (
     unpack_fp8,
     unpack_int4,
     unpack_int8,
+    without_nan,
     zero_of,
 )
 from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
@@ -251,6 +252,8 @@ def _numbers(
             scale_P = tl.where(written_P, scale_of(word_P, CODES), 0.0)
         if CODES == "fp8":
             x = unpack_fp8(codes[piece], ASM, FP8_NATIVE)
+            if IS_V:
+                x = without_nan(x, FP8_NATIVE)
         elif CODES == "int8":
             x = unpack_int8(codes[piece], ASM) - 1152.0
         else:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from quire.replicas.errors import ReplicaDied
 
@@ -27,16 +29,16 @@ class TensorParallelGroup:
     """
 
     def __init__(
-        self, store: dist.Store, *, rank: int, size: int, host: str, timeout_s: float, device: torch.device
+        self, store: Store, *, rank: int, size: int, host: str, timeout_s: float, device: torch.device
     ) -> None:
         """Connect. `host` is the address this rank's sockets are bound to."""
         self.rank, self.size, self._timeout_s = rank, size, timeout_s
-        options = dist.ProcessGroupGloo._Options()
+        options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=timeout_s)
         options._threads = 1
         try:
-            self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
+            self._gloo: Any = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, size, options)
         except RuntimeError as error:
             raise self._died("connect", error) from error
         self._nccl = _nccl_group(store, rank, size, timeout_s) if device.type == "cuda" else None
@@ -49,7 +51,7 @@ class TensorParallelGroup:
         """
         if self._nccl is not None and x.is_cuda:
             x = x.contiguous()
-            self._nccl.allreduce([x]).wait()
+            self._wait(self._nccl.allreduce([x]), "all_reduce")
             return x
         parts = self.all_gather(x)
         total = parts[0].float()
@@ -64,7 +66,7 @@ class TensorParallelGroup:
         if x.numel() == 0:
             return out
         if self._nccl is not None and x.is_cuda:
-            self._nccl._allgather_base(out, x).wait()
+            self._wait(self._nccl._allgather_base(out, x), "all_gather")
         else:
             self._wait(self._gloo.allgather([list(out.unbind())], [x]), "all_gather")
         return out
@@ -92,9 +94,7 @@ class TensorParallelGroup:
 
     def check_in(self) -> None:
         """Returns when every rank has called it: a send alone does not show that its receiver lives."""
-        self._wait(
-            self._gloo.allgather([list(torch.empty(self.size, 1).unbind())], [torch.zeros(1)]), "check in"
-        )
+        self.all_gather(torch.zeros(1))
 
     def _broadcast(self, data: Tensor) -> None:
         options = dist.BroadcastOptions()
@@ -108,15 +108,25 @@ class TensorParallelGroup:
             raise self._died(what, error) from error
 
     def _died(self, what: str, error: RuntimeError) -> ReplicaDied:
-        reason = re.sub(
-            r"\[/\S+\] |\. This is typically.*", "", str(error).splitlines()[0]
-        )  # gloo's source lines
+        # Without gloo's source lines and advice.
+        reason = re.sub(r"\[/\S+\] |\. This is typically.*", "", str(error).splitlines()[0])
         return ReplicaDied(
-            f"rank {self.rank} of {self.size} shards lost another one ({what}, limit {self._timeout_s:g} s): {reason}"
+            f"rank {self.rank} of {self.size} shards lost another one ({what}, limit {self._timeout_s:g} s): "
+            f"{reason}"
         )
 
 
-def _nccl_group(store: dist.Store, rank: int, size: int, timeout_s: float) -> dist.ProcessGroupNCCL:
+def host_store(host: str, patience_s: float) -> TCPStore:
+    """Rank 0's end of a new store, at `host` and a free port. It ends with the object."""
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=patience_s))
+
+
+def join_store(host: str, port: int, patience_s: float) -> Store:
+    """Another rank's end. Its waits end after `patience_s`, or when rank 0 is gone, with a RuntimeError."""
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=patience_s))
+
+
+def _nccl_group(store: Store, rank: int, size: int, timeout_s: float) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)
-    return dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
+    return dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)

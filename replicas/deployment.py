@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any
 
 import ray
 from ray import serve
@@ -32,13 +33,12 @@ _PROGRESS_KEY = b"quire/loading"
 log = logging.getLogger(__name__)
 
 
-@ray.remote
 class ShardActor:
     """The process of a shard of rank 1 or up."""
 
     def serve(self, spec: ShardSpec) -> None:
         """Returns when rank 0 says stop. Raises ReplicaDied, or what loading raises."""
-        serve_shard(replace(spec, host=ray.util.get_node_ip_address()))
+        serve_shard(replace(spec, host=_node_address()))
 
 
 class RayShards:
@@ -50,19 +50,23 @@ class RayShards:
     def __init__(self, bundles: PlacementGroup, *, cpus: float, gpus: float) -> None:
         self._bundles = bundles
         self._resources = {"num_cpus": cpus, "num_gpus": gpus}
-        self._actors: list[ActorHandle] = []
-        self._served: list[ray.ObjectRef] = []
+        self._actors: list[ActorHandle[Any]] = []
+        self._served: list[ray.ObjectRef[None]] = []
         self._lock = threading.Lock()
         self._failure: str | None = None
 
     def start(self, spec: ShardSpec) -> None:
-        actor = ShardActor.options(
-            **self._resources,
-            max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=self._bundles, placement_group_bundle_index=spec.rank
-            ),
-        ).remote()
+        actor: ActorHandle[Any] = (
+            ray.remote(ShardActor)
+            .options(
+                **self._resources,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=self._bundles, placement_group_bundle_index=spec.rank
+                ),
+            )
+            .remote()
+        )
         served = actor.serve.remote(spec)
         self._actors.append(actor)
         self._served.append(served)
@@ -93,11 +97,12 @@ class Replica:
     ) -> None:
         """Loads the model and listens. Raises UnknownModel, ModelNotServable, ConfigError, ReplicaDied."""
         bundles = get_current_placement_group()
-        launcher = RayShards(bundles, cpus=cpus_per_shard, gpus=gpus_per_shard) if config.tp > 1 else None
+        assert bundles is not None, "cluster/app.py deploys replicas in placement groups"
+        launcher = RayShards(bundles, cpus=cpus_per_shard, gpus=gpus_per_shard)
         name = serve.get_replica_context().replica_id.unique_id
         self._engine = await asyncio.to_thread(AsyncEngine, config, launcher, _progress_of(name))
         service = EngineService(self._engine, secret=secret, replica_id=name)
-        self._server, self._address = await listen(service, ray.util.get_node_ip_address())
+        self._server, self._address = await listen(service, _node_address())
         log.info("replica %s answers at %s", name, self._address)
 
     def record_replica_metadata(self) -> dict[str, str]:
@@ -112,6 +117,12 @@ class Replica:
         """Serve has let requests finish, as long as it may: what is still open fails as UNAVAILABLE."""
         await asyncio.to_thread(self._engine.close)
         await self._server.stop(_SERVER_GRACE_S)
+
+
+def _node_address() -> str:
+    """The address at which other nodes reach this one."""
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def _progress_of(replica: str) -> Callable[[int, int], None]:

@@ -10,13 +10,11 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Protocol
 
-import torch.distributed as dist
 from torch import Tensor
 
-from quire.replicas.collectives import TensorParallelGroup
+from quire.replicas.collectives import TensorParallelGroup, host_store
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import ReplicaDied
 from quire.replicas.local_processes import LocalProcesses
@@ -43,8 +41,10 @@ class ShardLauncher(Protocol):
     """Starts the shards of rank 1 and up and knows whether they live."""
 
     def start(self, spec: ShardSpec) -> None:
-        """Have `serve_shard(spec)` called elsewhere and return at once. A launcher that starts shards on other
-        machines replaces `spec.host` by that machine's address there."""
+        """Have `serve_shard(spec)` called elsewhere and return at once.
+
+        Who starts shards on other machines replaces `spec.host` by that machine's address there.
+        """
 
     def failure(self) -> str | None:
         """Which shard is dead and why, or None. Quick: called ten times a second, from several threads."""
@@ -103,9 +103,8 @@ class Executor:
             raise
 
     def _start(self, config: EngineConfig, progress: Progress | None, host: str) -> None:
-        patience = timedelta(seconds=START_TIMEOUT_S)
         # The store lives as long as this object does: when it goes, waiting shards notice.
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
+        self._store = host_store(host, START_TIMEOUT_S)
         specs = [
             ShardSpec(config=config, rank=r, store_host=host, store_port=self._store.port, host=host)
             for r in range(config.tp)

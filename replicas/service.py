@@ -35,7 +35,8 @@ INTERNAL_CHANNEL = (
 class Engine(Protocol):
     """What the service needs of `AsyncEngine`."""
 
-    info: ModelInfo
+    @property
+    def info(self) -> ModelInfo: ...
 
     def start(self, deliver: Callable[[tuple[Event, ...]], None]) -> None: ...
     def submit(self, request: Request) -> None: ...

@@ -75,11 +75,12 @@ class Shard:
             self.layout = _layout(config, checkpoint, loaded)
             self.weights_fingerprint = checkpoint.fingerprint
         self._model = loaded.model
-        self.num_pages = _pool_bytes(config, self.device) // self.layout.page_bytes
+        pool_bytes = _pool_bytes(config, self.device)
+        self.num_pages = pool_bytes // self.layout.page_bytes
         if self.num_pages < 1:
             raise ConfigError(
-                f"a pool of {_pool_bytes(config, self.device)} bytes holds no page of {self.layout.page_bytes}; raise "
-                "pool.bytes or pool.memory_fraction"
+                f"a pool of {pool_bytes} bytes holds no page of {self.layout.page_bytes}; raise pool.bytes "
+                "or pool.memory_fraction"
             )
         self._caches = _caches(self.layout, loaded, self.num_pages, self.device)
         self.info = ModelInfo(
@@ -92,15 +93,9 @@ class Shard:
             page_tokens=self.layout.page_tokens,
             kv_formats=tuple((f.k.codes.value, f.v.codes.value) for f in self.layout.layers),
             bytes_per_token=self.layout.bytes_per_token * config.tp,
-            bf16_bytes_per_token=replace(
-                self.layout, layers=layer_formats("bf16", len(self.layout.layers))
-            ).bytes_per_token
-            * config.tp,
+            bf16_bytes_per_token=_in_bf16(self.layout).bytes_per_token * config.tp,
         )
-        _LOG.info(
-            "rank %d: %s in %s on %s, %d pages of %d bytes",
-            rank, self.info.architecture, self.dtype, self.device, self.num_pages, self.layout.page_bytes,
-        )  # fmt: skip
+        _LOG.info("rank %d: %s pages of %s bytes", rank, f"{self.num_pages:,}", f"{self.layout.page_bytes:,}")
 
     @property
     def transforms_fingerprint(self) -> bytes:
@@ -168,7 +163,8 @@ def _max_model_tokens(config: EngineConfig, model: PreTrainedConfig) -> int:
         raise ConfigError("the model's config gives no max_position_embeddings; set max_model_tokens")
     if allowed is not None and config.max_model_tokens is not None and config.max_model_tokens > allowed:
         raise ConfigError(
-            f"max_model_tokens is {config.max_model_tokens}, the model allows {allowed}; lower it to that or less"
+            f"max_model_tokens is {config.max_model_tokens}, the model allows {allowed}; lower it to that or "
+            "less"
         )
     return config.max_model_tokens or allowed or 0
 
@@ -181,6 +177,10 @@ def _layout(config: EngineConfig, checkpoint: Checkpoint, loaded: LoadedModel) -
         return PageLayout(formats, heads.kv_heads, heads.k_dim, config.pool.page_tokens)
     except FormatError as error:
         raise ConfigError(f"kv: {error}") from error
+
+
+def _in_bf16(layout: PageLayout) -> PageLayout:
+    return replace(layout, layers=layer_formats("bf16", len(layout.layers)))
 
 
 def _pool_bytes(config: EngineConfig, device: torch.device) -> int:

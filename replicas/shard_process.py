@@ -11,20 +11,19 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 from enum import IntEnum
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
-from quire.replicas.collectives import TensorParallelGroup
+from quire.replicas.collectives import TensorParallelGroup, join_store
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import QuireError, ReplicaDied
 from quire.replicas.plan import StepBatch
 from quire.replicas.shard import Shard, shard_device
 
 START_TIMEOUT_S = 3600.0
-"""How long a shard waits for rank 0 while the model loads; a dead rank 0 closes the store and is seen at once."""
+"""How long a shard waits for rank 0 to load; a dead rank 0 closes the store, which is seen at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +75,7 @@ def use_threads(config: EngineConfig) -> None:
     torch.set_num_threads(config.threads_per_shard or max(1, (os.cpu_count() or 1) // config.tp))
 
 
-def connect(spec: ShardSpec, store: dist.Store) -> TensorParallelGroup:
+def connect(spec: ShardSpec, store: Store) -> TensorParallelGroup:
     """This rank's end of the replica's group."""
     return TensorParallelGroup(
         store,
@@ -95,9 +94,8 @@ def serve_shard(spec: ShardSpec) -> None:
     for `shard_timeout_s`.
     """
     use_threads(spec.config)
-    patience = timedelta(seconds=START_TIMEOUT_S)
     try:
-        store = dist.TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=patience)
+        store = join_store(spec.store_host, spec.store_port, START_TIMEOUT_S)
         store.set(f"arrived/{spec.rank}", "")
         store.wait(["connect"])
         group = connect(spec, store)

@@ -63,8 +63,8 @@ def paged_attention(
     unknown = [name for name, given in extra.items() if given is not None and name not in _IGNORED]
     if unknown or attention_mask is not None:
         raise ModelNotServable(
-            f"{type(module).__name__} uses {', '.join(unknown) or 'an attention mask of its own'}, which paged "
-            "attention does not implement; this architecture is not servable"
+            f"{type(module).__name__} uses {', '.join(unknown) or 'an attention mask of its own'}, which "
+            "paged attention does not implement; this architecture is not servable"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q_TQD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -187,8 +187,8 @@ def probe_attention(model: PreTrainedModel) -> tuple[LayerHeads, ...]:
     missing = sorted(set(range(config.num_hidden_layers)) - set(probe.layers))
     if missing:
         raise ModelNotServable(
-            f"layers {missing} of {name} keep no K and V that reach paged attention (another kind of layer, or an "
-            "attention of their own); this architecture is not servable"
+            f"layers {missing} of {name} keep no K and V that reach paged attention (another kind of layer, "
+            "or an attention of their own); this architecture is not servable"
         )
     layers = tuple(probe.layers[i] for i in range(config.num_hidden_layers))
     for index, heads in enumerate(layers):
@@ -199,8 +199,8 @@ def probe_attention(model: PreTrainedModel) -> tuple[LayerHeads, ...]:
 def _check_layer(name: str, index: int, heads: LayerHeads, first: LayerHeads, window: int | None) -> None:
     if heads.k_dim != heads.v_dim:
         raise ModelNotServable(
-            f"layer {index} of {name} has K heads of {heads.k_dim} and V heads of {heads.v_dim} (multi-head latent "
-            "attention or the like); pages need both to be the same"
+            f"layer {index} of {name} has K heads of {heads.k_dim} and V heads of {heads.v_dim} (multi-head "
+            "latent attention or the like); pages need both to be the same"
         )
     if (heads.kv_heads, heads.k_dim) != (first.kv_heads, first.k_dim):
         raise ModelNotServable(
@@ -209,8 +209,8 @@ def _check_layer(name: str, index: int, heads: LayerHeads, first: LayerHeads, wi
         )
     if heads.spec.window != window:
         raise ModelNotServable(
-            f"layer {index} of {name} should have the sliding window {window} by its config but asks attention for "
-            f"{heads.spec.window}; this architecture is not servable"
+            f"layer {index} of {name} should have the sliding window {window} by its config but asks "
+            f"attention for {heads.spec.window}; this architecture is not servable"
         )
 
 

@@ -44,7 +44,8 @@ def find_model(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=_WANTED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UnknownModel(
-            f'model {source!r} is neither a local folder nor "demo", and the Hugging Face hub did not give it: '
+            f'model {source!r} is neither a local folder nor "demo", and the Hugging Face hub did not give '
+            "it: "
             f"{str(error).splitlines()[0]}"
         ) from error
 
@@ -81,7 +82,8 @@ class Checkpoint:
     @staticmethod
     def open(folder: Path) -> Checkpoint:
         """Raises ModelNotServable for missing, damaged or incomplete files."""
-        files, slices = ExitStack(), {}
+        files = ExitStack()
+        slices: dict[str, Any] = {}
         for path in _weight_files(folder):
             try:
                 handle = files.enter_context(safe_open(path, framework="pt"))

@@ -31,7 +31,7 @@ class OneThreadAtATime(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        pieces = x.reshape(-1).split(_ONE_THREAD)
+        pieces = torch.split(x.reshape(-1), _ONE_THREAD)
         return torch.cat([self.activation(piece) for piece in pieces]).view(x.shape)
 
 

@@ -35,8 +35,8 @@ def bias_ratio(checkpoint: Checkpoint, layer: int, head_dim: int) -> float:
     weight_KI, bias_K = checkpoint.read(name + "weight").float(), checkpoint.read(name + "bias").float()
     norm = prefix + "input_layernorm.weight"
     gain_I = checkpoint.read(norm).float() if norm in checkpoint else torch.ones(weight_KI.shape[1])
-    typical_H = (weight_KI * gain_I).unflatten(0, (-1, head_dim)).flatten(1).norm(dim=1)
-    bias_H = bias_K.unflatten(0, (-1, head_dim)).norm(dim=1)
+    typical_H = (weight_KI * gain_I).view(-1, head_dim * gain_I.numel()).norm(dim=1)
+    bias_H = bias_K.view(-1, head_dim).norm(dim=1)
     return float((bias_H / typical_H.clamp_min(1e-12)).max())
 
 
@@ -55,8 +55,8 @@ def with_safe_keys(
     risky = risky_key_layers(checkpoint, formats, head_dim)
     if risky:
         _LOG.warning(
-            "layers %s keep K in bf16: their k_proj bias is %.0f times a typical key and more, which %s would not "
-            "resolve",
+            "layers %s keep K in bf16: their k_proj bias is %.0f times a typical key and more, which %s "
+            "would not resolve",
             ", ".join(map(str, risky)),
             min(risky.values()),
             "/".join(sorted({formats[i].k.codes for i in risky})),

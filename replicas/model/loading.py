@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +67,12 @@ def load_model(
     plan = ShardPlan.of(model, config, rank, tp)
     _load_weights(model, checkpoint, plan, dtype, device, progress or (lambda done, total: None))
     _fill_buffers(model, device)
-    model.eval()
+    model.train(False)
     layers = probe_attention(model)
     if tp > 1 and layers[0].query_heads != shard.num_attention_heads:
         raise ModelNotServable(
-            f"{type(model).__name__} computes with {layers[0].query_heads} query heads on each of {tp} shards instead of "
-            f"{shard.num_attention_heads}; set tp to 1"
+            f"{type(model).__name__} computes with {layers[0].query_heads} query heads on each of {tp} "
+            f"shards instead of {shard.num_attention_heads}; set tp to 1"
         )
     if group is not None:
         join_shards(model, plan, group)
@@ -96,7 +97,8 @@ def check_servable(config: PreTrainedConfig, max_model_tokens: int) -> None:
     elif not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         reason = "its attention is not causal"
     elif others := set(getattr(config, "layer_types", None) or ()) - _SERVABLE_LAYERS:
-        reason = f"it has {', '.join(sorted(others))} layers; only {' and '.join(sorted(_SERVABLE_LAYERS))} are servable"
+        kinds = " and ".join(sorted(_SERVABLE_LAYERS))
+        reason = f"it has {', '.join(sorted(others))} layers; only {kinds} are servable"
     elif not isinstance(getattr(config, "num_hidden_layers", None), int):
         reason = "its config has no num_hidden_layers"
     else:
@@ -122,7 +124,7 @@ def _rope_problem(config: PreTrainedConfig, max_model_tokens: int) -> str:
 
 
 def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         with torch.device("meta"):
             model: PreTrainedModel = model_class(config)
@@ -150,7 +152,8 @@ def _load_weights(
         value = value.to(device, dtype if value.is_floating_point() else None)
         _assign(model, name, nn.Parameter(value, False) if isinstance(meta, nn.Parameter) else value)
     if tied:
-        table_VD: Tensor = model.get_input_embeddings().weight
+        table_VD = model.get_input_embeddings().weight
+        assert isinstance(table_VD, Tensor)
         start = head.out_features * plan.rank if head.out_features < table_VD.shape[0] else 0
         head.weight = nn.Parameter(table_VD[start : start + head.out_features], False)
     progress(len(wanted), len(wanted))
@@ -173,8 +176,8 @@ def _read(checkpoint: Checkpoint, name: str, local: tuple[int, ...], plan: Shard
                 ]
             )
     raise ModelNotServable(
-        f"the checkpoint in {checkpoint.folder} has no tensor {name}; its weights do not belong to its config.json, or "
-        "it names them in a way this version does not know"
+        f"the checkpoint in {checkpoint.folder} has no tensor {name}; its weights do not belong to its "
+        "config.json, or it names them in a way this version does not know"
     )
 
 
@@ -219,4 +222,4 @@ def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
     # initialize_weights fills everything that does not carry this mark.
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
-    model.initialize_weights()
+    model.initialize_weights()  # type: ignore[no-untyped-call]

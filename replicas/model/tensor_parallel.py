@@ -54,8 +54,8 @@ def shard_config(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
         )
     if heads % tp or (kv_heads % tp and tp % kv_heads):
         raise ConfigError(
-            f"tp={tp} does not fit {heads} query heads and {kv_heads} kv heads: tp must divide the query heads, and "
-            "divide the kv heads or be a multiple of them"
+            f"tp={tp} does not fit {heads} query heads and {kv_heads} kv heads: tp must divide the query "
+            "heads, and divide the kv heads or be a multiple of them"
         )
     shard.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     shard.num_attention_heads = heads // tp
@@ -115,7 +115,7 @@ class ShardPlan:
     def ranges(
         self, parameter: str, whole: Sequence[int], local: Sequence[int], *, fused: bool = True
     ) -> tuple[int, tuple[slice, ...]]:
-        """The dimension along which `parameter` is cut, and the ranges of the `whole` that join to the `local`.
+        """The dimension along which `parameter` is cut, and the ranges of `whole` that join to `local`.
 
         `fused=False`: the checkpoint holds the parts of a fused parameter one by one.
         Raises: ModelNotServable where the shapes fit no cut.
@@ -136,8 +136,8 @@ class ShardPlan:
         fits = fits and not (summed and whole[dim] != local[dim] * self.tp)
         if not fits or not all(_divides(w, n, self.tp) for w, n in zip(sizes, local_sizes, strict=True)):
             raise ModelNotServable(
-                f"{parameter} has shape {tuple(whole)} in the checkpoint and {tuple(local)} on one of {self.tp} shards, "
-                f"which its tensor-parallel style ({style}) does not explain; "
+                f"{parameter} has shape {tuple(whole)} in the checkpoint and {tuple(local)} on one of "
+                f"{self.tp} shards, which its tensor-parallel style ({style}) does not explain; "
                 + ("set tp to 1" if self.tp > 1 else "the weights do not belong to this config.json")
             )
         ranges, at = [], 0
@@ -160,7 +160,7 @@ def _divides(whole: int, local: int, tp: int) -> bool:
 
 def output_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     """The layer that makes logits, with its name. Raises ModelNotServable where there is none."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(head, nn.Linear):
         raise ModelNotServable(f"{type(model).__name__} has no linear output head; it is not servable")
     return next(name for name, module in model.named_modules() if module is head), head
@@ -177,7 +177,7 @@ def shrink_head(model: PreTrainedModel, tp: int) -> None:
 
 
 def join_shards(model: PreTrainedModel, plan: ShardPlan, group: Joins) -> None:
-    """Hook the sums over the ranks behind the row-wise modules, and the gathering of logits behind the head."""
+    """Hook the sums over the ranks behind row-wise modules, and the gathering of logits behind the head."""
     for name, module in model.named_modules():
         style = plan.style(name)
         if style in _SUMMED or (style in _ROW and isinstance(module, nn.Linear)):

@@ -1,7 +1,7 @@
 """Random paged caches and batches for comparing operations on pages with their references.
 
 Everything unwritten is poison: a slot that no token was written to holds 0xFF bytes, which read as NaN in
-every float and scale. (fp8 V alone may hold no NaN: 0xFF is replaced by the largest finite code.)
+every float and scale.
 """
 
 from __future__ import annotations
@@ -111,8 +111,6 @@ def make_step(case: Case, *, written: bool = True) -> Step:
     cache = LayerCache(
         pool_NB, layout, case.layer, _transform(k_format, k_LHD, case), _transform(v_format, v_LHD, case)
     )
-    if v_format.codes.value == "fp8":
-        _v_codes(cache).fill_(0x7E)
     batch = PagedBatch(
         query_start_S1=torch.tensor([0, *case.query_tokens]).cumsum(0).int(),
         kv_tokens_S=torch.tensor(case.kv_tokens, dtype=torch.int32),
@@ -151,9 +149,3 @@ def _moved(transform: SideTransform, device: str) -> SideTransform:
         shift_HD=None if shift is None else shift.to(device),
         scale_HD=None if scale is None else scale.to(device),
     )
-
-
-def _v_codes(cache: LayerCache) -> Tensor:
-    layout, cell = cache.layout, cache.cell
-    heads_NHB = cache.pool_NB.unflatten(1, (layout.kv_heads, layout.head_bytes))
-    return heads_NHB[:, :, cell.v_codes : cell.v_codes + layout.codes_bytes(cache.format.v)]

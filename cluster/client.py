@@ -1,0 +1,290 @@
+"""The Python client: `Client`, and `AsyncClient` for event loops. Errors are the server's own, as `QuireError`s.
+
+Needs neither Ray nor torch.
+
+    with Client("127.0.0.1:8100") as client:
+        for delta in client.chat([("user", "Hello!")], SamplingParams(max_tokens=64)):
+            print(delta.text, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from quire.cluster.status import error_of_rpc
+from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
+from quire.replicas.errors import InvalidRequest, QuireError
+from quire.replicas.request import SamplingParams
+from quire.replicas.wire import sampling_to_proto
+
+Prompt = str | Sequence[int]
+Messages = Sequence[tuple[str, str]]
+"""(role, content), oldest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallOptions:
+    """What every request may carry besides its prompt and its sampling."""
+
+    deadline_s: float | None = None
+    """Seconds from now; then the request ends with DeadlinePassed."""
+    request_id: str = ""
+    """Unique among the open requests; needed to `cancel` from elsewhere."""
+    priority: int = 0
+    """Higher goes first."""
+    tenant: str = ""
+    """Cached blocks are shared within a tenant only."""
+    model: str = ""
+    """Empty: whatever is served."""
+
+
+@dataclass(slots=True)
+class OutputText:
+    """One of the n outputs, as far as it has come."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[inference_pb2.TokenLogprob] = field(default_factory=list)
+    finish_reason: inference_pb2.FinishReason = inference_pb2.FINISH_REASON_UNSPECIFIED
+
+
+@dataclass(slots=True)
+class Answer:
+    """All deltas of a request put together."""
+
+    outputs: dict[int, OutputText] = field(default_factory=dict)
+    usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
+    timings: inference_pb2.Timings = field(default_factory=inference_pb2.Timings)
+    prompt_logprobs: list[inference_pb2.TokenLogprob] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The first output's."""
+        return self.outputs[0].text
+
+    def add(self, delta: inference_pb2.Delta) -> None:
+        output = self.outputs.setdefault(delta.index, OutputText())
+        output.text += delta.text
+        output.token_ids.extend(delta.token_ids)
+        output.logprobs.extend(delta.logprobs)
+        self.prompt_logprobs.extend(delta.prompt_logprobs)
+        output.finish_reason = delta.finish_reason or output.finish_reason
+        if delta.HasField("usage"):
+            self.usage, self.timings = delta.usage, delta.timings
+
+
+def collect(deltas: Iterable[inference_pb2.Delta]) -> Answer:
+    answer = Answer()
+    for delta in deltas:
+        answer.add(delta)
+    return answer
+
+
+async def collect_async(deltas: AsyncIterable[inference_pb2.Delta]) -> Answer:
+    answer = Answer()
+    async for delta in deltas:
+        answer.add(delta)
+    return answer
+
+
+class Client:
+    """A connection to a gateway. Every method raises QuireErrors; dropping an iterator ends its request."""
+
+    def __init__(self, address: str = "127.0.0.1:8100") -> None:
+        """`address` is host:port; nothing is sent before the first call."""
+        self._channel = grpc.insecure_channel(address)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, options: CallOptions | None = None
+    ) -> Iterator[inference_pb2.Delta]:
+        """Continue a text or token ids."""
+        options = options or CallOptions()
+        return self._stream(self._stub.Generate, generate_request(prompt, sampling, options), options)
+
+    def chat(
+        self, messages: Messages, sampling: SamplingParams | None = None, options: CallOptions | None = None
+    ) -> Iterator[inference_pb2.Delta]:
+        """The assistant's next turn."""
+        options = options or CallOptions()
+        return self._stream(self._stub.Chat, chat_request(messages, sampling, options), options)
+
+    def cancel(self, request_id: str) -> bool:
+        """Whether such a request was open on this gateway."""
+        request = inference_pb2.CancelRequest(request_id=request_id)
+        return bool(self._call(self._stub.Cancel, request).found)
+
+    def tokenize(self, text: str = "", *, messages: Messages = ()) -> list[int]:
+        """A text's token ids as `generate` would see them, or a chat's as `chat` would."""
+        request = inference_pb2.TokenizeRequest(text=text, messages=_turns(messages))
+        return list(self._call(self._stub.Tokenize, request).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
+        return str(self._call(self._stub.Detokenize, request).text)
+
+    def model(self) -> inference_pb2.Model:
+        model: inference_pb2.Model = self._call(self._stub.GetModel, inference_pb2.GetModelRequest())
+        return model
+
+    def stats(self) -> inference_pb2.Stats:
+        stats: inference_pb2.Stats = self._call(self._stub.GetStats, inference_pb2.GetStatsRequest())
+        return stats
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: Any, request: object) -> Any:
+        try:
+            return method(request)
+        except grpc.RpcError as error:
+            raise error_of_rpc(error) from error
+
+    def _stream(self, method: Any, request: object, options: CallOptions) -> Iterator[inference_pb2.Delta]:
+        call = method(request, timeout=options.deadline_s)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise error_of_rpc(error) from error
+        finally:
+            call.cancel()  # of no effect once the stream has ended
+
+
+class AsyncClient:
+    """`Client` for an event loop; make it inside the loop."""
+
+    def __init__(self, address: str = "127.0.0.1:8100") -> None:
+        self._channel = grpc.aio.insecure_channel(address)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, options: CallOptions | None = None
+    ) -> AsyncIterator[inference_pb2.Delta]:
+        """Continue a text or token ids."""
+        options = options or CallOptions()
+        return self._stream(self._stub.Generate, generate_request(prompt, sampling, options), options)
+
+    def chat(
+        self, messages: Messages, sampling: SamplingParams | None = None, options: CallOptions | None = None
+    ) -> AsyncIterator[inference_pb2.Delta]:
+        """The assistant's next turn."""
+        options = options or CallOptions()
+        return self._stream(self._stub.Chat, chat_request(messages, sampling, options), options)
+
+    async def cancel(self, request_id: str) -> bool:
+        """Whether such a request was open on this gateway."""
+        request = inference_pb2.CancelRequest(request_id=request_id)
+        return bool((await self._call(self._stub.Cancel, request)).found)
+
+    async def tokenize(self, text: str = "", *, messages: Messages = ()) -> list[int]:
+        """A text's token ids as `generate` would see them, or a chat's as `chat` would."""
+        request = inference_pb2.TokenizeRequest(text=text, messages=_turns(messages))
+        return list((await self._call(self._stub.Tokenize, request)).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
+        return str((await self._call(self._stub.Detokenize, request)).text)
+
+    async def model(self) -> inference_pb2.Model:
+        model: inference_pb2.Model = await self._call(self._stub.GetModel, inference_pb2.GetModelRequest())
+        return model
+
+    async def stats(self) -> inference_pb2.Stats:
+        stats: inference_pb2.Stats = await self._call(self._stub.GetStats, inference_pb2.GetStatsRequest())
+        return stats
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(self, method: Any, request: object) -> Any:
+        try:
+            return await method(request)
+        except grpc.aio.AioRpcError as error:
+            raise error_of_rpc(error) from error
+
+    async def _stream(
+        self, method: Any, request: object, options: CallOptions
+    ) -> AsyncIterator[inference_pb2.Delta]:
+        call = method(request, timeout=options.deadline_s)
+        try:
+            async for delta in call:
+                yield delta
+        except grpc.aio.AioRpcError as error:
+            raise error_of_rpc(error) from error
+        finally:
+            call.cancel()  # of no effect once the stream has ended
+
+
+def generate_request(
+    prompt: Prompt, sampling: SamplingParams | None, options: CallOptions
+) -> inference_pb2.GenerateRequest:
+    """Raises InvalidRequest for numbers that no request can carry, such as a negative token id."""
+    request = inference_pb2.GenerateRequest(**_common(sampling, options))
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        try:
+            request.token_ids.ids.extend(prompt)
+        except ValueError as error:
+            raise InvalidRequest(f"token ids are whole numbers from 0 on: {error}") from error
+        request.token_ids.SetInParent()
+    return request
+
+
+def chat_request(
+    messages: Messages, sampling: SamplingParams | None, options: CallOptions
+) -> inference_pb2.ChatRequest:
+    """Raises InvalidRequest, as `generate_request`."""
+    return inference_pb2.ChatRequest(messages=_turns(messages), **_common(sampling, options))
+
+
+def _turns(messages: Messages) -> list[inference_pb2.ChatMessage]:
+    return [inference_pb2.ChatMessage(role=role, content=content) for role, content in messages]
+
+
+def _common(sampling: SamplingParams | None, options: CallOptions) -> dict[str, Any]:
+    try:
+        chosen = sampling_to_proto(sampling or SamplingParams())
+    except ValueError as error:
+        raise InvalidRequest(f"the sampling parameters do not fit: {error}") from error
+    return {
+        "model": options.model,
+        "sampling": chosen,
+        "request_id": options.request_id,
+        "priority": options.priority,
+        "tenant": options.tenant,
+    }
+
+
+__all__ = [
+    "Answer",
+    "AsyncClient",
+    "CallOptions",
+    "Client",
+    "OutputText",
+    "QuireError",
+    "SamplingParams",
+    "collect",
+    "collect_async",
+]

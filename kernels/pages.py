@@ -1,0 +1,125 @@
+"""Whole pages as bytes: packed for a message, unpacked from one, and their checksums.
+
+Legend: see `paged.py`; here W 32-bit words of a page, C chunks of it, K words of a chunk.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_WORD = 4
+_COPY_WORDS = 1024  # 64-bit words a program copies
+_CHUNK_WORDS = 1024  # 32-bit words a program sums
+_BASE = 0x5851F42D4C957F2D  # odd; base**k - 1 holds 2**3 times what k holds of 2, at most
+
+
+def gather_pages(pool_NB: Tensor, pages_M: Tensor) -> Tensor:
+    """The bytes of the given pages, one after the other: uint8 [M, page_bytes], a copy."""
+    if pool_NB.device.type == "cpu":
+        return pool_NB[pages_M.long()]
+    out_MB = pool_NB.new_empty((pages_M.shape[0], pool_NB.shape[1]))
+    launch_copy(pool_NB, out_MB, pages_M, scatter=False)
+    return out_MB
+
+
+def scatter_pages(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor) -> None:
+    """Write what `gather_pages` returned into the given pages, which must be distinct."""
+    if bytes_MB.shape != (pages_M.shape[0], pool_NB.shape[1]) or bytes_MB.dtype != torch.uint8:
+        raise ValueError(
+            f"{pages_M.shape[0]} pages of {pool_NB.shape[1]} bytes are uint8 "
+            f"[{pages_M.shape[0]}, {pool_NB.shape[1]}], got {bytes_MB.dtype} {tuple(bytes_MB.shape)}"
+        )
+    if pool_NB.device.type == "cpu":
+        pool_NB[pages_M.long()] = bytes_MB
+    else:
+        launch_copy(pool_NB, bytes_MB.contiguous(), pages_M, scatter=True)
+
+
+def checksum_pages(bytes_MB: Tensor) -> Tensor:
+    """One 64-bit checksum per page, int64 [M]: the same on every device and machine.
+
+    The page's 32-bit words, as unsigned numbers w_i, give the sum of (w_i + 1) * base**i modulo 2**64. It
+    tells any change confined to one word, and any two words exchanged, for certain (base is odd, and
+    base**k - 1 has too few factors of 2 to hide 32 bits); other damage with odds of about 1 in 2**32 or less.
+    It guards against accidents, not against an adversary.
+    """
+    if bytes_MB.shape[1] % _WORD:
+        raise ValueError(f"a page is a multiple of {_WORD} bytes, got {bytes_MB.shape[1]}")
+    bytes_MB = bytes_MB.contiguous()
+    if bytes_MB.device.type == "cpu":
+        return _checksum_cpu(bytes_MB)
+    return launch_checksum(bytes_MB)
+
+
+def launch_copy(pool_NB: Tensor, bytes_MB: Tensor, pages_M: Tensor, *, scatter: bool) -> None:
+    """Between pool and `bytes_MB`, both contiguous with pages of a multiple of 8 bytes."""
+    words = pool_NB.shape[1] // 8
+    _copy_kernel[(pages_M.shape[0], triton.cdiv(words, _COPY_WORDS))](
+        pool_NB.view(torch.int64), bytes_MB.view(torch.int64), pages_M, words, SCATTER=scatter, W=_COPY_WORDS
+    )
+
+
+def launch_checksum(bytes_MB: Tensor) -> Tensor:
+    """One program per page and chunk; integer addition commutes, so the order of the sums does not show."""
+    pages, words = bytes_MB.shape[0], bytes_MB.shape[1] // _WORD
+    chunks = triton.cdiv(words, _CHUNK_WORDS)
+    within_K, before_C = _weights(chunks, bytes_MB.device)
+    sum_M = torch.zeros(pages, dtype=torch.int64, device=bytes_MB.device)
+    _checksum_kernel[(pages, chunks)](
+        bytes_MB.view(torch.int32), within_K, before_C, sum_M, words, K=_CHUNK_WORDS
+    )
+    return sum_M
+
+
+def _checksum_cpu(bytes_MB: Tensor) -> Tensor:
+    """Chunk by chunk, so that the 64-bit products stay in the cache."""
+    words_MW = bytes_MB.view(torch.int32)
+    within_K, before_C = _weights(triton.cdiv(words_MW.shape[1], _CHUNK_WORDS), bytes_MB.device)
+    sum_M = torch.zeros(bytes_MB.shape[0], dtype=torch.int64)
+    for c, words_MK in enumerate(words_MW.split(_CHUNK_WORDS, dim=1)):
+        terms_MK = ((words_MK.long() & 0xFFFFFFFF) + 1) * within_K[: words_MK.shape[1]]
+        sum_M += terms_MK.sum(1) * before_C[c]
+    return sum_M
+
+
+@lru_cache(maxsize=64)
+def _weights(chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """base**k for each word of a chunk [K], and base**(c K) for each chunk [C], modulo 2**64."""
+    powers_K = _powers(_BASE, _CHUNK_WORDS)
+    powers_C = _powers(pow(_BASE, _CHUNK_WORDS, 2**64), chunks)
+    return powers_K.to(device), powers_C.to(device)
+
+
+def _powers(base: int, count: int) -> Tensor:
+    signed = base - 2**64 if base >= 2**63 else base
+    return torch.tensor([1] + [signed] * (count - 1)).cumprod(0)
+
+
+@triton.jit
+def _copy_kernel(pool_ptr, bytes_ptr, pages_ptr, words, SCATTER: tl.constexpr, W: tl.constexpr):
+    """Grid (pages, chunks); words of 64 bits."""
+    i = tl.program_id(0).to(tl.int64)
+    page = tl.load(pages_ptr + i).to(tl.int64)
+    word_W = tl.program_id(1) * W + tl.arange(0, W)
+    pool_ptr_W, bytes_ptr_W = pool_ptr + page * words + word_W, bytes_ptr + i * words + word_W
+    if SCATTER:
+        tl.store(pool_ptr_W, tl.load(bytes_ptr_W, mask=word_W < words), mask=word_W < words)
+    else:
+        tl.store(bytes_ptr_W, tl.load(pool_ptr_W, mask=word_W < words), mask=word_W < words)
+
+
+@triton.jit
+def _checksum_kernel(words_ptr, within_ptr, before_ptr, sum_ptr, words, K: tl.constexpr):
+    """Grid (pages, chunks); words of 32 bits."""
+    page, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    k_K = tl.arange(0, K)
+    inside_K = chunk * K + k_K < words
+    word_K = tl.load(words_ptr + page * words + chunk * K + k_K, mask=inside_K, other=0)
+    term_K = ((word_K.to(tl.int64) & 0xFFFFFFFF) + 1) * tl.load(within_ptr + k_K)
+    part = tl.sum(tl.where(inside_K, term_K, 0), 0) * tl.load(before_ptr + chunk)
+    tl.atomic_add(sum_ptr + page, part)
