@@ -1,6 +1,6 @@
-"""The Python client: `Client`, and `AsyncClient` for event loops. Errors are the server's own, as `QuireError`s.
+"""The Python client: `Client`, and `AsyncClient` for event loops.
 
-Needs neither Ray nor torch.
+Errors are the server's own, as `QuireError`s. Needs neither Ray nor torch.
 
     with Client("127.0.0.1:8100") as client:
         for delta in client.chat([("user", "Hello!")], SamplingParams(max_tokens=64)):

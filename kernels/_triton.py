@@ -39,7 +39,7 @@ def check_head_dim(cache: LayerCache) -> int:
 
 
 def instructions(device: torch.device) -> tuple[bool, bool]:
-    """Whether the kernels may use PTX, and the fp8 conversion of sm_89 and later; the interpreter has the latter."""
+    """Whether kernels may use PTX, and the fp8 conversion of sm_89 and later (which the interpreter has)."""
     asm = device.type == "cuda"
     return asm, not asm or torch.cuda.get_device_capability(device) >= (8, 9)
 
@@ -140,7 +140,7 @@ def nibbles(codes):
 
 @triton.constexpr_function
 def pieces(codes, groups):
-    """Runs of channels with a dot of their own: the numbers of a part, for int4 its low, then its high nibbles."""
+    """Runs of channels with a dot of their own: the numbers of a part, or its low, then its high nibbles."""
     return parts(codes, groups) * nibbles(codes)
 
 
@@ -186,10 +186,7 @@ def load_codes(
     for g in tl.static_range(PARTS):
         if CODES == "bf16":
             ptr = section_ptr.to(tl.pointer_type(tl.bfloat16)) + token_P[:, None] * D + byte_W[None, :]
-            if IS_V:
-                part = tl.load(ptr, mask=written_P[:, None], other=0.0)
-            else:
-                part = tl.load(ptr)
+            part = tl.load(ptr, mask=written_P[:, None], other=0.0) if IS_V else tl.load(ptr)
         elif IS_V:
             part = tl.load(section_ptr + (g * W + byte_W)[:, None] * P + token_P[None, :])
         else:
@@ -214,11 +211,8 @@ def load_scales(section_ptr, token_P, CODES: tl.constexpr, GROUPS: tl.constexpr,
 @triton.jit
 def scale_of(word, CODES: tl.constexpr):
     """fp32 scale of a raw word."""
-    if CODES == "int4":
-        scale = (word & 0xFFFF).to(tl.uint16)
-    else:
-        scale = word
-    return scale.to(tl.float16, bitcast=True).to(tl.float32)
+    bits = (word & 0xFFFF).to(tl.uint16) if CODES == "int4" else word
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit

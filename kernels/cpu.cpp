@@ -40,10 +40,10 @@ struct Spec {
 
 namespace {
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__ARM_NEON)  // 32 registers
 constexpr int WIDE = 4;  // vectors of results kept in registers for each of 4 rows
 #else
-constexpr int WIDE = 1;
+constexpr int WIDE = 2;
 #endif
 constexpr int TILE_ROWS = 64;       // query rows that share one decoded page
 constexpr int CHUNK_TOKENS = 1024;  // partial softmaxes are merged at multiples of this

@@ -120,7 +120,7 @@ class Reader {
  public:
   Reader(const Cache& c, const Side& side)
       : side(side), D(c.head_dim), P(c.page_tokens), group(D / side.scale_rows()),
-        vectors_fit((side.scale_rows() == 1 || group % LANES == 0) && (side.codes != INT4 || D % 32 == 0)) {}
+        vectors_fit((side.scale_rows() == 1 || group % 16 == 0) && (side.codes != INT4 || D % 32 == 0)) {}
 
   size_t scratch_size() const { return (size_t)2 * side.scale_rows() * P; }
 
@@ -155,7 +155,7 @@ class Reader {
  private:
   const Side& side;
   const int D, P, group;   // channels that share a scale
-  const bool vectors_fit;  // codes come in whole vectors whose channels share a scale
+  const bool vectors_fit;  // every 16 bytes of codes are of one scale and one half
 
   // Scales [groups][P], then as many zeros, as fp32; static codes get 1 and 8.
   void read_scales(const uint8_t* cell, float* out) const {
@@ -175,7 +175,7 @@ class Reader {
     }
   }
 
-  // From the words of 16 rows: emit(element within the row's 16 bytes, numbers of 16 rows, half), where half
+  // From the words of rows: emit(element within a row's 16 bytes, numbers of the rows, half), where half
   // is 1 for int4's high nibbles, which belong D/2 channels further on.
   template <Codes C, class Emit> static void unpack(const U w[4], Emit emit) {
     for (int j = 0; j < 4; j++) {

@@ -1,25 +1,31 @@
-// Sixteen fp32 numbers at a time: the arithmetic that the CPU's operations on pages are written in.
+// A vector of fp32 numbers: the arithmetic that the CPU's operations on pages are written in.
 //
-// GCC's vector types: AVX-512, AVX2, NEON or plain code come out of the same lines. Every sum has one order,
-// and a multiplication joins an addition only where `fma` says so (build with -ffp-contract=off): equal
-// inputs give equal bits, however the surrounding code was inlined or unrolled.
+// GCC's vector types, as wide as the machine's registers: AVX-512, AVX2, NEON and SSE come out of the same
+// lines. Every sum has one order, and a multiplication joins an addition only where `fma` says so (build with
+// -ffp-contract=off): equal inputs give equal bits, however the surrounding code was inlined or unrolled.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512F__
+#ifdef __FMA__
 #include <immintrin.h>
 #endif
 
 namespace {
 
-constexpr int LANES = 16;
-typedef float F __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef uint16_t U16 __attribute__((vector_size(32)));  // 16 lanes of 16 bits
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+typedef float F __attribute__((vector_size(4 * LANES)));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+typedef uint16_t U16 __attribute__((vector_size(2 * LANES)));  // as many lanes of 16 bits
 typedef uint32_t U4 __attribute__((vector_size(16)));
 typedef uint32_t U8 __attribute__((vector_size(32)));
 
@@ -32,33 +38,42 @@ inline U widen(U16 u) { return __builtin_convertvector(u, U); }
 inline F max(F a, F b) { return a > b ? a : b; }
 
 inline F fma(F a, F b, F c) {
-#if defined(__AVX512F__)
+#if defined(__FMA__) && LANES == 16
   return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__) && LANES == 8
+  return _mm256_fmadd_ps(a, b, c);
 #elif defined(__FP_FAST_FMAF)
   F r;
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);  // becomes vector instructions
+  for (int i = 0; i < LANES; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return r;
 #else
   return a * b + c;
 #endif
 }
 
-inline I lane_numbers() { return I{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+inline I lane_numbers() {
+#if LANES == 16
+  return I{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif LANES == 8
+  return I{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+  return I{0, 1, 2, 3};
+#endif
+}
 
 // Lane i and lane i ^ H change places.
 template <int H> inline F swapped(F x) { return __builtin_shuffle(x, lane_numbers() ^ H); }
 
 inline float lane_sum(F x) {
-  x += swapped<8>(x);
-  x += swapped<4>(x);
+  if constexpr (LANES > 8) x += swapped<8>(x);
+  if constexpr (LANES > 4) x += swapped<4>(x);
   x += swapped<2>(x);
   return (x + swapped<1>(x))[0];
 }
 
 inline float lane_max(F x) {
-  x = max(x, swapped<8>(x));
-  x = max(x, swapped<4>(x));
+  if constexpr (LANES > 8) x = max(x, swapped<8>(x));
+  if constexpr (LANES > 4) x = max(x, swapped<4>(x));
   x = max(x, swapped<2>(x));
   return max(x, swapped<1>(x))[0];
 }
@@ -94,8 +109,12 @@ template <int H> inline F butterfly(F x) {
 inline void rotate(float* x, int n) {
   const int size = n & -n;
   const float norm = 1.0f / std::sqrt((float)size);
-  for (int i = 0; i < n; i += LANES)
-    store(x + i, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load<F>(x + i))))) * norm);
+  for (int i = 0; i < n; i += LANES) {
+    F v = butterfly<2>(butterfly<1>(load<F>(x + i)));
+    if constexpr (LANES > 4) v = butterfly<4>(v);
+    if constexpr (LANES > 8) v = butterfly<8>(v);
+    store(x + i, v * norm);
+  }
   for (int h = LANES; h < size; h *= 2)
     for (int i = 0; i < n; i += 2 * h)
       for (int j = i; j < i + h; j += LANES) {
@@ -105,32 +124,35 @@ inline void rotate(float* x, int n) {
       }
 }
 
-// 16 rows of 16 bytes: out[j] is word j of every row, a row per lane.
+// Rows i, i + 4, i + 8 ... of 16 bytes each, side by side.
+inline U every_fourth(const uint8_t* rows, int stride) {
+#if LANES == 4
+  return load<U4>(rows);
+#else
+  const auto row = [&](int j) { return load<U4>(rows + 4 * j * stride); };
+  const U8 low = __builtin_shufflevector(row(0), row(1), 0, 1, 2, 3, 4, 5, 6, 7);
+#if LANES == 8
+  return low;
+#else
+  const U8 high = __builtin_shufflevector(row(2), row(3), 0, 1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+#endif
+}
+
+// LANES rows of 16 bytes: out[j] is word j of every row, a row per lane.
 inline void transpose_words(const uint8_t* rows, int stride, U out[4]) {
   U r[4];
-  for (int i = 0; i < 4; i++) {  // row i and every fourth after it, 128 bits each
-    const auto row = [&](int j) { return load<U4>(rows + (i + 4 * j) * stride); };
-    const U8 low = __builtin_shufflevector(row(0), row(1), 0, 1, 2, 3, 4, 5, 6, 7);
-    const U8 high = __builtin_shufflevector(row(2), row(3), 0, 1, 2, 3, 4, 5, 6, 7);
-    r[i] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  }
-  const auto low32 = [](U a, U b) {  // then 4 by 4 within each 128 bits
-    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-  };
-  const auto high32 = [](U a, U b) {
-    return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  };
-  const auto low64 = [](U a, U b) {
-    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-  };
-  const auto high64 = [](U a, U b) {
-    return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  };
-  const U a = low32(r[0], r[1]), b = low32(r[2], r[3]), c = high32(r[0], r[1]), d = high32(r[2], r[3]);
-  out[0] = low64(a, b);
-  out[1] = high64(a, b);
-  out[2] = low64(c, d);
-  out[3] = high64(c, d);
+  for (int i = 0; i < 4; i++) r[i] = every_fourth(rows + i * stride, stride);
+  // Then 4 by 4 words within each 16 bytes: first pairs of words of two rows, then of four.
+  const I lane = lane_numbers(), quad = lane & ~3, at = lane & 3;
+  const I words = quad + (at >> 1) + (at & 1) * LANES, pairs = quad + (at & 1) + (at >> 1) * LANES;
+  const U a = __builtin_shuffle(r[0], r[1], words), b = __builtin_shuffle(r[2], r[3], words);
+  const U c = __builtin_shuffle(r[0], r[1], words + 2), d = __builtin_shuffle(r[2], r[3], words + 2);
+  out[0] = __builtin_shuffle(a, b, pairs);
+  out[1] = __builtin_shuffle(a, b, pairs + 2);
+  out[2] = __builtin_shuffle(c, d, pairs);
+  out[3] = __builtin_shuffle(c, d, pairs + 2);
 }
 
 }  // namespace

@@ -47,7 +47,8 @@ def decode_attention(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: 
     if q_TQD.device.type == "cpu":
         return cpu.attend(cache, q_TQD, batch, spec)
     multiprocessors = torch.cuda.get_device_properties(q_TQD.device).multi_processor_count
-    return launch_decode(cache, q_TQD, batch, spec, multiprocessors)
+    tiling = plan_decode(cache, q_TQD.shape[1], batch, spec, multiprocessors)
+    return launch_decode(cache, q_TQD, batch, spec, tiling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Tiling:
 
 
 def plan_decode(
-    cache: LayerCache, query_heads: int, batch: PagedBatch, window: int | None, multiprocessors: int
+    cache: LayerCache, query_heads: int, batch: PagedBatch, spec: AttentionSpec, multiprocessors: int
 ) -> Tiling:
     """Tiles that fill the device: pages are split until every multiprocessor has work, but never into
     shares so short that starting a program costs more than its pages. Pure.
@@ -73,8 +74,8 @@ def plan_decode(
     rows = batch.max_query_tokens * (query_heads // layout.kv_heads)
     tile = min(_MAX_ROWS, max(8, triton.next_power_of_2(rows)))
     pages = triton.cdiv(batch.max_kv_tokens, layout.page_tokens)
-    if window:
-        pages = min(pages, triton.cdiv(window + batch.max_query_tokens - 2, layout.page_tokens) + 1)
+    if spec.window:
+        pages = min(pages, triton.cdiv(spec.window + batch.max_query_tokens - 2, layout.page_tokens) + 1)
     programs = batch.sequences * layout.kv_heads * triton.cdiv(rows, tile)
     wanted = triton.cdiv(multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, programs)
     splits = max(1, min(wanted, pages // _MIN_PAGES_PER_SPLIT, _MAX_SPLITS))
@@ -89,10 +90,9 @@ def plan_decode(
 
 
 def launch_decode(
-    cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec, multiprocessors: int
+    cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec, tiling: Tiling
 ) -> Tensor:
     """Transform Q, attend in splits, combine them, transform the output."""
-    tiling = plan_decode(cache, q_TQD.shape[1], batch, spec.window, multiprocessors)
     dtype = q_TQD.dtype if cache.v_transform.identity else torch.float32
     q = q_TQD if cache.k_transform.identity else cache.k_transform.query(q_TQD)
     q = q if q.stride(2) == 1 else q.contiguous()
@@ -150,8 +150,8 @@ def _launch_attend(
         VC=fmt.v.codes.value,
         KG=groups_of(fmt.k, head_dim),
         VG=groups_of(fmt.v, head_dim),
-        WINDOW=spec.window is not None,
-        SOFTCAP=spec.softcap is not None,
+        WINDOW=bool(spec.window),
+        SOFTCAP=bool(spec.softcap),
         H=layout.kv_heads,
         G=group,
         R=tiling.rows,

@@ -1,0 +1,30 @@
+"""The engine: from requests to tokens. Runs without Ray; `deployment.py` puts it on a cluster.
+
+The public names are loaded on first use: who only wants `errors` or `request`, as clients do, need not wait
+for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig
+    from quire.replicas.llm import LLM, Completion
+    from quire.replicas.request import SamplingParams
+
+__all__ = ["LLM", "Completion", "EngineConfig", "PoolConfig", "SamplingParams", "SchedulerConfig"]
+
+_HOMES = {
+    "LLM": "llm",
+    "Completion": "llm",
+    "EngineConfig": "config",
+    "PoolConfig": "config",
+    "SchedulerConfig": "config",
+    "SamplingParams": "request",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -56,7 +56,7 @@ class RayShards:
         self._failure: str | None = None
 
     def start(self, spec: ShardSpec) -> None:
-        actor: ActorHandle[Any] = (
+        actor: Any = (
             ray.remote(ShardActor)
             .options(
                 **self._resources,
@@ -67,7 +67,7 @@ class RayShards:
             )
             .remote()
         )
-        served = actor.serve.remote(spec)
+        served: ray.ObjectRef[None] = actor.serve.remote(spec)
         self._actors.append(actor)
         self._served.append(served)
         served.future().add_done_callback(lambda ended: self._ended(spec.rank, ended))

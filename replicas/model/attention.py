@@ -27,7 +27,7 @@ ATTENTION = "quire"
 _DECODE_TOKENS = 8
 """Sequences with so many new tokens or fewer are served by the decode kernel."""
 
-_IGNORED = frozenset({"dropout", "position_ids", "use_cache", "cu_seq_lens_q", "is_causal"})
+_IGNORED = frozenset({"dropout", "position_ids", "is_causal"})
 """Arguments of other attention functions that do not change what causal attention means."""
 
 
@@ -60,7 +60,7 @@ def paged_attention(
             f"{type(module).__name__} does not pass keyword arguments to its attention, so paged KV cannot "
             "reach it; this architecture is not servable"
         )
-    unknown = [name for name, given in extra.items() if given is not None and name not in _IGNORED]
+    unknown = [n for n, given in extra.items() if not (given is None or given is False or n in _IGNORED)]
     if unknown or attention_mask is not None:
         raise ModelNotServable(
             f"{type(module).__name__} uses {', '.join(unknown) or 'an attention mask of its own'}, which "

@@ -3,13 +3,23 @@
 A token's logits must be bit-identical alone and in any company, or cached blocks and recomputed ones would
 differ. Measured (torch 2.13, MKL and oneDNN, fp32 and bf16, 1 to 4 threads): matrix products have that
 property for row counts that are multiples of 16, norms and soft-max always; activations lose it where torch
-divides a large tensor among threads at odd places, because the vectors' tails use another exp().
+divides a large tensor among threads at odd places, because the vectors' tails use another exp(); experts
+lose it because they see as many rows as were routed to them.
+
+Names: T tokens, C chosen experts per token, I model dimension.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations.moe import ExpertsInterface
+
+from quire.replicas.errors import ModelNotServable
+
+EXPERTS = "quire_experts"
+"""The name under which transformers finds `invariant_experts`."""
 
 ROWS = 16
 """Steps and wanted rows of logits are padded to a multiple of this."""
@@ -46,3 +56,28 @@ def make_invariant(model: nn.Module) -> None:
 def _is_activation(module: nn.Module) -> bool:
     home = type(module).__module__
     return home in ("transformers.activations", "torch.nn.modules.activation") and not list(module.children())
+
+
+def invariant_experts(experts: nn.Module, x_TI: Tensor, chosen_TC: Tensor, weight_TC: Tensor) -> Tensor:
+    """transformers' experts signature: every expert's rows padded, sums in the order of each token's choice.
+
+    Raises: ModelNotServable for experts that are not gate, up and down projections without bias.
+    """
+    if experts.is_transposed or experts.has_bias or experts.has_post_expert_norm or not experts.has_gate:
+        raise ModelNotServable(
+            f"{type(experts).__name__} holds another kind of experts than gate, up and down projections; it is "
+            "not servable on a CPU"
+        )
+    out_TCI = x_TI.new_zeros(*chosen_TC.shape, x_TI.shape[1])
+    for expert in chosen_TC.unique().tolist():
+        token, choice = torch.where(chosen_TC == expert)
+        rows = functional.pad(x_TI[token], (0, 0, 0, padded(len(token)) - len(token)))
+        hidden = experts._apply_gate(functional.linear(rows, experts.gate_up_proj[expert]))
+        out_TCI[token, choice] = functional.linear(hidden, experts.down_proj[expert])[: len(token)]
+    total_TI = torch.zeros_like(x_TI)
+    for choice in range(chosen_TC.shape[1]):
+        total_TI = total_TI + out_TCI[:, choice] * weight_TC[:, choice, None].to(x_TI.dtype)
+    return total_TI
+
+
+ExpertsInterface.register(EXPERTS, invariant_experts)

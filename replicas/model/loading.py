@@ -16,7 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from quire.replicas.errors import ModelNotServable
 from quire.replicas.model.attention import ATTENTION, LayerHeads, probe_attention
 from quire.replicas.model.checkpoint import Checkpoint
-from quire.replicas.model.invariance import make_invariant
+from quire.replicas.model.invariance import EXPERTS, make_invariant
 from quire.replicas.model.tensor_parallel import (
     Joins,
     ShardPlan,
@@ -28,6 +28,9 @@ from quire.replicas.model.tensor_parallel import (
 
 Progress = Callable[[int, int], None]
 """Told (tensors done, tensors in all) while weights load."""
+
+_OTHER_NAMES = ((".mlp.", ".block_sparse_moe."), ("lm_head.", "embed_out."))
+"""What transformers calls a module, and what checkpoints call it: Mixtral's and GPT-NeoX's."""
 
 _SERVABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _EXPERT_PARTS = {
@@ -62,6 +65,8 @@ def load_model(
     """
     shard = shard_config(config, tp)
     shard._attn_implementation = ATTENTION
+    if device.type == "cpu":
+        shard._experts_implementation = EXPERTS
     model = _meta_model(shard)
     shrink_head(model, tp)
     plan = ShardPlan.of(model, config, rank, tp)
@@ -114,7 +119,6 @@ def _rope_problem(config: PreTrainedConfig, max_model_tokens: int) -> str:
         if entry.get("rope_type") == "dynamic":
             return 'RoPE of type "dynamic" changes with the length of the sequence, so keys cannot be cached'
         short = entry.get("original_max_position_embeddings")
-        short = short or getattr(config, "original_max_position_embeddings", None)
         if entry.get("rope_type") == "longrope" and short and max_model_tokens > short:
             return (
                 f'RoPE of type "longrope" changes beyond {short} tokens, so keys cannot be cached; '
@@ -161,7 +165,7 @@ def _load_weights(
 
 def _read(checkpoint: Checkpoint, name: str, local: tuple[int, ...], plan: ShardPlan) -> Tensor:
     """This rank's part of one parameter, put together from where the checkpoint keeps it."""
-    for known in (name, name.replace(".mlp.", ".block_sparse_moe.")):
+    for known in (name, *(name.replace(ours, theirs) for ours, theirs in _OTHER_NAMES if ours in name)):
         if known in checkpoint:
             return _read_tensor(checkpoint, known, name, local, plan)
         if experts := list(_expert_parts(checkpoint, known)):

@@ -24,7 +24,12 @@ from quire.replicas.errors import ConfigError, ModelNotServable
 _COLUMN = frozenset({"colwise", "colwise_rep", "colwise_gather_output", "packed_colwise"})
 _ROW = frozenset({"rowwise", "rowwise_rep", "rowwise_split_input"})
 _SUMMED = frozenset({"moe_tp_experts"})
-_MLP_SIZES = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+_MLP_SIZES = {
+    "intermediate_size": "mlp.",
+    "moe_intermediate_size": "mlp.experts.",
+    "shared_expert_intermediate_size": "mlp.shared_expert.",
+}
+"""Sizes in a config, and the modules that have them: divided where the plan divides those."""
 
 
 class Joins(Protocol):
@@ -60,9 +65,9 @@ def shard_config(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
     shard.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     shard.num_attention_heads = heads // tp
     shard.num_key_value_heads = max(kv_heads // tp, 1)
-    for name in _MLP_SIZES:
+    for name, module in _MLP_SIZES.items():
         size = getattr(config, name, None)
-        if size is None:
+        if size is None or not any(module in pattern for pattern in config.base_model_tp_plan):
             continue
         if not isinstance(size, int) or size % tp:
             raise ConfigError(f"tp={tp} does not divide the model's {name} ({size}); choose a tp that does")

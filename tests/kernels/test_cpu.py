@@ -16,7 +16,7 @@ from torch import Tensor
 from quire.kernels import cpu
 from quire.kernels.formats import FORMATS, Codes, FormatError, KVFormat, Scales, Transform
 from quire.kernels.paged import PagedBatch
-from quire.kernels.ref.paged import attend_ref, write_kv_ref
+from quire.kernels.ref.paged import attend_ref, read_kv_ref, write_kv_ref
 from quire.kernels.transform import SideTransform
 
 pytestmark = pytest.mark.skipif(cpu.backend() != "c++", reason="no C++ compiler here: the reference serves")
@@ -29,7 +29,7 @@ ODD_FP8 = KVFormat(Codes.FP8, Scales.TOKEN, group=20)
 CASES = [
     *(Case(name, name, [37, 1, 70], [3, 1, 70], group=3, page_tokens=64, dtype=FP32) for name in FORMATS),
     *(Case("fp32", name, [41, 17], [1, 1], group=1, window=20, dtype=FP32) for name in FORMATS),
-    *(Case(name, "bf16", [41, 130], [41, 9], group=2, softcap=5.0, page_tokens=32, dtype=FP32) for name in FORMATS),
+    *(Case(name, "bf16", [41, 130], [41, 9], softcap=5.0, page_tokens=32, dtype=FP32) for name in FORMATS),
     Case("int8", "int4", [300, 5], [1, 5], group=7, kv_heads=3, head_dim=128, page_tokens=64, dtype=FP32),
     Case("int4", "int8", [90], [64], group=2, kv_heads=1, head_dim=96, window=1, dtype=FP32),
     Case("int4", "int4", [90, 2], [1, 2], head_dim=16, dtype=FP32),
@@ -84,7 +84,7 @@ def test_a_shift_of_k_under_a_softcap_is_refused() -> None:
         cpu.attend(step.cache, step.q_TQD, step.batch, replace(step.spec, softcap=5.0))
 
 
-# ---- one result for every batch ---------------------------------------------------------------------------
+# ---- one result for every batch -------------------------------------------------------------------------
 
 INVARIANT = [
     Case("int8", "int4", [1300], [150], kv_heads=2, group=3, page_tokens=64),
@@ -110,7 +110,7 @@ def test_a_row_has_the_same_bits_decoded_alone_and_in_any_chunk(case: Case) -> N
 @pytest.mark.parametrize("case", INVARIANT, ids=str)
 def test_a_sequence_has_the_same_bits_among_31_others(case: Case) -> None:
     step = make_step(replace(case, dtype=FP32))
-    kv, others = case.kv_tokens[0], [(1 + i % 3, 3 + 37 * i) for i in range(31)]
+    kv, others = case.kv_tokens[0], [(1 + i % 3, 3 + 35 * i) for i in range(31)]
     rows = sum(n for n, _ in others)
     q_TQD = torch.randn(rows + 1, *step.q_TQD.shape[1:])
     alone_TQD = cpu.attend(step.cache, q_TQD[rows:], _sequences(step, [(1, kv)]), step.spec)
@@ -128,7 +128,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
     assert torch.equal(results[0], results[2])
 
 
-# ---- write ------------------------------------------------------------------------------------------------
+# ---- write ----------------------------------------------------------------------------------------------
 
 WRITES = [
     *(Case(name, name, [37, 1, 70], [1, 1, 1], page_tokens=32, head_dim=128) for name in FORMATS),
@@ -166,12 +166,22 @@ def test_zeros_nan_and_huge_numbers_are_stored_as_the_codec_stores_them(name: st
         [0.0, -0.0, 1e-40, 448.0, 464.0, -0.0009, 1e5, -1e30, 3e38, float("inf"), float("-inf")]
     )
     x_LHD = odd[torch.randint(len(odd), step.k_LHD.shape)]
-    x_LHD[3, 0, 5] = x_LHD[7] = float("nan")
+    if name != "bf16":  # torch has two bit patterns for its NaN
+        x_LHD[3, 0, 5] = x_LHD[7] = float("nan")
     x_LHD[9] = 0
     x_LHD[11:] = torch.randn(x_LHD[11:].shape)
     step = replace(step, cache=plain, k_LHD=x_LHD, v_LHD=x_LHD.flip(0))
     expected_NB = _written(step, write_kv_ref, poison=0)
     assert torch.equal(_written(step, cpu.write_kv, poison=0), expected_NB)
+
+
+def test_nan_survives_in_bf16() -> None:
+    step = make_step(Case("bf16", "bf16", [16], [1], dtype=FP32))
+    step.k_LHD[3, 0, 5] = float("nan")
+    cache = replace(step.cache, pool_NB=_written(step, cpu.write_kv, poison=0))
+    k_LHD, v_LHD = read_kv_ref(cache, step.batch.page_table_SM[0, :1].long())
+    assert k_LHD.isnan().nonzero().tolist() == [[3, 0, 5]]
+    assert not v_LHD.isnan().any()
 
 
 def test_every_fp8_rounding_is_that_of_torch() -> None:
@@ -202,7 +212,7 @@ def test_a_token_has_the_same_bytes_written_alone_and_with_others() -> None:
     assert torch.equal(pool_NB, together_NB)
 
 
-# ---- what does not fit is refused ---------------------------------------------------------------------------
+# ---- what does not fit is refused -----------------------------------------------------------------------
 
 
 def test_a_slot_outside_the_pool_is_refused_and_nothing_stored() -> None:
@@ -238,7 +248,7 @@ def test_queries_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         cpu.attend(step.cache, torch.zeros(shape), step.batch, step.spec)
 
 
-# ---- the compiler -------------------------------------------------------------------------------------------
+# ---- the compiler ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -275,7 +285,7 @@ def test_a_failing_compiler_is_quoted(
     assert "unknown flag -fopenmp" in caplog.text
 
 
-# ---- helpers ------------------------------------------------------------------------------------------------
+# ---- helpers --------------------------------------------------------------------------------------------
 
 
 def _sequences(step: Step, rows_and_tokens: list[tuple[int, int]]) -> PagedBatch:

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paged_cases import Case, make_step, relative_error
+from paged_cases import Case, Step, make_step, relative_error
 
 from quire.kernels.decode import decode_attention, launch_decode, plan_decode
 from quire.kernels.formats import Codes, FormatError, KVFormat, Scales, Transform
+from quire.kernels.paged import AttentionSpec
 from quire.kernels.ref.paged import write_kv_ref
 from quire.kernels.transform import SideTransform
 
@@ -46,11 +47,16 @@ CASES = [
 ]
 
 
+def decode(step: Step, multiprocessors: int = 1) -> torch.Tensor:
+    tiling = plan_decode(step.cache, step.q_TQD.shape[1], step.batch, step.spec, multiprocessors)
+    return launch_decode(step.cache, step.q_TQD, step.batch, step.spec, tiling)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 def test_agrees_with_the_reference(case, multiprocessors):
     step = make_step(case)
-    out = launch_decode(step.cache, step.q_TQD, step.batch, step.spec, multiprocessors)
+    out = decode(step, multiprocessors)
     assert out.dtype == step.q_TQD.dtype
     assert relative_error(out, step.expected()) < (8e-3 if "bf16" in str(case) else 3e-3)
 
@@ -58,23 +64,23 @@ def test_agrees_with_the_reference(case, multiprocessors):
 def test_reads_queries_that_are_not_contiguous():
     step = make_step(Case("int8", "int8", [50, 20], [2, 1]))
     q_QTD = step.q_TQD.transpose(0, 1).contiguous()
-    out = launch_decode(step.cache, q_QTD.transpose(0, 1), step.batch, step.spec, 1)
+    out = decode(replace(step, q_TQD=q_QTD.transpose(0, 1)))
     assert relative_error(out, step.expected()) < 3e-3
 
 
 def test_small_values_keep_their_precision():
     step = make_step(Case("int8", "int8", [60], [1]), written=False)
     write_kv_ref(step.cache, step.k_LHD * 0.1, step.v_LHD * 0.03, step.slots_L)
-    out = launch_decode(step.cache, step.q_TQD, step.batch, step.spec, 1)
+    out = decode(step)
     assert relative_error(out, step.expected()) < 3e-3
 
 
 def test_a_split_without_visible_tokens_leaves_no_trace():
     case = Case("int8", "int8", [16 * 9, 3], [1, 1])  # the short sequence has nothing for most splits
     step = make_step(case)
-    tiling = plan_decode(step.cache, 4, step.batch, None, 64)
+    tiling = plan_decode(step.cache, 4, step.batch, step.spec, 64)
     assert tiling.splits > 1
-    out = launch_decode(step.cache, step.q_TQD, step.batch, step.spec, 64)
+    out = decode(step, 64)
     assert relative_error(out, step.expected()) < 3e-3
 
 
@@ -82,7 +88,7 @@ def test_rows_that_no_sequence_owns_are_not_touched():
     step = make_step(Case("int4", "int4", [30, 40], [2, 3]))
     start = torch.tensor([0, 0, 3], dtype=torch.int32)  # the first sequence is idle this step
     batch = replace(step.batch, query_start_S1=start)
-    out = launch_decode(step.cache, step.q_TQD[2:], batch, step.spec, 1)
+    out = decode(replace(step, q_TQD=step.q_TQD[2:], batch=batch))
     assert relative_error(out, step.expected()[2:]) < 3e-3
 
 
@@ -93,11 +99,11 @@ def test_refuses_what_it_cannot_serve():
         decode_attention(shifted, step.q_TQD, step.batch, step.spec)
     odd = make_step(Case("int8", "int8", [30], [1], head_dim=80))
     with pytest.raises(FormatError, match="head_dim"):
-        launch_decode(odd.cache, odd.q_TQD, odd.batch, odd.spec, 1)
+        decode(odd)
     fine = KVFormat(Codes.INT8, Scales.TOKEN, group=8, transform=Transform.IDENTITY)
     narrow = make_step(Case(fine, "int8", [30], [1]))
     with pytest.raises(FormatError, match="16 channels"):
-        launch_decode(narrow.cache, narrow.q_TQD, narrow.batch, narrow.spec, 1)
+        decode(narrow)
 
 
 def plan(kv_tokens, sequences, *, window=None, multiprocessors=132, query_tokens=1):
@@ -108,20 +114,20 @@ def plan(kv_tokens, sequences, *, window=None, multiprocessors=132, query_tokens
         max_kv_tokens=kv_tokens,
         max_query_tokens=query_tokens,
     )
-    return plan_decode(step.cache, 8, batch, window, multiprocessors)
+    return plan_decode(step.cache, 8, batch, AttentionSpec(1.0, window), multiprocessors)
 
 
 def test_splits_fill_the_device_and_cover_every_page():
     for kv_tokens in (1, 64, 65, 1000, 8192, 131072):
-        for sequences in (1, 3, 64, 500):
+        for sequences in (1, 3, 64, 600):
             tiling = plan(kv_tokens, sequences)
             pages = -(-kv_tokens // 64)
             assert tiling.splits * tiling.pages_per_split >= pages
             assert (tiling.splits - 1) * tiling.pages_per_split < pages
             assert tiling.splits == 1 or tiling.pages_per_split >= 4
-    assert plan(8192, 500).splits == 1  # enough sequences fill the device
+    assert plan(8192, 600).splits == 1  # enough sequences fill the device
     assert plan(131072, 1).splits > 32
-    assert plan(131072, 1, multiprocessors=16).splits < plan(131072, 1).splits
+    assert plan(131072, 3, multiprocessors=16).splits < plan(131072, 3).splits
 
 
 def test_a_window_bounds_the_pages_of_a_plan():

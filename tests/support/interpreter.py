@@ -1,9 +1,8 @@
 """Triton's interpreter with what it gets wrong put right, so that kernels can be compared without a GPU.
 
-Import it before any kernel, in a process with TRITON_INTERPRET=1 (Triton reads that where a kernel is
-decorated). Measured wrong in triton 3.6 and 3.9, and repaired here: arithmetic, dots and casts of bf16 work on
-the raw 16-bit patterns; casts to bf16 and fp8 do not round to nearest even; in 3.6 a loop bound read from
-memory is refused.
+For a process with TRITON_INTERPRET=1, which Triton reads where a kernel is decorated. Measured wrong in
+triton 3.6 and 3.9, and repaired here: arithmetic, dots and casts of bf16 work on the raw 16-bit patterns;
+casts to bf16 and fp8 do not round to nearest even; in 3.6 a loop bound read from memory is refused.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def _narrow(*handles: Any) -> bool:
 
 
 def _repaired(method: Callable[..., Any], operands: int) -> Callable[..., Any]:
-    """An elementwise builder method `(self, *operands, numpy function)` that computes narrow floats in fp32."""
+    """An elementwise method `(self, *operands, numpy function)` that computes narrow floats in fp32."""
 
     def call(self: Any, *args: Any) -> Any:
         handles, op = args[:operands], args[operands]

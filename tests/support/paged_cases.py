@@ -132,7 +132,7 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 
 def _transform(fmt: KVFormat, x_LHD: Tensor, case: Case) -> SideTransform:
-    """The default transform; static scales calibrated on the numbers themselves. No shift under a soft-cap."""
+    """The default transform; static scales are calibrated on the numbers. No shift under a soft-cap."""
     if fmt.scales is not Scales.STATIC or fmt.codes.value == "fp8":
         return default_transform(fmt)
     x = x_LHD.float()

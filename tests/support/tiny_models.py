@@ -68,14 +68,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {"hidden_size": 128}),
     "qwen2_moe": (
         "qwen2_moe",
-        {**_EXPERTS, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
+        {
+            **_EXPERTS,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 64,
+            "decoder_sparse_step": 1,
+        },
     ),
     "gpt_oss": ("gpt_oss", _EXPERTS),
     "smollm3": ("smollm3", {}),
     "ernie4_5": ("ernie4_5", {}),
     "seed_oss": ("seed_oss", {}),
     "gpt2": ("gpt2", {"n_embd": 128, "n_head": 4, "n_layer": 2, "n_positions": 512}),
-    "falcon": ("falcon", {"hidden_size": 128, "new_decoder_architecture": False, "multi_query": True}),
     "bloom": ("bloom", {"hidden_size": 128, "n_layer": 2, "n_head": 4}),
     "opt": ("opt", {"hidden_size": 128, "ffn_dim": 96, "word_embed_proj_dim": 128}),
 }

@@ -1,0 +1,275 @@
+"""The `quire` command. The only file that reads environment variables.
+
+Exit codes: 0 done, 1 it cannot be done (one line on stderr says why), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+import yaml
+
+from quire.cluster.client import Answer, CallOptions, Client
+from quire.cluster.config import ServeConfig, parse
+from quire.kernels.formats import FormatError
+from quire.protos.quire.v1 import inference_pb2
+from quire.replicas.errors import ConfigError, QuireError
+from quire.replicas.request import SamplingParams
+
+DEFAULT_ADDRESS = "127.0.0.1:8100"
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "QUIRE"})
+def cli() -> None:
+    """Serve language models with a quantized, shared KV cache.
+
+    Every option can be set by a variable as well: QUIRE_SERVE_PORT=9000 is `quire serve --port 9000`.
+    """
+
+
+def main() -> None:
+    """Entry point: errors meant for people become one line and an exit code."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (QuireError, FormatError) as error:
+        click.echo(f"quire: {error}", err=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+
+
+def _compose(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+_kv_options = _compose(
+    click.option("--kv", help="KV format: bf16, fp8, int8, int4, k8v4, ...  [default: int8]"),
+    click.option("--policy", type=_FILE, help="JSON file with a format per layer and side, for --kv."),
+)
+_client_options = _compose(
+    click.option(
+        "--address",
+        default=DEFAULT_ADDRESS,
+        show_default=True,
+        envvar="QUIRE_ADDRESS",
+        help="The gateway, host:port (QUIRE_ADDRESS).",
+    )
+)
+_sampling_options = _compose(
+    click.option("--max-tokens", default=256, show_default=True, help="Output tokens at most."),
+    click.option("--temperature", default=0.0, show_default=True, help="0: greedy."),
+    click.option("--top-p", default=1.0, show_default=True),
+    click.option("--seed", type=int, help="Same seed, same answer."),
+    click.option("--stop", multiple=True, help="End before this text; may be repeated."),
+    click.option("--deadline", type=float, help="Give up after so many seconds."),
+)
+
+
+@cli.command("serve")
+@click.argument("model", required=False)
+@click.option("--config", "config_file", type=_FILE, help="YAML file; the options below go before it.")
+@_kv_options
+@click.option("--tp", type=int, help="Tensor-parallel shards of a replica.")
+@click.option("--replicas", type=int, help="Whole engines.")
+@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=int, help="Port to listen on; 0: any free one.  [default: 8100]")
+@click.option(
+    "--ray-address", envvar="RAY_ADDRESS", help="A running Ray cluster (RAY_ADDRESS); none: our own."
+)
+def serve_command(
+    model: str | None,
+    config_file: Path | None,
+    kv: str | None,
+    policy: Path | None,
+    tp: int | None,
+    replicas: int | None,
+    host: str | None,
+    port: int | None,
+    ray_address: str | None,
+) -> None:
+    """Serve MODEL (a folder, a Hugging Face id, or "demo") until interrupted."""
+    tree = _read_tree(config_file)
+    chosen: dict[str, dict[str, Any]] = {
+        "engine": {"model": model, "kv": _policy(kv, policy), "tp": tp},
+        "gateway": {"host": host, "port": port},
+        "replicas": {"count": replicas},
+    }
+    for branch, values in chosen.items():
+        given = {key: value for key, value in values.items() if value is not None}
+        if given:
+            tree[branch] = {**(tree.get(branch) or {}), **given}
+    if "model" not in (tree.get("engine") or {}):
+        raise click.UsageError(
+            'which model? Give a folder, a Hugging Face id or "demo", or a --config that does'
+        )
+    config = parse(tree)
+    with _running(config, ray_address) as port_in_use:
+        click.echo(
+            f"serving {config.engine.model} at {config.gateway.host}:{port_in_use}; Ctrl-C ends it", err=True
+        )
+        signal.pause()
+
+
+@cli.command()
+@click.argument("prompt")
+@_sampling_options
+@_client_options
+def generate(prompt: str, address: str, **options: Any) -> None:
+    """Continue PROMPT ("-": from standard input)."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling, call = _sampling(options)
+    with Client(address) as client:
+        _print_stream(client.generate(text, sampling, call))
+
+
+@cli.command()
+@click.argument("message", required=False)
+@click.option("--system", help="What the model is told first.")
+@_sampling_options
+@_client_options
+def chat(message: str | None, system: str | None, address: str, **options: Any) -> None:
+    """Chat: answer MESSAGE, or talk until end of input."""
+    turns = [("system", system)] if system else []
+    sampling, call = _sampling(options)
+    with Client(address) as client:
+        while True:
+            said = message or click.prompt("you", prompt_suffix="> ", err=True)
+            turns.append(("user", said))
+            answer = _print_stream(client.chat(turns, sampling, call))
+            if message:
+                return
+            turns.append(("assistant", answer.text))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+@_client_options
+def stats(as_json: bool, address: str) -> None:
+    """What is served, in which formats, and how the cache is used."""
+    from google.protobuf.json_format import MessageToJson
+
+    from quire.cluster.report import stats_lines
+
+    with Client(address) as client:
+        found = client.stats()
+    click.echo(
+        MessageToJson(found, preserving_proto_field_name=True) if as_json else "\n".join(stats_lines(found))
+    )
+
+
+@cli.command()
+@click.argument("model")
+@_kv_options
+@click.option("--page-tokens", default=64, show_default=True, help="16, 32 or 64.")
+def layout(model: str, kv: str | None, policy: Path | None, page_tokens: int) -> None:
+    """What a token of MODEL costs in each KV format; needs its config.json only."""
+    from quire.cluster.layouts import format_costs, policy_cost
+
+    if kv or policy:
+        name = kv or str(policy)
+        costs = [policy_cost(model, _policy(kv, policy) or name, name=name, page_tokens=page_tokens)]
+    else:
+        costs = list(format_costs(model, page_tokens))
+    click.echo(f"{'format':<12}{'bytes per token':>16}{'of bf16':>10}{'tokens in the memory of one':>30}")
+    for cost in costs:
+        more = 1 / cost.share_of_bf16
+        click.echo(f"{cost.name:<12}{cost.bytes_per_token:>16,.1f}{cost.share_of_bf16:>10.3f}{more:>29.2f}x")
+
+
+@cli.command()
+@click.option("--kv", default="int4", show_default=True, help="KV format.")
+@click.option("--tp", default=2, show_default=True, help="Tensor-parallel shards.")
+def demo(kv: str, tp: int) -> None:
+    """Serve a small model and let it find a fact far back in a chat; leaves nothing running."""
+    from quire.cluster.demo import demo_config, run_demo
+
+    with _running(demo_config(kv, tp), None) as port:
+        run_demo(f"127.0.0.1:{port}", click.echo, partial(click.echo, nl=False))
+
+
+@contextmanager
+def _running(config: ServeConfig, ray_address: str | None) -> Any:
+    """The application, up; gives the gateway's port. Ctrl-C and SIGTERM both take it down in order."""
+    from quire.cluster.layouts import policy_cost
+    from quire.cluster.local import check_port, cluster, served
+
+    if ray_address is None:  # what can be found out in a second must not fail after a minute
+        check_port(config.gateway.host, config.gateway.port)
+        policy_cost(
+            config.engine.model, config.engine.kv, name="", page_tokens=config.engine.pool.page_tokens
+        )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    signal.signal(signal.SIGTERM, _interrupt)
+    click.echo("starting Ray", err=True)
+    up: AbstractContextManager[int] = served(config, partial(click.echo, err=True))
+    with cluster(config, ray_address), up as port:
+        yield port
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _read_tree(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no mapping of keys to values")
+    return tree
+
+
+def _policy(kv: str | None, policy: Path | None) -> str | dict[str, object] | None:
+    if policy is None:
+        return kv
+    if kv is not None:
+        raise click.UsageError("--kv and --policy say the same thing; give one of them")
+    try:
+        tree = json.loads(policy.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{policy} is not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f'{policy} must hold {{"default": {{"k": ..., "v": ...}}, "layers": {{...}}}}')
+    return tree
+
+
+def _sampling(options: dict[str, Any]) -> tuple[SamplingParams, CallOptions]:
+    sampling = SamplingParams(
+        max_tokens=options["max_tokens"],
+        temperature=options["temperature"],
+        top_p=options["top_p"],
+        seed=options["seed"],
+        stop=options["stop"],
+    )
+    return sampling, CallOptions(deadline_s=options["deadline"])
+
+
+def _print_stream(deltas: Iterable[inference_pb2.Delta]) -> Answer:
+    answer = Answer()
+    for delta in deltas:
+        answer.add(delta)
+        click.echo(delta.text, nl=False)
+    click.echo()
+    return answer

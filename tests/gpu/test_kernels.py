@@ -1,0 +1,120 @@
+"""The compiled kernels on a GPU against the references in fp64 on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paged_cases import Case, make_step, relative_error
+
+from quire.kernels.decode import decode_attention
+from quire.kernels.formats import FORMATS, Codes, KVFormat, Scales
+from quire.kernels.pages import checksum_pages, gather_pages, scatter_pages
+from quire.kernels.prefill import prefill_attention
+from quire.kernels.ref.paged import write_kv_ref
+from quire.kernels.write import write_kv
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+NAMES = [name for name in FORMATS if name != "fp32"]
+PLAIN = ["bf16", "fp8", "int8", "int4"]
+OTHERS = [
+    KVFormat(Codes.INT8, Scales.TOKEN, group=32),
+    KVFormat(Codes.INT4, Scales.TOKEN, group=16),
+    KVFormat(Codes.FP8, Scales.TOKEN),
+]
+LENGTHS = [1, 63, 64, 700, 2049]
+
+
+def cases(query_tokens: list[int]) -> list[Case]:
+    shape = {"kv_tokens": LENGTHS, "query_tokens": query_tokens}
+    return [
+        *(Case(f, f, **shape, head_dim=128, page_tokens=64, group=4) for f in [*NAMES, *OTHERS]),
+        *(Case(f, f, **shape, head_dim=64, page_tokens=32, group=7) for f in PLAIN),
+        *(
+            Case(f, f, **shape, head_dim=128, page_tokens=16, group=1)
+            for f in ["bf16", "fp8", "int8", "int4"]
+        ),
+        *(
+            Case(f, f, **shape, head_dim=256, page_tokens=64, group=2)
+            for f in ["bf16", "fp8", "int8", "int4"]
+        ),
+        Case("int8", "int4", **shape, head_dim=128, page_tokens=64, dtype=torch.float16),
+        Case("bf16", "int4", **shape, head_dim=64, page_tokens=64, dtype=torch.float32, group=3),
+        Case("int4", "fp8", **shape, head_dim=128, page_tokens=64, group=8, window=100),
+        Case("int8", "int8", **shape, head_dim=128, page_tokens=64, softcap=20.0, window=1000),
+    ]
+
+
+def limit(case: Case) -> float:
+    return 1e-2 if "bf16" in str(case) or case.dtype == torch.bfloat16 else 3e-3
+
+
+@pytest.mark.parametrize("case", cases([1, 1, 1, 1, 1]), ids=str)
+def test_decode_agrees_with_the_reference(case):
+    step = make_step(case)
+    on_gpu = step.to("cuda")
+    out = decode_attention(on_gpu.cache, on_gpu.q_TQD, on_gpu.batch, on_gpu.spec)
+    assert relative_error(out, step.expected()) < limit(case)
+
+
+@pytest.mark.parametrize("case", cases([1, 2, 5, 3, 4]), ids=str)
+def test_decode_of_several_rows_agrees_with_the_reference(case):
+    step = make_step(case)
+    on_gpu = step.to("cuda")
+    out = decode_attention(on_gpu.cache, on_gpu.q_TQD, on_gpu.batch, on_gpu.spec)
+    assert relative_error(out, step.expected()) < limit(case)
+
+
+@pytest.mark.parametrize("case", cases([1, 63, 17, 700, 300]), ids=str)
+def test_prefill_agrees_with_the_reference(case):
+    step = make_step(case)
+    on_gpu = step.to("cuda")
+    out = prefill_attention(on_gpu.cache, on_gpu.q_TQD, on_gpu.batch, on_gpu.spec)
+    assert relative_error(out, step.expected()) < limit(case)
+
+
+@pytest.mark.parametrize("case", cases([1, 1, 1, 1, 1]), ids=str)
+def test_write_agrees_with_the_reference(case):
+    expected, step = make_step(case), make_step(case, written=False).to("cuda")
+    write_kv(step.cache, step.k_LHD, step.v_LHD, step.slots_L)
+    assert (step.cache.pool_NB.cpu() != expected.cache.pool_NB).float().mean() < 0.002
+    again = make_step(case, written=False).to("cuda")
+    for token in range(0, step.slots_L.shape[0], 500):  # any cut of the tokens gives the same bytes
+        rows = slice(token, token + 500)
+        write_kv(again.cache, again.k_LHD[rows], again.v_LHD[rows], again.slots_L[rows])
+    assert torch.equal(again.cache.pool_NB, step.cache.pool_NB)
+
+
+def test_broken_numbers_are_stored_as_the_reference_stores_them():
+    case = Case("fp8", "int4", [200], [1], head_dim=128, page_tokens=64)
+    expected, step = make_step(case, written=False), make_step(case, written=False)
+    for x in (step.k_LHD, step.v_LHD):
+        x[3, 0, 5], x[4, 1, 7], x[5, 0, 9], x[6] = float("nan"), float("inf"), -float("inf"), 0.0
+    write_kv_ref(expected.cache, step.k_LHD, step.v_LHD, step.slots_L)
+    step = step.to("cuda")
+    write_kv(step.cache, step.k_LHD, step.v_LHD, step.slots_L)
+    assert (step.cache.pool_NB.cpu() != expected.cache.pool_NB).float().mean() < 0.002
+
+
+def test_decode_replays_in_a_cuda_graph():
+    step = make_step(Case("int8", "int4", [700, 30], [1, 1], head_dim=128, page_tokens=64)).to("cuda")
+    eager = decode_attention(step.cache, step.q_TQD, step.batch, step.spec)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(step.cache, step.q_TQD, step.batch, step.spec)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(out, eager)
+
+
+def test_pages_travel_and_check_the_same_on_both_devices():
+    torch.manual_seed(0)
+    pool = torch.randint(0, 256, (50, 128 * 333), dtype=torch.uint8)
+    pages = torch.randperm(50)[:17]
+    packed = gather_pages(pool.cuda(), pages.cuda())
+    assert torch.equal(packed.cpu(), pool[pages])
+    assert torch.equal(checksum_pages(packed).cpu(), checksum_pages(pool[pages]))
+    other = torch.zeros_like(pool).cuda()
+    scatter_pages(other, pages.cuda().int(), packed)
+    assert torch.equal(other.cpu()[pages], pool[pages])
+    assert other.cpu().count_nonzero() == pool[pages].count_nonzero()

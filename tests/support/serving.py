@@ -1,0 +1,143 @@
+"""A gateway and its replicas in one event loop, without Ray: engines of a test's choosing behind real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import grpc
+
+from quire.cluster.client import AsyncClient
+from quire.cluster.config import GatewayConfig
+from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
+from quire.cluster.gateway.grpc_service import InferenceService
+from quire.cluster.gateway.prompts import Prompts
+from quire.cluster.gateway.server import listen as listen_to_clients
+from quire.replicas import service
+from quire.replicas.model.checkpoint import find_model
+from quire.replicas.request import (
+    EngineStats,
+    Event,
+    FinishReason,
+    ModelInfo,
+    Output,
+    Request,
+    RequestId,
+    Timings,
+    Usage,
+)
+
+SECRET = "tests only"
+INFO = ModelInfo(
+    model="demo",
+    architecture="Scripted",
+    vocab_size=4096,
+    max_model_tokens=256,
+    eos_token_ids=(2,),
+    tp=1,
+    page_tokens=64,
+    kv_formats=(("int8", "int4"),),
+    bytes_per_token=100.0,
+    bf16_bytes_per_token=200.0,
+)
+
+
+class ScriptedEngine:
+    """Does what the test tells it: the test sends events, and sees requests and cancellations."""
+
+    def __init__(self) -> None:
+        self.info = INFO
+        self.requests: asyncio.Queue[Request] = asyncio.Queue()
+        self.cancelled: asyncio.Queue[RequestId] = asyncio.Queue()
+        self.refusal: Exception | None = None
+        self._deliver: Callable[[tuple[Event, ...]], None]
+
+    def start(self, deliver: Callable[[tuple[Event, ...]], None]) -> None:
+        self._deliver = deliver
+
+    def submit(self, request: Request) -> None:
+        if self.refusal:
+            raise self.refusal
+        self.requests.put_nowait(request)
+
+    def cancel(self, request_id: RequestId) -> None:
+        self.cancelled.put_nowait(request_id)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(running=1, pages_total=7, step_seconds=2.0, output_tokens=10)
+
+    def send(self, *events: Event) -> None:
+        """One step's events."""
+        self._deliver(events)
+
+    def say(self, request: Request, text: str, *tokens: int, last: bool = False, index: int = 0) -> None:
+        self.send(output(request, text, *tokens, last=last, index=index))
+
+
+def output(request: Request, text: str, *tokens: int, last: bool = False, index: int = 0) -> Output:
+    return Output(
+        request_id=request.id,
+        index=index,
+        text=text,
+        token_ids=tokens,
+        finish_reason=FinishReason.STOP if last else None,
+        usage=Usage(prompt_tokens=len(request.prompt), cached_tokens=0, output_tokens=9) if last else None,
+        timings=Timings(queue_s=0.0, first_token_s=0.25, total_s=0.5) if last else None,
+    )
+
+
+class Listed:
+    """A chooser that names the replicas of a list in turn."""
+
+    def __init__(self, replicas: Sequence[ReplicaAddress]) -> None:
+        self.replicas = list(replicas)
+        self.held = 0
+        self._turn = 0
+
+    @asynccontextmanager
+    async def choose(self) -> AsyncIterator[ReplicaAddress]:
+        while not self.replicas:
+            await asyncio.sleep(0.01)
+        self._turn += 1
+        self.held += 1
+        try:
+            yield self.replicas[self._turn % len(self.replicas)]
+        finally:
+            self.held -= 1
+
+
+class Stage:
+    """What `staged` puts up."""
+
+    def __init__(self, chooser: Listed, client: AsyncClient, address: str, servers: list[grpc.aio.Server]) -> None:
+        self.chooser, self.client, self.address, self._servers = chooser, client, address, servers
+
+    async def kill_replica(self, number: int) -> None:
+        """Its stream breaks at once, as when its process dies."""
+        await self._servers[number].stop(None)
+
+
+@asynccontextmanager
+async def staged(
+    *engines: service.Engine, max_open_requests: int = 64, wait_s: float = 5.0
+) -> AsyncIterator[Stage]:
+    """A replica for each engine, one gateway, one client."""
+    async with AsyncExitStack() as stack:
+        replicas, servers = [], []
+        for number, engine in enumerate(engines):
+            name = f"replica{number}"
+            served = service.EngineService(engine, secret=SECRET, replica_id=name)
+            server, address = await service.listen(served, "127.0.0.1")
+            stack.push_async_callback(server.stop, None)
+            replicas.append(ReplicaAddress(name, address))
+            servers.append(server)
+        chooser = Listed(replicas)
+        fleet = Fleet(chooser, secret=SECRET, wait_s=wait_s)
+        stack.push_async_callback(fleet.close)
+        inference = InferenceService(fleet, Prompts(find_model("demo")), max_open_requests=max_open_requests)
+        gateway, port = await listen_to_clients(inference, GatewayConfig(port=0))
+        stack.push_async_callback(gateway.stop, None)
+        address = f"127.0.0.1:{port}"
+        client = await stack.enter_async_context(AsyncClient(address))
+        yield Stage(chooser, client, address, servers)
