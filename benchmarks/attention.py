@@ -35,7 +35,7 @@ POLICIES = ("bf16", "fp8", "int8", "int4", "k8v4", "int4g32")
 
 @dataclass(frozen=True)
 class Shape:
-    """B sequences of L tokens, the last `rows` of them queries; H kv heads, G query heads each, D head_dim."""
+    """B sequences of L tokens, the last `rows` of them queries; H kv heads of G query heads, D head_dim."""
 
     B: int
     L: int
@@ -90,7 +90,7 @@ class Inputs:
     def sdpa(self, dtype: torch.dtype) -> Callable[[], Tensor]:
         """SDPA in `dtype`, [B, H, ...]: decoding has no mask, prefill a causal one."""
         s = self.shape
-        q_BQRD = self.q_TQD.unflatten(0, (s.B, s.rows)).transpose(1, 2).to(dtype).contiguous()
+        q_BQRD = self.q_TQD.view(s.B, s.rows, s.H * s.G, s.D).transpose(1, 2).to(dtype).contiguous()
         k_BHLD, v_BHLD = (x.transpose(1, 2).to(dtype).contiguous() for x in (self.k_BLHD, self.v_BLHD))
         if s.rows == 1:
             q_BHGD = q_BQRD.view(s.B, s.H, s.G, s.D)

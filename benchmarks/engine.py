@@ -53,7 +53,11 @@ class Baselines:
         folder = find_model("demo")
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         self.greedy = GenerationConfig(
-            max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=-1,
+            pad_token_id=0,
         )
 
     @torch.no_grad()
@@ -88,9 +92,7 @@ def against_transformers(rounds: int) -> list[Row]:
     prompts = prompts_of(mixed_lengths(), seed=1)
     baselines = Baselines()
     engines = {kv: LLM("demo", kv=kv) for kv in FORMATS}
-    calls = {
-        kv: lambda r, llm=llm: our_speed(llm, prompts, f"round {r}") for kv, llm in engines.items()
-    }
+    calls = {kv: lambda r, llm=llm: our_speed(llm, prompts, f"round {r}") for kv, llm in engines.items()}
     calls |= {
         "generate_batch": lambda r: baselines.continuous(prompts),
         "generate": lambda r: baselines.padded(prompts),
@@ -106,12 +108,15 @@ def against_transformers(rounds: int) -> list[Row]:
 
 
 def against_our_bf16(rounds: int, context: int, requests: int) -> list[Row]:
-    """Decoding at depth: all requests share a cached prefix of `context` tokens, so that decoding dominates."""
+    """Decoding at depth: all requests share a cached prefix, so that decoding dominates."""
     with tempfile.TemporaryDirectory() as folder:
         model = _longer_model(Path(folder), context + 2048)
         prefix, *tails = prompts_of([context, *[64] * requests], seed=context)
         prompts = [prefix[: context - 64] + tail for tail in tails]
-        engines = {kv: LLM(model, kv=kv, pool=PoolConfig(bytes=1 << 30), scheduler=SchedulerConfig(max_running=32)) for kv in FORMATS}
+        engines = {
+            kv: LLM(model, kv=kv, pool=PoolConfig(bytes=1 << 30), scheduler=SchedulerConfig(max_running=32))
+            for kv in FORMATS
+        }
         for llm in engines.values():
             llm.generate([prefix], SamplingParams(max_tokens=1))
         calls: dict[str, Callable[[int], float]] = {
@@ -121,13 +126,18 @@ def against_our_bf16(rounds: int, context: int, requests: int) -> list[Row]:
         for llm in engines.values():
             llm.close()
     return [
-        _row(f"{kv} context={context} requests={requests}", median(speeds[kv]), "our bf16", median(speeds["bf16"]))
+        _row(
+            f"{kv} context={context} requests={requests}",
+            median(speeds[kv]),
+            "our bf16",
+            median(speeds["bf16"]),
+        )
         for kv in FORMATS[1:]
     ]
 
 
 def _longer_model(folder: Path, tokens: int) -> str:
-    """The demo model told that it may read further than it was trained to: fine for timing, not for reading."""
+    """The demo model told that it may read further than it was trained to: fine for timing only."""
     shutil.copytree(find_model("demo"), folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": tokens}))

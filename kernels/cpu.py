@@ -236,6 +236,7 @@ def _library() -> ctypes.CDLL | None:
         said = getattr(error, "stderr", None) or error
         _LOG.warning("cannot build cpu.cpp: attention on this CPU runs by the slow reference: %s", said)
         return None
+    _LOG.info("attention on this CPU runs by %s", library._name)
     library.quire_write.argtypes = [
         POINTER(_Cache), POINTER(_Rows), POINTER(_Rows), c_void_p, c_int64, c_int,
     ]  # fmt: skip
@@ -258,10 +259,10 @@ def _compiled(compiler: str) -> Path:
     folder = _cache_folder()
     built = folder / f"cpu-{key}.so"
     if not built.exists():
-        handle, partial = tempfile.mkstemp(dir=folder, suffix=".so")
-        os.close(handle)
-        _run(compiler, *_FLAGS, "-Wno-psabi", "-shared", "-fPIC", "-o", partial, str(sources[0]))
-        os.replace(partial, built)  # atomic: several processes may build at once
+        with tempfile.TemporaryDirectory(dir=folder) as building:
+            partial = Path(building, built.name)
+            _run(compiler, *_FLAGS, "-Wno-psabi", "-shared", "-fPIC", "-o", str(partial), str(sources[0]))
+            partial.replace(built)  # atomic: several processes may build at once
     return built
 
 

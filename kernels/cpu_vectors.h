@@ -125,7 +125,7 @@ inline void rotate(float* x, int n) {
 }
 
 // Rows i, i + 4, i + 8 ... of 16 bytes each, side by side.
-inline U every_fourth(const uint8_t* rows, int stride) {
+inline U every_fourth(const uint8_t* rows, [[maybe_unused]] int stride) {
 #if LANES == 4
   return load<U4>(rows);
 #else

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
@@ -42,7 +42,7 @@ def find_model(source: str) -> Path:
         return folder
     try:
         return Path(snapshot_download(source, allow_patterns=_WANTED))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, OSError) as error:  # OSError: all that HTTP, network and cache raise
         raise UnknownModel(
             f'model {source!r} is neither a local folder nor "demo", and the Hugging Face hub did not give '
             "it: "
@@ -54,7 +54,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration. Raises ModelNotServable where transformers cannot read it."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise ModelNotServable(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     return config
 

@@ -1,4 +1,4 @@
-"""A gateway and its replicas in one event loop, without Ray: engines of a test's choosing behind real gRPC."""
+"""A gateway and its replicas in one event loop, without Ray: real gRPC, engines of the test's choosing."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ class Listed:
 class Stage:
     """What `staged` puts up."""
 
-    def __init__(self, chooser: Listed, client: AsyncClient, address: str, servers: list[grpc.aio.Server]) -> None:
+    def __init__(
+        self, chooser: Listed, client: AsyncClient, address: str, servers: list[grpc.aio.Server]
+    ) -> None:
         self.chooser, self.client, self.address, self._servers = chooser, client, address, servers
 
     async def kill_replica(self, number: int) -> None:

@@ -148,8 +148,8 @@ def step_of(chunks: Sequence[Chunk], page_tokens: int, rows: Sequence[int] | Non
 
 
 def tiny_config(model: Path | str, kv: str = "fp32", **changes: Any) -> EngineConfig:
-    """An engine of tiny pages and a pool of 32 or more of them."""
-    pool = PoolConfig(bytes=1 << 20, page_tokens=changes.pop("page_tokens", 16))
+    """An engine of small pages and a pool of 20 or more of them."""
+    pool = PoolConfig(bytes=4 << 20, page_tokens=changes.pop("page_tokens", 16))
     return EngineConfig(model=str(model), kv=kv, device="cpu", pool=pool, **changes)
 
 

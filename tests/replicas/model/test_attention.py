@@ -82,7 +82,12 @@ def test_a_step_of_several_sequences_keeps_them_apart(tmp_path):
 
 
 def test_a_gpu_step_is_cut_where_decoding_ends():
-    chunks = [Chunk([5], 40, [1, 2, 3]), Chunk([5] * 8, 3, [4]), Chunk([5] * 9, 0, [6]), Chunk([5] * 30, 2, [7, 8])]
+    chunks = [
+        Chunk([5], 40, [1, 2, 3]),
+        Chunk([5] * 8, 3, [4]),
+        Chunk([5] * 9, 0, [6]),
+        Chunk([5] * 30, 2, [7, 8]),
+    ]
     batch = step_of(chunks, 16)
     slots, (decode_part, prefill_part) = step_parts(batch, batch.slots_T, torch.device("meta"))
     assert (slots.device.type, decode_part.rows, prefill_part.rows) == ("meta", slice(0, 9), slice(9, 48))
@@ -131,7 +136,16 @@ def test_arguments_that_change_nothing_are_accepted():
     q, kv = torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 3, 16)
     probe = Probe()
     out, _ = paged_attention(
-        Attention(), q, kv, kv, None, scaling=0.5, step=probe, dropout=0.0, s_aux=None, output_router_logits=False
+        Attention(),
+        q,
+        kv,
+        kv,
+        None,
+        scaling=0.5,
+        step=probe,
+        dropout=0.0,
+        s_aux=None,
+        output_router_logits=False,
     )
     assert out.shape == (1, 3, 4, 16)
     assert (probe.layers[0].query_heads, probe.layers[0].kv_heads, probe.layers[0].spec.scale) == (4, 2, 0.5)

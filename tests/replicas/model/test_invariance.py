@@ -24,7 +24,9 @@ def in_company(ranks: Ranks) -> torch.Tensor:
     tokens = ranks.shards[0].layout.page_tokens
     first, second = Chunk(IDS[:29], 0, PAGES), Chunk(IDS[29:], 29, PAGES)
     ranks.forward(step_of([Chunk(OTHERS[:23], 0, [20, 21, 22])], tokens))
-    one = step_of([Chunk(OTHERS[23:25], 23, [20, 21, 22]), first, Chunk(OTHERS[:77], 0, range(25, 30))], tokens)
+    one = step_of(
+        [Chunk(OTHERS[23:25], 23, [20, 21, 22]), first, Chunk(OTHERS[:77], 0, range(25, 30))], tokens
+    )
     two = step_of([Chunk(OTHERS[25:26], 25, [20, 21, 22]), second], tokens)
     return torch.cat([ranks.forward(one)[2:31], ranks.forward(two)[1:]])
 
@@ -38,7 +40,9 @@ def test_logits_do_not_depend_on_chunks_or_company(kv, tmp_path):
         assert torch.equal(in_company(ranks), whole)
 
 
-@pytest.mark.parametrize(("name", "tp"), [("gemma2", 1), ("mixtral", 1), ("starcoder2", 1), ("qwen2", 2), ("llama", 4)])
+@pytest.mark.parametrize(
+    ("name", "tp"), [("gemma2", 1), ("mixtral", 1), ("starcoder2", 1), ("qwen2", 2), ("llama", 4)]
+)
 def test_nor_in_other_architectures_and_sharded(name, tp, tmp_path):
     with Ranks(tiny_config(make_model(name, tmp_path), "int4", tp=tp)) as ranks:
         whole = ranks.run(IDS, [len(IDS)], PAGES)
