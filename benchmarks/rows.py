@@ -45,7 +45,7 @@ def alternate(calls: Mapping[str, Callable[[int], float]], rounds: int) -> dict[
 
 
 def timed(call: Callable[[], object], device: str, repeat: int = 1) -> Callable[[int], float]:
-    """Seconds of one `call`, as `alternate` wants it: the mean of `repeat` in a row, the device idle again."""
+    """Seconds of one `call`, as `alternate` wants it: the mean of `repeat`, until the device is idle."""
 
     def seconds(_: int) -> float:
         _finish(device)

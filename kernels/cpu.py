@@ -9,6 +9,7 @@ Legend: see `paged.py`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -267,13 +268,16 @@ def _compiled(compiler: str) -> Path:
 
 
 def _cache_folder() -> Path:
-    """Of this user alone, because what lies there is executed."""
-    folder = Path.home() / ".cache" / "quire"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="quire-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="quire-"))
+    """Where builds are kept: of this user alone, because what lies there is executed.
+
+    Raises OSError if there is no such place.
+    """
+    for folder in (Path.home() / ".cache" / "quire", Path(tempfile.gettempdir(), f"quire-{os.getuid()}")):
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+                return folder
+    raise OSError(f"neither {Path.home() / '.cache'} nor {tempfile.gettempdir()} can be written to")
 
 
 def _run(*command: str) -> str:

@@ -32,10 +32,13 @@ class AsyncEngine:
         config: EngineConfig,
         launcher: ShardLauncher | None = None,
         progress: Callable[[int, int], None] | None = None,
+        *,
+        host: str = "127.0.0.1",
     ) -> None:
+        """`host`: the address at which the other shards reach this process. Raises what `load_engine` does."""
         self._executor: Executor
         self._engine: Engine
-        self._executor, self._engine = load_engine(config, launcher, progress)
+        self._executor, self._engine = load_engine(config, launcher, progress, host=host)
         self._config = config
         self._inbox: deque[Request | RequestId] = deque()
         self._arrived = threading.Condition()

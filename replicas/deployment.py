@@ -100,7 +100,9 @@ class Replica:
         assert bundles is not None, "cluster/app.py deploys replicas in placement groups"
         launcher = RayShards(bundles, cpus=cpus_per_shard, gpus=gpus_per_shard)
         name = serve.get_replica_context().replica_id.unique_id
-        self._engine = await asyncio.to_thread(AsyncEngine, config, launcher, _progress_of(name))
+        self._engine = await asyncio.to_thread(
+            AsyncEngine, config, launcher, _progress_of(name), host=_node_address()
+        )
         service = EngineService(self._engine, secret=secret, replica_id=name)
         self._server, self._address = await listen(service, _node_address())
         log.info("replica %s answers at %s", name, self._address)
