@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import Chunk, Ranks, make_model, some_tokens, step_of, tiny_config
+from torch import nn
 
-from quire.replicas.model.invariance import padded
+from quire.replicas.model.invariance import OneThreadAtATime, padded
 
 IDS = some_tokens(75)
 OTHERS = some_tokens(200, seed=1)
@@ -60,7 +61,6 @@ def threads(request):
 
 @pytest.mark.parametrize("kv", ["bf16", "int4"])
 def test_nor_for_the_demo_model_on_one_thread_or_three(kv, threads):
-    """Three threads divide activations at odd places; the model is large enough for torch to use them."""
     ids = some_tokens(300, seed=2)
     with Ranks(tiny_config("demo", kv, page_tokens=64)) as ranks:
         whole = ranks.run(ids, [300], PAGES)
@@ -74,6 +74,23 @@ def test_only_the_wanted_rows_make_the_same_logits(tmp_path):
             some = ranks.forward(step_of([Chunk(IDS, 0, PAGES)], 16, rows=rows))
             assert some.shape == (len(rows), 130)
             assert torch.equal(some, whole[rows])
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU("tanh"), nn.Tanh()], ids=repr)
+def test_an_activation_has_the_same_bits_however_many_threads_share_it(activation, threads):
+    """256 columns: three threads would divide most of these at places where a vector ends in the middle."""
+    x = torch.randn(512, 256)
+    wrapped = OneThreadAtATime(activation)
+    whole = wrapped(x)
+    torch.testing.assert_close(whole, activation(x))
+    for rows in (16, 176, 192, 256, 272):
+        assert torch.equal(wrapped(x[:rows]), whole[:rows])
+
+
+def test_the_activations_of_a_model_are_wrapped(tmp_path):
+    with Ranks(tiny_config(make_model("mixtral", tmp_path))) as ranks:
+        wrapped = [m for m in ranks.shards[0]._model.modules() if isinstance(m, OneThreadAtATime)]
+    assert len(wrapped) == 2
 
 
 @pytest.mark.parametrize(("rows", "want"), [(0, 0), (1, 16), (16, 16), (17, 32)])
