@@ -273,3 +273,7 @@ def _print_stream(deltas: Iterable[inference_pb2.Delta]) -> Answer:
         click.echo(delta.text, nl=False)
     click.echo()
     return answer
+
+
+if __name__ == "__main__":
+    main()

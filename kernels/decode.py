@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quire.kernels import cpu
 from quire.kernels._swapped import accumulate, load_queries, logits, store_output
+from quire.kernels._transform import transform_output, transform_query
 from quire.kernels._triton import (
     LOG2E,
     check_head_dim,
@@ -31,10 +32,11 @@ from quire.kernels._triton import (
 from quire.kernels.formats import Codes
 from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 
-_MAX_ROWS = 16  # more rows would spill registers; they become further tiles
-_PROGRAMS_PER_MULTIPROCESSOR = 8
-_MIN_PAGES_PER_SPLIT = 4
-_MAX_SPLITS = 64
+ROWS = 8  # query rows of a tile, the least a dot takes; more tiles of it beat wider ones, which spill
+_ONE_WARP_NUMBERS = 128 * 64  # of one side of a page: what one warp holds in registers
+_WARPS_PER_MULTIPROCESSOR = 8  # that is what registers allow
+_MIN_PAGES_PER_SPLIT = 2
+_MAX_SPLITS = 128
 
 
 def decode_attention(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec) -> Tensor:
@@ -55,38 +57,32 @@ def decode_attention(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: 
 class Tiling:
     """How a launch cuts the work."""
 
-    rows: int
-    """Query rows of a program, a power of two, 8 or more."""
     splits: int
     """Programs that share one tile's pages; more than one leaves partial results to combine."""
     pages_per_split: int
     warps: int
-    stages: int = 2
 
 
 def plan_decode(
     cache: LayerCache, query_heads: int, batch: PagedBatch, spec: AttentionSpec, multiprocessors: int
 ) -> Tiling:
-    """Tiles that fill the device: pages are split until every multiprocessor has work, but never into
-    shares so short that starting a program costs more than its pages. Pure.
+    """Tiles that fill the device: pages are split into as many programs as run at the same time, not more,
+    for a second wave that is part empty costs what a full one does. Pure.
     """
-    layout = cache.layout
-    rows = batch.max_query_tokens * (query_heads // layout.kv_heads)
-    tile = min(_MAX_ROWS, max(8, triton.next_power_of_2(rows)))
+    layout, fmt = cache.layout, cache.format
     pages = triton.cdiv(batch.max_kv_tokens, layout.page_tokens)
     if spec.window:
         pages = min(pages, triton.cdiv(spec.window + batch.max_query_tokens - 2, layout.page_tokens) + 1)
-    programs = batch.sequences * layout.kv_heads * triton.cdiv(rows, tile)
-    wanted = triton.cdiv(multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, programs)
-    splits = max(1, min(wanted, pages // _MIN_PAGES_PER_SPLIT, _MAX_SPLITS))
-    pages_per_split = max(1, triton.cdiv(pages, splits))
-    small = layout.head_dim * layout.page_tokens <= 64 * 64 and layout.uses(Codes.INT4)
-    return Tiling(
-        rows=tile,
-        splits=max(1, triton.cdiv(pages, pages_per_split)),
-        pages_per_split=pages_per_split,
-        warps=1 if small or layout.page_tokens == 16 else 2,  # 4 would form a warpgroup: wgmma, byte gathers
+    wide = (
+        Codes.BF16 in (fmt.k.codes, fmt.v.codes) or layout.head_dim * layout.page_tokens > _ONE_WARP_NUMBERS
     )
+    warps = 2 if wide else 1  # never 4: a warpgroup would select wgmma, which wants its codes byte by byte
+    group = query_heads // layout.kv_heads
+    programs = batch.sequences * layout.kv_heads * triton.cdiv(batch.max_query_tokens * group, ROWS)
+    fitting = multiprocessors * _WARPS_PER_MULTIPROCESSOR // warps // programs
+    splits = max(1, min(fitting, pages // _MIN_PAGES_PER_SPLIT, _MAX_SPLITS))
+    pages_per_split = max(1, triton.cdiv(pages, splits))
+    return Tiling(max(1, triton.cdiv(pages, pages_per_split)), pages_per_split, warps)
 
 
 def launch_decode(
@@ -94,8 +90,7 @@ def launch_decode(
 ) -> Tensor:
     """Transform Q, attend in splits, combine them, transform the output."""
     dtype = q_TQD.dtype if cache.v_transform.identity else torch.float32
-    q = q_TQD if cache.k_transform.identity else cache.k_transform.query(q_TQD)
-    q = q if q.stride(2) == 1 else q.contiguous()
+    q = transform_query(cache.k_transform, q_TQD)
     lse = q.new_empty((*q.shape[:2], tiling.splits), dtype=torch.float32)
     partial_dtype = dtype if tiling.splits == 1 else torch.float32
     partial = q.new_empty((*q.shape[:2], tiling.splits, q.shape[2]), dtype=partial_dtype)
@@ -105,7 +100,7 @@ def launch_decode(
     else:
         out_TQD = q.new_empty(q.shape, dtype=dtype)
         _launch_combine(partial, lse, out_TQD)
-    return out_TQD if cache.v_transform.identity else cache.v_transform.output(out_TQD).to(q_TQD.dtype)
+    return transform_output(cache.v_transform, out_TQD, q_TQD.dtype)
 
 
 def _launch_attend(
@@ -123,9 +118,9 @@ def _launch_attend(
     layout, cell, fmt = cache.layout, cache.cell, cache.format
     head_dim = check_head_dim(cache)
     group = q_TQD.shape[1] // layout.kv_heads
-    row_tiles = triton.cdiv(batch.max_query_tokens * group, tiling.rows)
+    row_tiles = triton.cdiv(batch.max_query_tokens * group, ROWS)
     asm, fp8_native = instructions(q_TQD.device)
-    decode_kernel[(batch.sequences * layout.kv_heads, tiling.splits, row_tiles)](
+    decode_kernel[(row_tiles, batch.sequences * layout.kv_heads, tiling.splits)](
         q_TQD,
         cache.pool_NB,
         batch.page_table_SM,
@@ -154,14 +149,13 @@ def _launch_attend(
         SOFTCAP=bool(spec.softcap),
         H=layout.kv_heads,
         G=group,
-        R=tiling.rows,
+        R=ROWS,
         D=head_dim,
         P=layout.page_tokens,
         ASM=asm,
         FP8_NATIVE=fp8_native,
-        STAGES=tiling.stages,
         num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        num_stages=2,
         enable_fp_fusion=True,
     )
 
@@ -209,15 +203,17 @@ def decode_kernel(
     P: tl.constexpr,
     ASM: tl.constexpr,
     FP8_NATIVE: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """Grid (sequences * kv heads, splits, row tiles). A softmax is kept per row, in base 2."""
-    seq, head = tl.program_id(0) // H, tl.program_id(0) % H
-    split, splits = tl.program_id(1), tl.num_programs(1)
+    """Grid (row tiles, sequences * kv heads, splits): tiles that read the same pages run side by side.
+
+    A softmax is kept per row, in base 2.
+    """
+    seq, head = tl.program_id(1) // H, tl.program_id(1) % H
+    split, splits = tl.program_id(2), tl.num_programs(2)
     first_token = tl.load(query_start_ptr + seq)
     new_tokens = tl.load(query_start_ptr + seq + 1) - first_token
     kv_tokens = tl.load(kv_tokens_ptr + seq)
-    first_row = tl.program_id(2) * R
+    first_row = tl.program_id(0) * R
     if first_row >= new_tokens * G:
         return
     row_R = first_row + tl.arange(0, R)
@@ -251,7 +247,7 @@ def decode_kernel(
     # Scales are too narrow for asynchronous copies: they travel one page ahead, in registers.
     k_words = load_scales(cell_ptr + K_SCALES, token_P, KC, KG, P)
     v_words = load_scales(cell_ptr + V_SCALES, token_P, VC, VG, P)
-    for i in tl.range(first_page, end_page, num_stages=STAGES):
+    for i in tl.range(first_page, end_page, num_stages=2):
         page = tl.load(page_table_ptr + i + 1, mask=i + 1 < end_page, other=0).to(tl.int64)
         next_ptr = pool_ptr + (page * page_bytes + head * head_bytes + layer_at)
         at_P = i * P + token_P

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.kernels import cpu
+from quire.kernels._transform import transform_output, transform_query
 from quire.kernels._triton import (
     LOG2E,
     MAGIC,
@@ -57,13 +58,12 @@ def launch_prefill(
     """Transform Q, attend in tiles of `rows` (a power of two), transform the output."""
     layout, cell, fmt = cache.layout, cache.cell, cache.format
     head_dim = check_head_dim(cache)
-    q = q_TQD if cache.k_transform.identity else cache.k_transform.query(q_TQD)
-    q = q if q.stride(2) == 1 else q.contiguous()
+    q = transform_query(cache.k_transform, q_TQD)
     out_TQD = q.new_empty(q.shape, dtype=q_TQD.dtype if cache.v_transform.identity else torch.float32)
     group = q.shape[1] // layout.kv_heads
     asm, fp8_native = instructions(q.device)
     row_tiles = triton.cdiv(batch.max_query_tokens * group, rows)
-    _prefill_kernel[(row_tiles, layout.kv_heads, batch.sequences)](
+    prefill_kernel[(row_tiles, layout.kv_heads, batch.sequences)](
         q,
         cache.pool_NB,
         batch.page_table_SM,
@@ -99,11 +99,11 @@ def launch_prefill(
         num_stages=2,
         enable_fp_fusion=True,
     )
-    return out_TQD if cache.v_transform.identity else cache.v_transform.output(out_TQD).to(q_TQD.dtype)
+    return transform_output(cache.v_transform, out_TQD, q_TQD.dtype)
 
 
 @triton.jit(do_not_specialize=["window"])
-def _prefill_kernel(
+def prefill_kernel(
     q_ptr,
     pool_ptr,
     page_table_ptr,

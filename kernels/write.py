@@ -10,10 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.kernels import cpu
+from quire.kernels._transform import bf16_terms, rotated, rotation_signs
 from quire.kernels._triton import check_head_dim, groups_of
 from quire.kernels.formats import KVFormat
 from quire.kernels.paged import LayerCache
-from quire.kernels.transform import SideTransform, hadamard
+from quire.kernels.transform import SideTransform
 
 _TILE_TOKENS = 16  # the least a dot takes: the rotation is one
 
@@ -37,7 +38,7 @@ def launch_write(cache: LayerCache, k_THD: Tensor, v_THD: Tensor, slots_T: Tenso
     k_THD = k_THD if k_THD.stride(2) == 1 else k_THD.contiguous()
     v_THD = v_THD if v_THD.stride(2) == 1 else v_THD.contiguous()
     rotates = cache.k_transform.rotate or cache.v_transform.rotate
-    _write_kernel[(triton.cdiv(tokens, _TILE_TOKENS), layout.kv_heads, 2)](
+    write_kernel[(triton.cdiv(tokens, _TILE_TOKENS), layout.kv_heads, 2)](
         k_THD,
         v_THD,
         slots_T,
@@ -46,7 +47,7 @@ def launch_write(cache: LayerCache, k_THD: Tensor, v_THD: Tensor, slots_T: Tenso
         cache.k_transform.scale_HD,
         cache.v_transform.shift_HD,
         cache.v_transform.scale_HD,
-        hadamard(head_dim, k_THD.device) if rotates else None,
+        rotation_signs(head_dim, k_THD.device) if rotates else None,
         tokens,
         k_THD.stride(0),
         k_THD.stride(1),
@@ -58,8 +59,8 @@ def launch_write(cache: LayerCache, k_THD: Tensor, v_THD: Tensor, slots_T: Tenso
         K_SCALES=cell.k_scales - cell.k_codes,
         V_CODES=cell.v_codes - cell.k_codes,
         V_SCALES=cell.v_scales - cell.k_codes,
-        **_side("K", fmt.k, cache.k_transform, head_dim),
-        **_side("V", fmt.v, cache.v_transform, head_dim),
+        **_side("K", fmt.k, cache.k_transform, k_THD),
+        **_side("V", fmt.v, cache.v_transform, v_THD),
         D=head_dim,
         P=layout.page_tokens,
         T=_TILE_TOKENS,
@@ -68,19 +69,20 @@ def launch_write(cache: LayerCache, k_THD: Tensor, v_THD: Tensor, slots_T: Tenso
     )
 
 
-def _side(name: str, fmt: KVFormat, transform: SideTransform, head_dim: int) -> dict[str, object]:
-    """One side's constexprs: codes, groups, and which parts of the transform there are."""
+def _side(name: str, fmt: KVFormat, transform: SideTransform, x_THD: Tensor) -> dict[str, object]:
+    """One side's constexprs: codes, groups, and what of the transform there is (a rotation by its terms)."""
+    affine = transform.shift_HD is not None or transform.scale_HD is not None
     return {
         f"{name}C": fmt.codes.value,
-        f"{name}G": groups_of(fmt, head_dim),
-        f"{name}_ROTATE": transform.rotate,
+        f"{name}G": groups_of(fmt, x_THD.shape[2]),
+        f"{name}_ROTATE": bf16_terms(x_THD.dtype, affine) if transform.rotate else 0,
         f"{name}_SHIFT": transform.shift_HD is not None,
         f"{name}_SCALE": transform.scale_HD is not None,
     }
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _write_kernel(
+def write_kernel(
     k_ptr,
     v_ptr,
     slots_ptr,
@@ -89,7 +91,7 @@ def _write_kernel(
     k_scale_ptr,
     v_shift_ptr,
     v_scale_ptr,
-    rotation_ptr,
+    signs_ptr,
     tokens,
     k_stride_t,
     k_stride_h,
@@ -125,7 +127,7 @@ def _write_kernel(
     if tl.program_id(2) == 0:
         row_ptr_T = k_ptr + token_T.to(tl.int64) * k_stride_t + head * k_stride_h
         low_TC, high_TC = _load_transformed(
-            row_ptr_T, stored_T, k_shift_ptr, k_scale_ptr, rotation_ptr, head, K_ROTATE, K_SHIFT, K_SCALE, D
+            row_ptr_T, stored_T, k_shift_ptr, k_scale_ptr, signs_ptr, head, K_ROTATE, K_SHIFT, K_SCALE, D
         )
         _store_side(
             cell_ptr_T, cell_ptr_T + K_SCALES, at_T, stored_T, low_TC, high_TC, False, KC, KG, D, P, T
@@ -133,7 +135,7 @@ def _write_kernel(
     else:
         row_ptr_T = v_ptr + token_T.to(tl.int64) * v_stride_t + head * v_stride_h
         low_TC, high_TC = _load_transformed(
-            row_ptr_T, stored_T, v_shift_ptr, v_scale_ptr, rotation_ptr, head, V_ROTATE, V_SHIFT, V_SCALE, D
+            row_ptr_T, stored_T, v_shift_ptr, v_scale_ptr, signs_ptr, head, V_ROTATE, V_SHIFT, V_SCALE, D
         )
         cell_ptr_T += V_CODES
         scales_ptr_T = cell_ptr_T + (V_SCALES - V_CODES)
@@ -146,7 +148,7 @@ def _load_transformed(
     stored_T,
     shift_ptr,
     scale_ptr,
-    rotation_ptr,
+    signs_ptr,
     head,
     ROTATE: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -158,9 +160,8 @@ def _load_transformed(
     if ROTATE:
         channel_D = tl.arange(0, D)
         x_TD = _load_affine(row_ptr_T, stored_T, shift_ptr, scale_ptr, head, channel_D, SHIFT, SCALE, D)
-        rotation_ptr_DC = rotation_ptr + channel_D[:, None] * D + channel_C[None, :]
-        low_TC = tl.dot(x_TD, tl.load(rotation_ptr_DC), input_precision="ieee")
-        high_TC = tl.dot(x_TD, tl.load(rotation_ptr_DC + D // 2), input_precision="ieee")
+        low_TC = rotated(x_TD, signs_ptr, channel_C, ROTATE, D)
+        high_TC = rotated(x_TD, signs_ptr, channel_C + D // 2, ROTATE, D)
     else:
         low_TC = _load_affine(row_ptr_T, stored_T, shift_ptr, scale_ptr, head, channel_C, SHIFT, SCALE, D)
         high_TC = _load_affine(

@@ -27,7 +27,7 @@ from quire.replicas.shard_process import (
     Loaded,
     ShardSpec,
     connect,
-    use_threads,
+    own_process,
 )
 
 _HEARTBEAT_S = 1.0
@@ -87,7 +87,7 @@ class Executor:
         `launcher`: None for processes of this machine. `host`: the address at which the others reach this
         process. Raises UnknownModel, ModelNotServable, ConfigError (of any rank), ReplicaDied.
         """
-        use_threads(config)
+        own_process(config, rank=0)
         self._launcher = launcher or LocalProcesses()
         self._failure: ReplicaDied | None = None
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
@@ -126,13 +126,14 @@ class Executor:
     def _await(self, word: str, tp: int) -> list[bytes]:
         """The store's `word/<rank>` of all ranks but 0. Raises ReplicaDied when one is dead without it."""
         values: list[bytes] = []
+        deadline = time.monotonic() + START_TIMEOUT_S
         while len(values) < tp - 1:
             failure = self._launcher.failure()  # asked first: a shard leaves its word before it dies
             key = f"{word}/{len(values) + 1}"
             if self._store.check([key]):
                 values.append(self._store.get(key))
-            elif failure:
-                raise ReplicaDied(failure)
+            elif failure or time.monotonic() > deadline:
+                raise ReplicaDied(failure or f"a shard did not start in {START_TIMEOUT_S:g} s")
             else:
                 time.sleep(_POLL_S / 4)
         return values
@@ -172,7 +173,6 @@ class Executor:
 
     def _serve(self, config: EngineConfig, group: TensorParallelGroup) -> None:
         """The thread that talks to the group: a wait for a dead peer blocks it, and no caller."""
-        use_threads(config)
         beat_s = min(_HEARTBEAT_S, config.shard_timeout_s / 3)
         kind = Kind.IDLE
         while self._failure is None and kind is not Kind.STOP:
@@ -192,6 +192,7 @@ class Executor:
                 job.logits.set_result(self.shard.forward(job.batch))
         except Exception as error:  # handed to the caller in its own thread
             # Whatever it was, the ranks may no longer be at the same operation: no step can follow.
-            known = error if isinstance(error, ReplicaDied) else ReplicaDied(f"a step failed: {error}")
-            self._failure = self._failure or known
-            job.logits.set_exception(error)
+            died = isinstance(error, ReplicaDied)
+            reason = self._launcher.failure() or (str(error) if died else f"a step failed: {error}")
+            self._failure = self._failure or ReplicaDied(reason)
+            job.logits.set_exception(self._failure if died else error)

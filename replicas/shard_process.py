@@ -69,9 +69,14 @@ class Loaded:
         return self.pages
 
 
-def use_threads(config: EngineConfig) -> None:
-    """Give torch this shard's share of the machine. For whoever owns the process, and for each thread that
-    computes."""
+def own_process(config: EngineConfig, rank: int) -> None:
+    """Give torch the shard's share of the machine's cores, and make its GPU the current one.
+
+    For whoever owns the process, in the thread that computes.
+    """
+    device = shard_device(config, rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.set_num_threads(config.threads_per_shard or max(1, (os.cpu_count() or 1) // config.tp))
 
 
@@ -93,7 +98,7 @@ def serve_shard(spec: ShardSpec) -> None:
     An error while loading is reported to rank 0 and raised. Raises ReplicaDied when rank 0 is not heard of
     for `shard_timeout_s`.
     """
-    use_threads(spec.config)
+    own_process(spec.config, spec.rank)
     try:
         store = join_store(spec.store_host, spec.store_port, START_TIMEOUT_S)
         store.set(f"arrived/{spec.rank}", "")

@@ -11,6 +11,8 @@ Names: T tokens, C chosen experts per token, I model dimension.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,8 +26,8 @@ EXPERTS = "quire_experts"
 ROWS = 16
 """Steps and wanted rows of logits are padded to a multiple of this."""
 
-_ONE_THREAD = 32768
-"""Elements of a tensor that torch never divides among threads (at::internal::GRAIN_SIZE)."""
+_ONE_THREAD = 16384
+"""Elements of a tensor that torch divides among threads in no activation: GELU's limit, the lowest."""
 
 
 def padded(rows: int) -> int:
@@ -42,7 +44,8 @@ class OneThreadAtATime(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pieces = torch.split(x.reshape(-1), _ONE_THREAD)
-        return torch.cat([self.activation(piece) for piece in pieces]).view(x.shape)
+        done = [self.activation(piece) for piece in pieces]
+        return (done[0] if len(done) == 1 else torch.cat(done)).view(x.shape)
 
 
 def make_invariant(model: nn.Module) -> None:
@@ -58,25 +61,25 @@ def _is_activation(module: nn.Module) -> bool:
     return home in ("transformers.activations", "torch.nn.modules.activation") and not list(module.children())
 
 
-def invariant_experts(experts: nn.Module, x_TI: Tensor, chosen_TC: Tensor, weight_TC: Tensor) -> Tensor:
+def invariant_experts(experts: Any, x_TI: Tensor, chosen_TC: Tensor, weight_TC: Tensor) -> Tensor:
     """transformers' experts signature: every expert's rows padded, sums in the order of each token's choice.
 
     Raises: ModelNotServable for experts that are not gate, up and down projections without bias.
     """
     if experts.is_transposed or experts.has_bias or experts.has_post_expert_norm or not experts.has_gate:
         raise ModelNotServable(
-            f"{type(experts).__name__} holds another kind of experts than gate, up and down projections; it is "
-            "not servable on a CPU"
+            f"{type(experts).__name__} holds another kind of experts than gate, up and down projections; it "
+            "is not servable on a CPU"
         )
     out_TCI = x_TI.new_zeros(*chosen_TC.shape, x_TI.shape[1])
-    for expert in chosen_TC.unique().tolist():
+    for expert in torch.unique(chosen_TC).tolist():
         token, choice = torch.where(chosen_TC == expert)
         rows = functional.pad(x_TI[token], (0, 0, 0, padded(len(token)) - len(token)))
         hidden = experts._apply_gate(functional.linear(rows, experts.gate_up_proj[expert]))
         out_TCI[token, choice] = functional.linear(hidden, experts.down_proj[expert])[: len(token)]
     total_TI = torch.zeros_like(x_TI)
-    for choice in range(chosen_TC.shape[1]):
-        total_TI = total_TI + out_TCI[:, choice] * weight_TC[:, choice, None].to(x_TI.dtype)
+    for out_TI, weight_T in zip(out_TCI.unbind(1), weight_TC.unbind(1), strict=True):
+        total_TI = total_TI + out_TI * weight_T[:, None].to(x_TI.dtype)
     return total_TI
 
 

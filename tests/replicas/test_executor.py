@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class Threads:
     def _serve(self, spec: ShardSpec) -> None:
         try:
             serve_shard(spec)
-        except QuireError as error:
+        except (QuireError, IndexError) as error:
             self.errors.append(error)
 
     def failure(self) -> str | None:
@@ -66,6 +67,13 @@ class Threads:
         self.stopped = True
         for shard in self._shards:
             shard.join(10)
+
+
+def repeat(act: Callable[[], object], within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        act()
+        time.sleep(0.01)
 
 
 def children() -> set[int]:
@@ -109,7 +117,7 @@ def test_a_ranks_error_while_loading_reaches_the_caller_as_it_was_raised(llama, 
     broken = make_model("llama", tmp_path) / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-100])
     launcher = Threads(lambda spec: replace(spec, config=replace(spec.config, model=str(tmp_path))))
-    with pytest.raises(ModelNotServable, match="model.safetensors is damaged or incomplete") as caught:
+    with pytest.raises(ModelNotServable, match=r"model\.safetensors is damaged or incomplete") as caught:
         Executor(tiny_config(llama, tp=2), launcher)
     assert [str(e) for e in launcher.errors] == [str(caught.value)]
     assert launcher.stopped
@@ -140,7 +148,6 @@ def test_an_error_in_a_step_reaches_the_caller_and_ends_the_replica(llama):
     launcher = Threads()
     executor = Executor(tiny_config(llama, tp=2, shard_timeout_s=1), launcher)
     outside = step_of([Chunk(IDS, 0, [10_000, 1, 2])], 16)
-    launcher._serve = None
     with pytest.raises((IndexError, ReplicaDied)):
         executor.run(outside)
     with pytest.raises(ReplicaDied):
@@ -151,15 +158,14 @@ def test_an_error_in_a_step_reaches_the_caller_and_ends_the_replica(llama):
 def test_a_killed_process_fails_the_step_at_once(llama):
     before = children()
     launcher = LocalProcesses()
-    executor = Executor(tiny_config(llama, tp=2, shard_timeout_s=60), launcher)
+    executor = Executor(tiny_config(llama, tp=2, shard_timeout_s=100), launcher)
     torch.testing.assert_close(executor.run(STEP), reference_logits(llama, IDS), atol=1e-4, rtol=0)
     (child,) = children() - before
     os.kill(child, signal.SIGKILL)
     started = time.monotonic()
     with pytest.raises(ReplicaDied):
-        for _ in range(10_000):
-            executor.run(STEP)
-    assert time.monotonic() - started < 30  # far below shard_timeout_s
+        repeat(lambda: executor.run(STEP), within_s=50)
+    assert time.monotonic() - started < 50  # far below shard_timeout_s
     with pytest.raises(ReplicaDied):
         executor.check()
     executor.close()
@@ -172,11 +178,8 @@ def test_a_hung_process_is_noticed_even_when_idle(llama):
     executor.run(STEP)
     (child,) = children() - before
     os.kill(child, signal.SIGSTOP)
-    deadline = time.monotonic() + 30
     with pytest.raises(ReplicaDied, match="limit 2 s"):
-        while time.monotonic() < deadline:
-            executor.check()
-            time.sleep(0.05)
+        repeat(executor.check, within_s=50)
     executor.close()
     assert children() == before
 

@@ -44,7 +44,7 @@ def test_a_hub_that_does_not_answer_is_told(monkeypatch):
         raise ConnectionError("no route to the hub\nmore")
 
     monkeypatch.setattr("quire.replicas.model.checkpoint.snapshot_download", offline)
-    with pytest.raises(UnknownModel, match="hub did not give it: no route to the hub$"):
+    with pytest.raises(UnknownModel, match=r"hub did not give it: no route to the hub$"):
         find_model("some/model")
 
 

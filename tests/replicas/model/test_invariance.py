@@ -51,6 +51,14 @@ def test_nor_in_other_architectures_and_sharded(name, tp, tmp_path):
         assert torch.equal(in_company(ranks), whole)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_nor_in_bf16_arithmetic(name, tmp_path):
+    with Ranks(tiny_config(make_model(name, tmp_path), "int8", dtype="bfloat16")) as ranks:
+        whole = ranks.run(IDS, [len(IDS)], PAGES)
+        assert torch.equal(chunked(ranks, 1), whole)
+        assert torch.equal(in_company(ranks), whole)
+
+
 @pytest.fixture(params=[1, 3])
 def threads(request):
     before = torch.get_num_threads()

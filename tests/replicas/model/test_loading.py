@@ -101,7 +101,7 @@ def test_a_checkpoint_in_several_files_loads(tmp_path):
     with Ranks(tiny_config(whole)) as one, Ranks(tiny_config(split)) as two:
         assert torch.equal(one.run(IDS, [61], PAGES), two.run(IDS, [61], PAGES))
     (split / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelNotServable, match="lacks model-00002-of-00002.safetensors"):
+    with pytest.raises(ModelNotServable, match=r"lacks model-00002-of-00002\.safetensors"):
         Shard(tiny_config(split))
 
 

@@ -1,0 +1,159 @@
+"""The static transform (`transform.py`) of queries and outputs on a GPU, and its rotation inside kernels.
+
+A rotation multiplies by a matrix of +1 and -1 and then by 1 / sqrt(D). Those signs are exact in bf16, so the
+tensor cores may do it without losing a bit: numbers enter as a sum of bf16 terms (one if they were bf16,
+three for fp32's 24 bits), products are exact and sums are fp32.
+
+Legend: see `paged.py`; here T rows of a tile (row = token * query heads + head), C half the channels.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire.kernels.transform import SideTransform, hadamard
+
+_TILE_ROWS = 16
+
+
+def transform_query(transform: SideTransform, q_TQD: Tensor) -> Tensor:
+    """`transform.query` in one launch: fp32 [T, Q, D]; or q itself, where there is nothing to do."""
+    if not transform.rotate and transform.scale_HD is None:  # a shift of K does not touch Q
+        return q_TQD if q_TQD.stride(2) == 1 else q_TQD.contiguous()
+    return _launch(transform, q_TQD, torch.float32, of_query=True)
+
+
+def transform_output(transform: SideTransform, o_TQD: Tensor, dtype: torch.dtype) -> Tensor:
+    """`transform.output` in one launch, as `dtype`; or o itself, where there is nothing to do."""
+    return o_TQD if transform.identity else _launch(transform, o_TQD, dtype, of_query=False)
+
+
+def bf16_terms(dtype: torch.dtype, affine: bool) -> int:
+    """How many bf16 numbers sum up to a number of `dtype`, shifted and scaled or not."""
+    return 3 if affine or dtype == torch.float32 else 2 if dtype == torch.float16 else 1
+
+
+@lru_cache(maxsize=64)
+def rotation_signs(head_dim: int, device: torch.device) -> Tensor:
+    """bf16 [D, D] of +1 and -1: `transform.hadamard` without its factor."""
+    return hadamard(head_dim, device).sign().bfloat16()
+
+
+def _launch(transform: SideTransform, x_TQD: Tensor, dtype: torch.dtype, *, of_query: bool) -> Tensor:
+    x_TQD = x_TQD if x_TQD.stride(2) == 1 else x_TQD.contiguous()
+    tokens, query_heads, head_dim = x_TQD.shape
+    scale_HD, shift_HD = transform.scale_HD, None if of_query else transform.shift_HD
+    per_head = scale_HD if scale_HD is not None else shift_HD
+    rows = tokens * query_heads
+    out_TQD = x_TQD.new_empty(x_TQD.shape, dtype=dtype)
+    _transform_kernel[(triton.cdiv(rows, _TILE_ROWS),)](
+        x_TQD,
+        out_TQD,
+        scale_HD,
+        shift_HD,
+        rotation_signs(head_dim, x_TQD.device) if transform.rotate else None,
+        rows,
+        x_TQD.stride(0),
+        x_TQD.stride(1),
+        QUERY=of_query,
+        SCALE=scale_HD is not None,
+        SHIFT=shift_HD is not None,
+        ROTATE=transform.rotate,
+        TERMS=bf16_terms(x_TQD.dtype, of_query and scale_HD is not None),
+        Q=query_heads,
+        G=1 if per_head is None else query_heads // per_head.shape[0],
+        D=head_dim,
+        T=_TILE_ROWS,
+        num_warps=4,
+    )
+    return out_TQD
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _transform_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    shift_ptr,
+    signs_ptr,
+    rows,
+    stride_t,
+    stride_h,
+    QUERY: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    ROTATE: tl.constexpr,
+    TERMS: tl.constexpr,
+    Q: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
+):
+    """A query is scaled, then rotated; an output rotated, then scaled and shifted."""
+    row_T = tl.program_id(0) * T + tl.arange(0, T)
+    inside_T = row_T < rows
+    head_T = row_T % Q
+    kv_head_T = head_T // G
+    channel_D, channel_C = tl.arange(0, D), tl.arange(0, D // 2)
+    ptr_T = x_ptr + (row_T // Q) * stride_t + head_T * stride_h
+    x_TD = tl.load(ptr_T[:, None] + channel_D[None, :], mask=inside_T[:, None], other=0.0).to(tl.float32)
+    if QUERY and SCALE:
+        x_TD *= _per_head(scale_ptr, kv_head_T, channel_D, inside_T, D)
+    if ROTATE:
+        for half in tl.static_range(2):
+            at_C = channel_C + half * (D // 2)
+            x_TC = rotated(x_TD, signs_ptr, at_C, TERMS, D)
+            if not QUERY:
+                x_TC = _scale_and_shift(
+                    x_TC, scale_ptr, shift_ptr, kv_head_T, at_C, inside_T, SCALE, SHIFT, D
+                )
+            tl.store(out_ptr + row_T[:, None] * D + at_C[None, :], x_TC, mask=inside_T[:, None])
+    else:
+        if not QUERY:
+            x_TD = _scale_and_shift(
+                x_TD, scale_ptr, shift_ptr, kv_head_T, channel_D, inside_T, SCALE, SHIFT, D
+            )
+        tl.store(out_ptr + row_T[:, None] * D + channel_D[None, :], x_TD, mask=inside_T[:, None])
+
+
+@triton.jit
+def rotated(x_TD, signs_ptr, channel_C, TERMS: tl.constexpr, D: tl.constexpr):
+    """The given channels of x R, fp32 [T, C]."""
+    signs_DC = tl.load(signs_ptr + tl.arange(0, D)[:, None] * D + channel_C[None, :])
+    term_TD = x_TD.to(tl.bfloat16)
+    sum_TC = tl.dot(term_TD, signs_DC)
+    for _ in tl.static_range(TERMS - 1):
+        x_TD -= term_TD.to(tl.float32)
+        term_TD = x_TD.to(tl.bfloat16)
+        sum_TC = tl.dot(term_TD, signs_DC, sum_TC)
+    return sum_TC * (D**-0.5)
+
+
+@triton.jit
+def _rescaled(
+    x_TC,
+    scale_ptr,
+    shift_ptr,
+    kv_head_T,
+    channel_C,
+    inside_T,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    D: tl.constexpr,
+):
+    if SCALE:
+        x_TC *= _per_head(scale_ptr, kv_head_T, channel_C, inside_T, D)
+    if SHIFT:
+        x_TC += _per_head(shift_ptr, kv_head_T, channel_C, inside_T, D)
+    return x_TC
+
+
+@triton.jit
+def _per_head(ptr, kv_head_T, channel_C, inside_T, D: tl.constexpr):
+    ptr_TC = ptr + kv_head_T[:, None] * D + channel_C[None, :]
+    return tl.load(ptr_TC, mask=inside_T[:, None], other=0.0)

@@ -1,0 +1,93 @@
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+from ray import cloudpickle
+from ray.serve.schema import ServeDeploySchema
+
+from quire.cluster.app import build
+from quire.cluster.config import ServeConfig, parse
+from quire.replicas.errors import ConfigError
+
+FILE = Path(__file__).parents[2] / "deploy" / "serve.yaml"
+
+
+def test_a_tree_becomes_frozen_dataclasses_with_defaults():
+    config = parse({"engine": {"model": "demo", "tp": 2, "pool": {"bytes": 1000}}, "gateway": {"port": 9}})
+    assert (config.engine.tp, config.engine.pool.bytes, config.gateway.port) == (2, 1000, 9)
+    assert config.gateway.host == "127.0.0.1"
+    with pytest.raises(AttributeError):
+        config.gateway.port = 10
+
+
+@pytest.mark.parametrize(
+    ("tree", "text"),
+    [
+        ({"engine": {"model": "demo"}, "gatway": {}}, "unknown key gatway; the configuration has .*gateway"),
+        ({"engine": {"model": "demo", "pool": {"byts": 1}}}, r"engine\.pool\.byts; engine\.pool has .*bytes"),
+        ({"engine": {"model": "demo", "tp": "2"}}, r"engine\.tp must be a whole number, got '2'"),
+        ({"engine": {"model": "demo", "tp": True}}, r"engine\.tp must be a whole number, got True"),
+        (
+            {"engine": {"model": "demo", "pool": {"bytes": 1.5}}},
+            r"pool\.bytes must be a whole number or null",
+        ),
+        ({"engine": {"model": "demo", "device": "tpu"}}, r"engine\.device must be one of 'auto', 'cpu'"),
+        ({"engine": {"model": "demo", "kv": 8}}, r"engine\.kv must be a text or a mapping, got 8"),
+        ({"engine": {"model": "demo"}, "gateway": 5}, "gateway must be a mapping"),
+        ({"engine": {}}, "engine lacks a key without a default: .*model"),
+        ({}, "the configuration lacks .*engine"),
+        ({"engine": {"model": "demo"}, "gateway": {"port": 70000}}, r"gateway\.port lies in"),
+        ({"engine": {"model": "demo"}, "replicas": {"count": 0}}, r"replicas\.count must be at least 1"),
+        ({"engine": {"model": "demo", "scheduler": {"max_running": 0}}}, "max_running must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_named_in_full(tree, text):
+    with pytest.raises(ConfigError, match=text):
+        parse(tree)
+
+
+def test_a_whole_number_is_a_number_too():
+    assert parse({"engine": {"model": "demo", "shard_timeout_s": 3}}).engine.shard_timeout_s == 3
+
+
+def test_a_policy_may_be_spelled_out_and_travels():
+    policy = {"default": {"k": "int8", "v": "int4"}}
+    config = parse({"engine": {"model": "demo", "kv": policy}})
+    assert config.engine.kv == policy
+    assert cloudpickle.loads(cloudpickle.dumps(config)) == config
+
+
+def test_the_deployable_file_lists_every_option_with_its_default():
+    text = FILE.read_text()
+    args = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications[0].args
+    assert parse(args) == parse({"engine": {"model": "demo"}})
+    for path, default in _options(ServeConfig):
+        node = args
+        for key in path[:-1]:
+            node = node[key]
+        if default is None:
+            assert f"# {path[-1]}: " in text, f"{'.'.join(path)} is not shown in {FILE.name}"
+        else:
+            assert path[-1] in node, f"{'.'.join(path)} is not listed in {FILE.name}"
+
+
+def test_the_deployable_file_builds_its_application():
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(FILE.read_text()))
+    assert schema.applications[0].import_path == f"{build.__module__}:{build.__name__}"
+    build(schema.applications[0].args)
+
+
+def _options(kind, path=()):
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if is_dataclass(hints[field.name]):
+            yield from _options(hints[field.name], (*path, field.name))
+        else:
+            yield (*path, field.name), field.default
+
+
+def test_a_new_secret_is_made_unless_one_is_given():
+    first, second = (parse({"engine": {"model": "demo"}, "secret": s}) for s in (None, "x"))
+    assert (first.secret, second.secret) == (None, "x")

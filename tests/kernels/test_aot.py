@@ -1,0 +1,154 @@
+"""What the kernels compile to for GPUs that are not here: registers, memory, instructions.
+
+Limits are per number read (K and V of a page): the budget at an H200's bandwidth is 7.8 instructions for 8-bit
+formats and 4 for int4, of which about 60 % can be sustained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import triton
+import triton.language as tl
+from aot import Compiled, compile_kernel
+
+from quire.kernels.decode import ROWS, decode_kernel
+from quire.kernels.formats import FORMATS, LayerFormat
+from quire.kernels.layout import PageLayout
+from quire.kernels.prefill import prefill_kernel
+from quire.kernels.write import write_kernel
+
+P, D, H = 64, 128, 8
+POINTERS: Mapping[str, str] = {
+    "q_ptr": "*bf16:16",
+    "k_ptr": "*bf16:16",
+    "v_ptr": "*bf16:16",
+    "pool_ptr": "*u8:16",
+    "slots_ptr": "*i64:16",
+    "page_table_ptr": "*i32:16",
+    "query_start_ptr": "*i32:16",
+    "kv_tokens_ptr": "*i32:16",
+    "signs_ptr": "*bf16:16",
+    "scale_log2e": "fp32",
+    "softcap": "fp32",
+    "window": "i32",
+    "tokens": "i32",
+    "pages_per_split": "i32",
+}
+
+
+def compiled(
+    kernel: Any, k: str, v: str, capability: int, warps: int, head_dim: int = D, **constants: object
+) -> Compiled:
+    """Every pointer and stride a multiple of 16, as at run time."""
+    k_format, v_format = FORMATS[k], FORMATS[v]
+    cell = PageLayout((LayerFormat(k_format, v_format),), H, head_dim, P).cells[0]
+    known = {
+        **POINTERS,
+        "K_SCALES": cell.k_scales,
+        "V_CODES": cell.v_codes,
+        "V_SCALES": cell.v_scales,
+        "KC": k_format.codes.value,
+        "VC": v_format.codes.value,
+        "KG": k_format.groups(head_dim),
+        "VG": v_format.groups(head_dim),
+        "WINDOW": False,
+        "SOFTCAP": False,
+        "H": H,
+        "G": 4,
+        "R": ROWS,
+        "D": head_dim,
+        "P": P,
+        "ASM": True,
+        "FP8_NATIVE": capability >= 89,
+        **constants,
+    }
+    arguments = {
+        name: known.get(name, "*fp32:16" if name.endswith("_ptr") else "i32:16") for name in kernel.arg_names
+    }
+    return compile_kernel(kernel, arguments, capability=capability, warps=warps)
+
+
+def per_number(code: Compiled, warps: int, head_dim: int = D) -> float:
+    return sum(code.loop.values()) * warps * 32 / (2 * P * head_dim)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("k", "v", "limit"),
+    [
+        ("int8", "int8", 2.4),
+        ("int4", "int4", 2.9),
+        ("int8", "int4", 2.6),
+        ("int4g64", "int4g64", 2.9),
+        ("fp8", "fp8", 2.0),
+    ],
+)
+def test_decode_stays_within_its_instruction_budget(capability, k, v, limit):
+    code = compiled(decode_kernel, k, v, capability, warps=1)
+    assert code.spill_bytes == 0
+    assert code.shared_bytes <= 24 * 1024  # eight one-warp blocks per multiprocessor fit
+    assert code.count("HMMA.16816") > 0
+    assert code.count("HGMMA", "WGMMA") == 0
+    assert code.count("I2F") == 0
+    assert code.count("LDS.U8", "LDS.S8", "LDG.E.U8", "LDG.E.S8") == 0
+    assert sum(n for op, n in code.loop.items() if op.startswith("LDGSTS") and "128" in op) >= 8
+    emulated = k == "fp8" and capability < 89  # without the conversion instruction
+    assert per_number(code, 1) <= (4.5 if emulated else limit)
+
+
+def test_decode_of_256_channels_needs_two_warps():
+    assert compiled(decode_kernel, "int4", "int4", 90, warps=2, head_dim=256).spill_bytes == 0
+    assert compiled(decode_kernel, "int4", "int4", 90, warps=1, head_dim=256).spill_bytes > 0
+
+
+def test_windows_and_soft_caps_cost_little():
+    code = compiled(decode_kernel, "int8", "int8", 90, warps=1, WINDOW=True, SOFTCAP=True)
+    assert code.spill_bytes == 0
+    assert per_number(code, 1) <= 2.6
+
+
+@triton.jit
+def naive_kernel(k_ptr, q_ptr, out_ptr, pages, D: tl.constexpr, P: tl.constexpr):
+    """A textbook product with int8 keys: codes cast to fp16, transposed codes, rows padded to 16."""
+    token_P, channel_D, row_R = tl.arange(0, P), tl.arange(0, D), tl.arange(0, 16)
+    q_RD = tl.load(q_ptr + row_R[:, None] * D + channel_D[None, :])
+    acc_RD = tl.zeros([16, D], tl.float32)
+    for i in range(pages):
+        at_PD = i * (P * D) + token_P[:, None] * D + channel_D[None, :]
+        k_PD = tl.load(k_ptr + at_PD).to(tl.float16)
+        v_PD = tl.load(k_ptr + at_PD + pages * P * D).to(tl.float16)
+        acc_RD += tl.dot(tl.dot(q_RD, tl.trans(k_PD)).to(tl.float16), v_PD)
+    tl.store(out_ptr + row_R[:, None] * D + channel_D[None, :], acc_RD)
+
+
+def test_a_naive_formulation_breaks_the_budget():
+    types = {"k_ptr": "*i8:16", "q_ptr": "*fp16:16", "out_ptr": "*fp32:16", "pages": "i32:16", "D": D, "P": P}
+    code = compile_kernel(naive_kernel, types, capability=90, warps=4)
+    assert per_number(code, 4) > 3
+    assert code.count("I2F") + code.count("LDS.U8", "LDS.S8") > 0
+
+
+@pytest.mark.parametrize(("k", "v"), [("bf16", "bf16"), ("int8", "int8"), ("int4", "int4"), ("fp8", "fp8")])
+def test_prefill_does_not_spill(k, v):
+    code = compiled(prefill_kernel, k, v, 90, warps=8, R=128)
+    assert code.spill_bytes == 0
+    assert code.shared_bytes <= 112 * 1024
+    assert code.count("HGMMA") > 0
+    assert code.count("I2F") == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["bf16", "fp8", "int8", "int4", "int4g32"])
+def test_write_does_not_spill_and_rotates_on_tensor_cores(capability, name):
+    sides = {
+        f"{s}_{part}": value
+        for s in "KV"
+        for part, value in (("ROTATE", 1), ("SHIFT", False), ("SCALE", False))
+    }
+    pointers = {"k_shift_ptr": "*fp32:16", "v_shift_ptr": "*fp32:16"}
+    code = compiled(write_kernel, name, name, capability, warps=4, T=16, **sides, **pointers)
+    assert code.spill_bytes == 0
+    assert any("HMMA" in op for op in code.all)

@@ -1,0 +1,135 @@
+"""The Engine service as a gateway uses it: the hello, one message a step, the lease."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from serving import SECRET, ScriptedEngine, output
+
+from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
+from quire.replicas.errors import InvalidRequest
+from quire.replicas.request import Failure
+from quire.replicas.service import SECRET_METADATA, EngineService, listen
+
+
+@asynccontextmanager
+async def connected(engine, secret=SECRET):
+    service = EngineService(engine, secret=SECRET, replica_id="r1")
+    server, address = await listen(service, "127.0.0.1")
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield engine_pb2_grpc.EngineStub(channel).Connect(metadata=((SECRET_METADATA, secret),))
+    await server.stop(None)
+
+
+def submit(call, *token_ids, **fields):
+    return engine_pb2.GatewayMessage(submit=engine_pb2.Submit(call=call, token_ids=token_ids, **fields))
+
+
+async def test_the_first_message_says_who_answers():
+    async with connected(ScriptedEngine()) as stream:
+        hello = (await stream.read()).hello
+    assert (hello.replica_id, hello.model.name, hello.model.bytes_per_token) == ("r1", "demo", 100)
+
+
+@pytest.mark.parametrize("secret", ["", "tests onl", "tests only!"])
+async def test_a_wrong_secret_is_refused(secret):
+    async with connected(ScriptedEngine(), secret) as stream:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stream.read()
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert SECRET not in caught.value.details()
+
+
+async def test_a_step_is_one_message_for_all_requests():
+    engine = ScriptedEngine()
+    async with connected(engine) as stream:
+        await stream.read()
+        for call in (4, 9, 7):
+            await stream.write(submit(call, call))
+        requests = [await engine.requests.get() for _ in range(3)]
+        engine.send(*(output(r, "x", 1) for r in requests))
+        step = (await stream.read()).step
+        assert [(e.call, e.delta.text) for e in step.events] == [(4, "x"), (9, "x"), (7, "x")]
+
+
+async def test_steps_that_wait_for_a_slow_gateway_become_one_message():
+    engine = ScriptedEngine()
+    async with connected(engine) as stream:
+        await stream.read()
+        await stream.write(submit(1, 5))
+        request = await engine.requests.get()
+        for token in range(5):
+            engine.send(output(request, "x", token))
+        step = (await stream.read()).step
+        assert [e.delta.token_ids[0] for e in step.events] == [0, 1, 2, 3, 4]
+
+
+async def test_a_refused_request_fails_on_its_own_call():
+    engine = ScriptedEngine()
+    engine.refusal = InvalidRequest("token 9999 is outside the vocabulary")
+    async with connected(engine) as stream:
+        await stream.read()
+        await stream.write(submit(3, 9999))
+        (event,) = (await stream.read()).step.events
+        assert (event.call, event.failure.status) == (3, "INVALID_ARGUMENT")
+        assert "9999" in event.failure.message
+
+
+async def test_only_the_cancelled_call_is_cancelled():
+    engine = ScriptedEngine()
+    async with connected(engine) as stream:
+        await stream.read()
+        await stream.write(submit(1, 5))
+        await stream.write(submit(2, 6))
+        first, second = await engine.requests.get(), await engine.requests.get()
+        await stream.write(engine_pb2.GatewayMessage(cancel=engine_pb2.CancelCall(call=77)))
+        await stream.write(engine_pb2.GatewayMessage(cancel=engine_pb2.CancelCall(call=2)))
+        assert await engine.cancelled.get() == second.id
+        assert first.id != second.id
+        assert engine.cancelled.empty()
+
+
+@pytest.mark.parametrize("end", ["cancel", "done_writing"])
+async def test_the_end_of_the_stream_cancels_what_is_open(end):
+    engine = ScriptedEngine()
+    async with connected(engine) as stream:
+        await stream.read()
+        for call in (1, 2, 3):
+            await stream.write(submit(call, call))
+        requests = [await engine.requests.get() for _ in range(3)]
+        engine.send(output(requests[1], "", 1, last=True))
+        await stream.read()
+        ended = getattr(stream, end)()
+        if end == "done_writing":
+            await ended
+        cancelled = {await engine.cancelled.get(), await engine.cancelled.get()}
+        assert cancelled == {requests[0].id, requests[2].id}
+        assert engine.cancelled.empty()
+
+
+async def test_two_gateways_may_use_the_same_call_numbers():
+    engine = ScriptedEngine()
+    service = EngineService(engine, secret=SECRET, replica_id="r1")
+    server, address = await listen(service, "127.0.0.1")
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = engine_pb2_grpc.EngineStub(channel)
+        streams = [stub.Connect(metadata=((SECRET_METADATA, SECRET),)) for _ in range(2)]
+        for number, stream in enumerate(streams):
+            await stream.read()
+            await stream.write(submit(1, 10 + number))
+        requests = [await engine.requests.get() for _ in range(2)]
+        engine.send(*(Failure(r.id, "INTERNAL", str(r.prompt[0])) for r in requests))
+        for number, stream in enumerate(streams):
+            (event,) = (await stream.read()).step.events
+            assert event.failure.message == str(10 + number)
+    await server.stop(None)
+
+
+async def test_stats_come_back_with_their_question():
+    async with connected(ScriptedEngine()) as stream:
+        await stream.read()
+        await stream.write(engine_pb2.GatewayMessage(stats=engine_pb2.StatsQuery(query=5)))
+        answer = (await asyncio.wait_for(stream.read(), 5)).stats
+    assert answer.query == 5
+    assert (answer.stats.pages_total, answer.stats.output_tokens_per_s) == (7, 5.0)

@@ -1,0 +1,75 @@
+"""`quire serve` itself, for tests: a Ray cluster, a gateway, a replica of two shards."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import yaml
+
+CONFIG = {
+    "engine": {
+        "model": "demo",
+        "kv": "int8",
+        "tp": 2,
+        "shard_timeout_s": 3.0,
+        "threads_per_shard": 1,
+        "pool": {"bytes": 8 << 20},
+        "scheduler": {"max_running": 16, "max_queued": 32},
+    },
+    "gateway": {"cpus": 0.1},
+    "replicas": {"cpus_per_shard": 0.1, "health_check_period_s": 0.5, "graceful_shutdown_s": 1},
+}
+
+
+class Served:
+    """A running `quire serve` and the processes below it."""
+
+    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
+        self.process = process
+        self.address = address
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Ray's workers whose title holds `name`: ShardActor, Replica, Gateway."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if "ray::" in (title := " ".join(process.cmdline())) and name in title:
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+
+@contextmanager
+def quire_serve(folder: Path) -> Iterator[Served]:
+    """Up until the context ends, and then gone; `folder` takes its configuration."""
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(CONFIG))
+    command = [sys.executable, "-m", "quire.cluster.cli", "serve", "--config", str(config)]
+    process = subprocess.Popen([*command, "--port", str(_free_port())], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = []
+    try:
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"serving demo at (\S+);", line):
+                yield Served(process, found[1])
+                return
+        raise AssertionError("quire serve did not start:\n" + "".join(said))
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
