@@ -109,15 +109,11 @@ def _transform_kernel(
             at_C = channel_C + half * (D // 2)
             x_TC = rotated(x_TD, signs_ptr, at_C, TERMS, D)
             if not QUERY:
-                x_TC = _scale_and_shift(
-                    x_TC, scale_ptr, shift_ptr, kv_head_T, at_C, inside_T, SCALE, SHIFT, D
-                )
+                x_TC = _rescaled(x_TC, scale_ptr, shift_ptr, kv_head_T, at_C, inside_T, SCALE, SHIFT, D)
             tl.store(out_ptr + row_T[:, None] * D + at_C[None, :], x_TC, mask=inside_T[:, None])
     else:
         if not QUERY:
-            x_TD = _scale_and_shift(
-                x_TD, scale_ptr, shift_ptr, kv_head_T, channel_D, inside_T, SCALE, SHIFT, D
-            )
+            x_TD = _rescaled(x_TD, scale_ptr, shift_ptr, kv_head_T, channel_D, inside_T, SCALE, SHIFT, D)
         tl.store(out_ptr + row_T[:, None] * D + channel_D[None, :], x_TD, mask=inside_T[:, None])
 
 

@@ -53,7 +53,7 @@ def prefill_attention(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec:
 
 
 def launch_prefill(
-    cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec, rows: int = 128, warps: int = 8
+    cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec, rows: int = 64, warps: int = 4
 ) -> Tensor:
     """Transform Q, attend in tiles of `rows` (a power of two), transform the output."""
     layout, cell, fmt = cache.layout, cache.cell, cache.format

@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,14 +21,16 @@ from quire.replicas.errors import ReplicaDied
 from quire.replicas.local_processes import LocalProcesses
 from quire.replicas.model.loading import Progress
 from quire.replicas.plan import StepBatch
-from quire.replicas.shard import Shard
+from quire.replicas.shard import Shard, check_config
 from quire.replicas.shard_process import (
+    NO,
     START_TIMEOUT_S,
+    YES,
     Kind,
     Loaded,
     ShardSpec,
     connect,
-    own_process,
+    use_threads,
 )
 
 _HEARTBEAT_S = 1.0
@@ -87,7 +90,8 @@ class Executor:
         `launcher`: None for processes of this machine. `host`: the address at which the others reach this
         process. Raises UnknownModel, ModelNotServable, ConfigError (of any rank), ReplicaDied.
         """
-        own_process(config, rank=0)
+        check_config(config)  # before any process starts
+        use_threads(config)
         self._launcher = launcher or LocalProcesses()
         self._failure: ReplicaDied | None = None
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
@@ -96,47 +100,46 @@ class Executor:
             self.shard = Shard(config, progress=progress)
             self.num_pages = self.shard.num_pages
             return
+        self._store = host_store(host, START_TIMEOUT_S)
         try:
             self._start(config, progress, host)
         except BaseException:
+            for word in ("connect", "go"):
+                self._store.set(word, NO)
             self._launcher.stop()
             raise
 
     def _start(self, config: EngineConfig, progress: Progress | None, host: str) -> None:
-        # The store lives as long as this object does: when it goes, waiting shards notice.
-        self._store = host_store(host, START_TIMEOUT_S)
         specs = [
             ShardSpec(config=config, rank=r, store_host=host, store_port=self._store.port, host=host)
             for r in range(config.tp)
         ]
         for spec in specs[1:]:
             self._launcher.start(spec)
-        self._await("arrived", config.tp)
-        self._store.set("connect", "")
+        self._await("arrived", config.tp, len)
+        self._store.set("connect", YES)
         group = connect(specs[0], self._store)
         self.shard = Shard(config, 0, group, progress)
-        others = [Loaded.from_json(data).check() for data in self._await("loaded", config.tp)]
+        others = self._await("loaded", config.tp, lambda data: Loaded.from_json(data).check())
         self.num_pages = min(self.shard.num_pages, *others)
-        self._store.set("go", "")
+        self._store.set("go", YES)
         self._thread = threading.Thread(
             target=self._serve, args=(config, group), name="quire-executor", daemon=True
         )
         self._thread.start()
 
-    def _await(self, word: str, tp: int) -> list[bytes]:
-        """The store's `word/<rank>` of all ranks but 0. Raises ReplicaDied when one is dead without it."""
-        values: list[bytes] = []
+    def _await(self, word: str, tp: int, read: Callable[[bytes], int]) -> list[int]:
+        """The store's `word/<rank>` of all ranks but 0, read. Raises ReplicaDied if one dies without it."""
+        keys = [f"{word}/{rank}" for rank in range(1, tp)]
         deadline = time.monotonic() + START_TIMEOUT_S
-        while len(values) < tp - 1:
+        while True:
             failure = self._launcher.failure()  # asked first: a shard leaves its word before it dies
-            key = f"{word}/{len(values) + 1}"
-            if self._store.check([key]):
-                values.append(self._store.get(key))
-            elif failure or time.monotonic() > deadline:
+            values = [read(self._store.get(key)) for key in keys if self._store.check([key])]
+            if len(values) == len(keys):
+                return values
+            if failure or time.monotonic() > deadline:
                 raise ReplicaDied(failure or f"a shard did not start in {START_TIMEOUT_S:g} s")
-            else:
-                time.sleep(_POLL_S / 4)
-        return values
+            time.sleep(_POLL_S / 4)
 
     def run(self, batch: StepBatch) -> Tensor:
         """Run one step on all shards: fp32 logits [R, vocabulary].
@@ -173,6 +176,7 @@ class Executor:
 
     def _serve(self, config: EngineConfig, group: TensorParallelGroup) -> None:
         """The thread that talks to the group: a wait for a dead peer blocks it, and no caller."""
+        use_threads(config)
         beat_s = min(_HEARTBEAT_S, config.shard_timeout_s / 3)
         kind = Kind.IDLE
         while self._failure is None and kind is not Kind.STOP:

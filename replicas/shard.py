@@ -9,13 +9,14 @@ import hashlib
 import logging
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from quire.kernels.formats import FormatError, layer_formats
+from quire.kernels.formats import FormatError, LayerFormat, layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kernels.paged import LayerCache
 from quire.kernels.transform import default_transform
@@ -27,6 +28,7 @@ from quire.replicas.model.checkpoint import Checkpoint, eos_token_ids, find_mode
 from quire.replicas.model.invariance import padded
 from quire.replicas.model.key_bias import with_safe_keys
 from quire.replicas.model.loading import LoadedModel, Progress, check_servable, load_model
+from quire.replicas.model.tensor_parallel import shard_config
 from quire.replicas.plan import Ints, StepBatch
 from quire.replicas.request import ModelInfo
 
@@ -56,10 +58,7 @@ class Shard:
         if (group is None) != (config.tp == 1):
             raise ValueError(f"tp={config.tp} needs {'no' if config.tp == 1 else 'a'} group")
         self.device = shard_device(config, rank)
-        folder = find_model(config.model)
-        model_config = load_config(folder)
-        max_tokens = _max_model_tokens(config, model_config)
-        check_servable(model_config, max_tokens)
+        folder, model_config = check_config(config)
         self.dtype = _dtype(config, model_config, self.device)
         with Checkpoint.open(folder) as checkpoint:
             loaded = load_model(
@@ -87,7 +86,7 @@ class Shard:
             model=config.model,
             architecture=type(loaded.model).__name__,
             vocab_size=model_config.vocab_size,
-            max_model_tokens=max_tokens,
+            max_model_tokens=_max_model_tokens(config, model_config),
             eos_token_ids=eos_token_ids(folder, model_config),
             tp=config.tp,
             page_tokens=self.layout.page_tokens,
@@ -137,6 +136,19 @@ class Shard:
         return torch.from_numpy(numbers.astype(np.int64)).to(self.device)
 
 
+def check_config(config: EngineConfig) -> tuple[Path, PreTrainedConfig]:
+    """The model's folder and configuration, once all that can be refused without its weights has been.
+
+    Raises UnknownModel, ModelNotServable, ConfigError.
+    """
+    folder = find_model(config.model)
+    model = load_config(folder)
+    check_servable(model, _max_model_tokens(config, model))
+    shard_config(model, config.tp)
+    _formats(config, model.num_hidden_layers)
+    return folder, model
+
+
 def shard_device(config: EngineConfig, rank: int) -> torch.device:
     """Where a rank computes. Raises ConfigError for a GPU that is not there."""
     available = torch.cuda.is_available()
@@ -171,10 +183,16 @@ def _max_model_tokens(config: EngineConfig, model: PreTrainedConfig) -> int:
 
 def _layout(config: EngineConfig, checkpoint: Checkpoint, loaded: LoadedModel) -> PageLayout:
     heads = loaded.layers[0]
+    formats = with_safe_keys(checkpoint, _formats(config, len(loaded.layers)), heads.k_dim)
     try:
-        formats = layer_formats(config.kv, len(loaded.layers))
-        formats = with_safe_keys(checkpoint, formats, heads.k_dim)
         return PageLayout(formats, heads.kv_heads, heads.k_dim, config.pool.page_tokens)
+    except FormatError as error:
+        raise ConfigError(f"kv: {error}") from error
+
+
+def _formats(config: EngineConfig, layers: int) -> tuple[LayerFormat, ...]:
+    try:
+        return layer_formats(config.kv, layers)
     except FormatError as error:
         raise ConfigError(f"kv: {error}") from error
 

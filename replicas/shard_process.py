@@ -3,7 +3,7 @@
 `serve_shard` is a plain function: a process of its own or a thread of an actor can call it.
 
 Rank 0 and the others meet in a key-value store, whose keys are a protocol of four words:
-`arrived/<rank>` the process is up → `connect` all are → `loaded/<rank>` how loading ended → `go`.
+`arrived/<rank>` the process is up → `connect`: all are → `loaded/<rank>`: how loading ended → `go`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class ShardSpec:
     """The address this shard binds its sockets to: its own node's."""
 
 
+YES, NO = "yes", "no"
+"""Rank 0's word on `connect` and `go`: on, or home because the replica does not come up."""
+
+
 class Kind(IntEnum):
     """The first byte of a message from rank 0."""
 
@@ -69,14 +73,11 @@ class Loaded:
         return self.pages
 
 
-def own_process(config: EngineConfig, rank: int) -> None:
-    """Give torch the shard's share of the machine's cores, and make its GPU the current one.
+def use_threads(config: EngineConfig) -> None:
+    """Give torch a shard's share of this machine's cores.
 
     For whoever owns the process, in the thread that computes.
     """
-    device = shard_device(config, rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     torch.set_num_threads(config.threads_per_shard or max(1, (os.cpu_count() or 1) // config.tp))
 
 
@@ -98,24 +99,36 @@ def serve_shard(spec: ShardSpec) -> None:
     An error while loading is reported to rank 0 and raised. Raises ReplicaDied when rank 0 is not heard of
     for `shard_timeout_s`.
     """
-    own_process(spec.config, spec.rank)
+    use_threads(spec.config)
+    device = shard_device(spec.config, spec.rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels are launched on the current one
     try:
         store = join_store(spec.store_host, spec.store_port, START_TIMEOUT_S)
         store.set(f"arrived/{spec.rank}", "")
-        store.wait(["connect"])
-        group = connect(spec, store)
     except RuntimeError as error:
-        raise ReplicaDied(f"shard {spec.rank} lost rank 0 while starting: {error}") from error
+        raise ReplicaDied(f"shard {spec.rank} does not reach rank 0: {error}") from error
+    if not _told(store, "connect"):
+        return
+    group = connect(spec, store)
     try:
         shard = Shard(spec.config, spec.rank, group)
     except QuireError as error:
         store.set(f"loaded/{spec.rank}", Loaded(0, type(error).__name__, str(error)).to_json())
         raise
     store.set(f"loaded/{spec.rank}", Loaded(shard.num_pages).to_json())
+    if _told(store, "go"):
+        _serve_steps(shard, group)
+
+
+def _told(store: Store, word: str) -> bool:
     try:
-        store.wait(["go"])
+        return bool(store.get(word).decode() == YES)
     except RuntimeError as error:
-        raise ReplicaDied(f"shard {spec.rank} lost rank 0 while it loaded: {error}") from error
+        raise ReplicaDied(f"rank 0 is gone before it said {word!r}: {error}") from error
+
+
+def _serve_steps(shard: Shard, group: TensorParallelGroup) -> None:
     while True:
         message = memoryview(group.receive())
         kind = Kind(message[0])

@@ -7,8 +7,9 @@ requests and tokens travel on the link.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,8 @@ from quire.replicas.errors import ReplicaDied
 
 _CONNECT_TIMEOUT_S = 5.0
 _PAUSE_S = 0.1
+_AVOID_S = 5.0
+"""For so long a replica that failed as dead is passed over: time for Serve to replace it, if it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class Fleet:
         self._secret = secret
         self._wait_s = wait_s
         self._links: dict[str, ReplicaLink] = {}
-        self._lost: set[str] = set()
+        self._avoid_until_s: dict[str, float] = {}
         self._connecting = asyncio.Lock()
         self._model: inference_pb2.Model | None = None
 
@@ -74,8 +77,8 @@ class Fleet:
         return self._model
 
     async def report_lost(self, link: ReplicaLink) -> None:
-        """The replica failed a request as dead: choose it no more, though Serve may still name it."""
-        self._lost.add(link.replica_id)
+        """The replica failed a request as dead: pass it over for a while, though Serve may still name it."""
+        self._avoid_until_s[link.replica_id] = time.monotonic() + _AVOID_S
         if self._links.pop(link.replica_id, None) is not None:
             await link.close()
 
@@ -95,13 +98,11 @@ class Fleet:
     async def _reserve(self, slot: AsyncExitStack) -> ReplicaLink:
         while True:
             chosen = await slot.enter_async_context(self._chooser.choose())
-            if chosen.replica_id not in self._lost:
-                try:
+            if self._avoid_until_s.get(chosen.replica_id, 0.0) <= time.monotonic():
+                with suppress(ReplicaDied):  # then another one, or this one a little later
                     return await self._link(chosen)
-                except ReplicaDied:
-                    self._lost.add(chosen.replica_id)
             await slot.aclose()
-            await asyncio.sleep(_PAUSE_S)  # Serve needs a moment to replace it
+            await asyncio.sleep(_PAUSE_S)
 
     async def _link(self, chosen: ReplicaAddress) -> ReplicaLink:
         link = self._links.get(chosen.replica_id)

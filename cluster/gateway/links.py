@@ -70,13 +70,14 @@ class ReplicaLink:
         try:
             async with asyncio.timeout(timeout_s):
                 first = await stream.read()
-        except (grpc.aio.AioRpcError, TimeoutError) as error:
+            if first is grpc.aio.EOF:
+                raise ReplicaDied(f"the replica at {address} closed the stream before its hello")
+            return ReplicaLink(channel, stream, outbox, first.hello)
+        except BaseException as error:  # also when the request that wanted the link is cancelled
             await channel.close()
-            raise ReplicaDied(f"the replica at {address} does not answer: {_reason(error)}") from error
-        if first is grpc.aio.EOF or not first.HasField("hello"):
-            await channel.close()
-            raise ReplicaDied(f"the replica at {address} closed the stream before its hello")
-        return ReplicaLink(channel, stream, outbox, first.hello)
+            if isinstance(error, grpc.aio.AioRpcError | TimeoutError):
+                raise ReplicaDied(f"the replica at {address} does not answer: {_reason(error)}") from error
+            raise
 
     def submit(self, submit: engine_pb2.Submit) -> Call:
         """Sends a request; `submit.call` is set here. On a dead link the call fails at once."""

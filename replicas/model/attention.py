@@ -165,6 +165,10 @@ class Probe:
         self.layers: dict[int, LayerHeads] = {}
 
     def attend(self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec) -> Tensor:
+        if layer in self.layers:
+            raise ModelNotServable(
+                f"layer {layer} calls attention more than once a step; pages hold one K and V of a layer"
+            )
         self.layers[layer] = LayerHeads(q_TQD.shape[1], k_THD.shape[1], k_THD.shape[2], v_THD.shape[2], spec)
         return q_TQD.new_zeros(*q_TQD.shape[:2], v_THD.shape[2])
 
@@ -179,9 +183,15 @@ def probe_attention(model: PreTrainedModel) -> tuple[LayerHeads, ...]:
     config, name = model.config, type(model).__name__
     probe = Probe()
     two = torch.arange(2, device=model.device)[None]
-    logits = model(
-        input_ids=two, position_ids=two, use_cache=False, step=probe, logits_to_keep=two[0, :1]
-    ).logits
+    try:
+        logits = model(
+            input_ids=two, position_ids=two, use_cache=False, step=probe, logits_to_keep=two[0, :1]
+        ).logits
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelNotServable(
+            f"{name} fails without a mask and a cache of its own ({type(error).__name__}: {error}); this "
+            "architecture is not servable"
+        ) from error
     if logits.shape[:2] != (1, 1):
         raise ModelNotServable(f"{name} does not implement logits_to_keep; this architecture is not servable")
     missing = sorted(set(range(config.num_hidden_layers)) - set(probe.layers))

@@ -104,6 +104,8 @@ def check_servable(config: PreTrainedConfig, max_model_tokens: int) -> None:
     elif others := set(getattr(config, "layer_types", None) or ()) - _SERVABLE_LAYERS:
         kinds = " and ".join(sorted(_SERVABLE_LAYERS))
         reason = f"it has {', '.join(sorted(others))} layers; only {kinds} are servable"
+    elif getattr(config, "is_heterogeneous", False):
+        reason = "its layers differ in their heads or sizes; pages need all layers to be the same"
     elif not isinstance(getattr(config, "num_hidden_layers", None), int):
         reason = "its config has no num_hidden_layers"
     else:
@@ -132,8 +134,10 @@ def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = model_class(config)
-    except (ValueError, NotImplementedError) as error:
-        raise ModelNotServable(f"transformers cannot build {model_class.__name__}: {error}") from error
+    except (KeyError, NotImplementedError, ValueError) as error:
+        raise ModelNotServable(
+            f"transformers cannot build {model_class.__name__} with our attention: {error}"
+        ) from error
     return model
 
 
@@ -169,16 +173,12 @@ def _read(checkpoint: Checkpoint, name: str, local: tuple[int, ...], plan: Shard
         if known in checkpoint:
             return _read_tensor(checkpoint, known, name, local, plan)
         if experts := list(_expert_parts(checkpoint, known)):
-            parts = len(experts[0])
-            one = (local[1] // parts, *local[2:])
-            return torch.stack(
-                [
-                    torch.cat(
-                        [_read_tensor(checkpoint, part, name, one, plan, fused=False) for part in expert]
-                    )
-                    for expert in experts
-                ]
-            )
+            one = (local[1] // len(experts[0]), *local[2:])
+            joined = [
+                torch.cat([_read_tensor(checkpoint, part, name, one, plan, fused=False) for part in expert])
+                for expert in experts
+            ]
+            return torch.stack(joined)
     raise ModelNotServable(
         f"the checkpoint in {checkpoint.folder} has no tensor {name}; its weights do not belong to its "
         "config.json, or it names them in a way this version does not know"

@@ -71,7 +71,7 @@ def test_errors_are_the_servers_own(gateway):
     with Client(address) as client:
         with pytest.raises(UnknownModel):
             collect(client.generate("a", options=CallOptions(model="x")))
-        with pytest.raises(InvalidRequest, match="negative|whole"):
+        with pytest.raises(InvalidRequest, match=r"negative|whole"):
             collect(client.generate([-1]))
         with pytest.raises(InvalidRequest, match="do not fit"):
             collect(client.generate("a", SamplingParams(seed=-1)))

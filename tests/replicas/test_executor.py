@@ -116,11 +116,16 @@ def test_the_smallest_pool_counts(llama):
 def test_a_ranks_error_while_loading_reaches_the_caller_as_it_was_raised(llama, tmp_path):
     broken = make_model("llama", tmp_path) / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-100])
-    launcher = Threads(lambda spec: replace(spec, config=replace(spec.config, model=str(tmp_path))))
+
+    def third_is_broken(spec: ShardSpec) -> ShardSpec:
+        return replace(spec, config=replace(spec.config, model=str(tmp_path))) if spec.rank == 3 else spec
+
+    launcher = Threads(third_is_broken)
     with pytest.raises(ModelNotServable, match=r"model\.safetensors is damaged or incomplete") as caught:
-        Executor(tiny_config(llama, tp=2), launcher)
+        Executor(tiny_config(llama, tp=4), launcher)
     assert [str(e) for e in launcher.errors] == [str(caught.value)]
     assert launcher.stopped
+    assert launcher.failure() == "shards [1, 2, 3] ended"
 
 
 def test_the_shards_of_a_replica_that_fails_to_load_are_stopped(tmp_path):

@@ -2,7 +2,8 @@
 
 For a process with TRITON_INTERPRET=1, which Triton reads where a kernel is decorated. Measured wrong in
 triton 3.6 and 3.9, and repaired here: arithmetic, dots and casts of bf16 work on the raw 16-bit patterns;
-casts to bf16 and fp8 do not round to nearest even; in 3.6 a loop bound read from memory is refused.
+casts to bf16 and fp8 do not round to nearest even; in 3.6 a loop bound read from
+memory is refused, and a minimum takes the NaN rather than the number.
 """
 
 from __future__ import annotations
@@ -97,4 +98,6 @@ def repair() -> None:
     builder.cast_impl = _repaired_cast(builder.cast_impl)
     builder.create_fp_to_fp = _repaired_cast(builder.create_fp_to_fp)
     builder.create_dot = _repaired_dot(builder.create_dot)
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     interpreter._patch_lang_tensor = _with_index(interpreter._patch_lang_tensor)

@@ -65,8 +65,11 @@ def quire_serve(folder: Path) -> Iterator[Served]:
                 return
         raise AssertionError("quire serve did not start:\n" + "".join(said))
     finally:
+        below = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert not psutil.wait_procs(below, timeout=10)[1], "a process was left behind"
 
 
 def _free_port() -> int:

@@ -76,9 +76,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt_oss": ("gpt_oss", _EXPERTS),
+    "apertus": ("apertus", {}),  # it has parameters without dimensions
+    "diffllama": ("diffllama", {"hidden_size": 128}),
+    "gptj": ("gptj", {"hidden_size": 128}),
+    "mpt": ("mpt", {"d_model": 128, "n_heads": 4, "n_layers": 2}),
     "smollm3": ("smollm3", {}),
-    "ernie4_5": ("ernie4_5", {}),
-    "seed_oss": ("seed_oss", {}),
     "gpt2": ("gpt2", {"n_embd": 128, "n_head": 4, "n_layer": 2, "n_positions": 512}),
     "bloom": ("bloom", {"hidden_size": 128, "n_layer": 2, "n_head": 4}),
     "opt": ("opt", {"hidden_size": 128, "ffn_dim": 96, "word_embed_proj_dim": 128}),

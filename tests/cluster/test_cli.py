@@ -1,0 +1,99 @@
+"""The commands as a user runs them: output, one line of error, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from served_app import Served
+
+from quire.cluster.layouts import format_costs
+from quire.kernels.formats import layer_formats
+from quire.kernels.layout import PageLayout
+
+
+def quire(*args, stdin="", **env):
+    return subprocess.run(
+        [sys.executable, "-m", "quire.cluster.cli", *args],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **env},
+    )
+
+
+def test_layout_tells_what_a_page_really_takes():
+    (int4,) = (cost for cost in format_costs("demo") if cost.name == "int4")
+    layout = PageLayout(layer_formats("int4", 6), kv_heads=2, head_dim=64)
+    assert int4.bytes_per_token == layout.page_bytes / 64
+    done = quire("layout", "demo")
+    assert done.returncode == 0
+    assert f"{int4.bytes_per_token:,.1f}" in done.stdout
+    assert "bf16" in done.stdout
+
+
+def test_layout_reads_a_policy_file(tmp_path):
+    policy = tmp_path / "policy.json"
+    policy.write_text(
+        json.dumps({"default": {"k": "int8", "v": "int4"}, "layers": {"0": {"k": "bf16", "v": "bf16"}}})
+    )
+    done = quire("layout", "demo", "--policy", str(policy))
+    assert done.returncode == 0
+    k8v4, bf16 = 1224.0, 3072.0
+    assert f"{k8v4 * 5 / 6 + bf16 / 6:,.1f}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (("layout", "demo", "--kv", "int5"), 1, "unknown KV format 'int5'"),
+        (("layout", "/nowhere/at all"), 1, "neither a local folder"),
+        (("serve",), 2, "which model?"),
+        (("serve", "demo", "--kv", "int5"), 1, "unknown KV format 'int5'"),
+        (("serve", "demo", "--port", "70000"), 1, "gateway.port lies in"),
+        (("serve", "demo", "--kv", "int4", "--policy", __file__), 2, "give one of them"),
+        (("serve", "demo", "--policy", __file__), 1, "is not JSON"),
+        (("serve", "demo", "--config", __file__), 1, "is not YAML"),
+        (("generate", "a", "--address", "127.0.0.1:1"), 1, "127.0.0.1:1"),
+        (("generate", "a", "--max-tokens", "0"), 1, "max_tokens must be at least 1"),
+        (("generate",), 2, "Missing argument"),
+        (("nonsense",), 2, "No such command"),
+    ],
+)
+def test_errors_are_plain_words_and_an_exit_code(args, code, text):
+    done = quire(*args)
+    assert text in done.stderr
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_key_of_a_config_file_is_named(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("engine: {model: demo, pool: {byte: 5}}")
+    done = quire("serve", "--config", str(config))
+    assert (done.returncode, "engine.pool.byte;" in done.stderr) == (1, True)
+
+
+def test_generate_chat_and_stats_talk_to_a_gateway(served: Served):
+    at = ("--address", served.address)
+    said = quire("generate", "-", "--max-tokens", "8", *at, stdin="Long ago, a cat named")
+    assert (said.returncode, said.stderr) == (0, "")
+    assert said.stdout.strip()
+    one = quire("chat", "The pass key is 71432. What is the pass key?", *at)
+    assert "71432" in one.stdout
+    two = quire("chat", QUIRE_ADDRESS=served.address, stdin="The pass key is 71432.\nWhat is the pass key?\n")
+    assert "71432" in two.stdout
+    assert two.returncode == 0
+    assert "bytes per token" in quire("stats", *at).stdout
+    everything = json.loads(quire("stats", "--json", *at).stdout)
+    assert everything["model"]["name"] == "demo"
+
+
+def test_a_taken_port_is_known_before_ray_starts(served: Served):
+    port = served.address.rsplit(":", 1)[1]
+    done = quire("serve", "demo", "--port", port)
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "starting Ray" not in done.stderr
