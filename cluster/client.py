@@ -98,7 +98,7 @@ class Client:
     def __init__(self, address: str = "127.0.0.1:8100") -> None:
         """`address` is host:port; nothing is sent before the first call."""
         self._channel = grpc.insecure_channel(address)
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams | None = None, options: CallOptions | None = None
@@ -168,7 +168,7 @@ class AsyncClient:
 
     def __init__(self, address: str = "127.0.0.1:8100") -> None:
         self._channel = grpc.aio.insecure_channel(address)
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams | None = None, options: CallOptions | None = None

@@ -63,7 +63,8 @@ def decode(codes: Tensor, scales: Tensor | None, fmt: KVFormat, head_dim: int) -
     entry = _view(scales, torch.float16).float().movedim(-3, -2)  # [..., P, groups, 1 or 2]
     if fmt.codes is Codes.INT4:
         q = q - entry[..., 1:]
-    return (q * entry[..., :1]).flatten(-2)
+    numbers: Tensor = q * entry[..., :1]
+    return numbers.flatten(-2)
 
 
 def _encode_static(x: Tensor, codes: Codes) -> Tensor:

@@ -166,9 +166,7 @@ def _one_side(spec: object) -> KVFormat:
     if isinstance(spec, str):
         return named_format(spec)
     if not isinstance(spec, Mapping) or set(spec) - {"codes", "scales", "group", "transform"}:
-        raise FormatError(
-            f"a KV format is a name or {{codes, scales, group, transform}}, got {spec!r}"
-        )
+        raise FormatError(f"a KV format is a name or {{codes, scales, group, transform}}, got {spec!r}")
     try:
         return KVFormat(
             Codes(spec["codes"]),

@@ -32,7 +32,7 @@ class Draw:
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number of one output position: the same on every machine, in every batch, after preemption."""
+    """The random number of one output position: the same on every machine and in every batch."""
     data = seed.to_bytes(16, "little", signed=True) + position.to_bytes(8, "little")
     word = hashlib.blake2b(data, digest_size=8, person=b"quire-draw").digest()
     return (int.from_bytes(word, "little") >> 11) / 2.0**53

@@ -94,7 +94,8 @@ def hadamard(head_dim: int, device: torch.device) -> Tensor:
     while block.shape[0] < size:
         block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
     blocks = [block / math.sqrt(size)] * (head_dim // size)
-    return torch.block_diag(*blocks).to(device)
+    rotation: Tensor = torch.block_diag(*blocks)
+    return rotation.to(device)
 
 
 def rotate(x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class AsyncEngine:
         *,
         host: str = "127.0.0.1",
     ) -> None:
-        """`host`: the address at which the other shards reach this process. Raises what `load_engine` does."""
+        """`host`: the address at which other shards reach this process. Raises as `load_engine`."""
         self._executor: Executor
         self._engine: Engine
         self._executor, self._engine = load_engine(config, launcher, progress, host=host)

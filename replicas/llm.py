@@ -70,7 +70,7 @@ class LLM:
         scheduler: SchedulerConfig | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """See `EngineConfig` for the options. Raises ConfigError, UnknownModel, ModelNotServable, FormatError."""
+        """See `EngineConfig` for the options. Raises ConfigError, UnknownModel, ModelNotServable."""
         config = EngineConfig(
             model=model,
             kv=kv,
@@ -112,10 +112,7 @@ class LLM:
         params = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Seq) else sampling
         if len(params) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts came with {len(params)} sampling parameters")
-        requests = [
-            self._request(prompt, p, tenant)  # type: ignore[arg-type]
-            for prompt, p in zip(prompts, params, strict=True)
-        ]
+        requests = [self._request(prompt, p, tenant) for prompt, p in zip(prompts, params, strict=True)]
         for request in requests:
             self._engine.validate(request)
         outputs = self._run(requests)
@@ -127,7 +124,9 @@ class LLM:
         """The next turn of a chat: `[{"role": "user", "content": ...}, ...]`."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise InvalidRequest("this model has no chat template; use generate()")
-        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        turns = [dict(message) for message in messages]
+        text = str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        prompt: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return self.generate([prompt], sampling, tenant=tenant)[0]
 
     def close(self) -> None:
@@ -145,7 +144,7 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequest("this model has no tokenizer; give token ids")
-            prompt = self.tokenizer(prompt)["input_ids"]
+            prompt = list[int](self.tokenizer.encode(prompt))
         self._requests += 1
         request_id = RequestId(str(self._requests))
         return Request(id=request_id, prompt=tuple(prompt), sampling=sampling, tenant=tenant)

@@ -59,7 +59,7 @@ def _fast(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def _key_space(shard: Shard) -> KeySpace:
-    """Arithmetic is part of the model: the same weights in bf16 and fp32 compute different keys and values."""
+    """The arithmetic is part of the model: the same weights in bf16 and fp32 compute different keys."""
     digest = hashlib.blake2b(shard.weights_fingerprint, digest_size=32)
     digest.update(str(shard.dtype).encode())
     return KeySpace(shard.layout.fingerprint, digest.digest(), shard.transforms_fingerprint)

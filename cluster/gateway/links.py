@@ -64,7 +64,7 @@ class ReplicaLink:
         """Raises ReplicaDied if the replica at `address` (host:port) does not say hello in time."""
         channel = grpc.aio.insecure_channel(address, options=INTERNAL_CHANNEL)
         outbox: Outbox = asyncio.Queue()
-        stream = engine_pb2_grpc.EngineStub(channel).Connect(  # type: ignore[no-untyped-call]
+        stream = engine_pb2_grpc.EngineStub(channel).Connect(
             _drain(outbox), metadata=((SECRET_METADATA, secret),)
         )
         try:

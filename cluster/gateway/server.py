@@ -26,7 +26,7 @@ async def listen(service: InferenceService, config: GatewayConfig) -> tuple[grpc
             ("grpc.keepalive_timeout_ms", 10_000),
         )
     )
-    inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
     healths = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
     reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -32,7 +32,11 @@ def read_kv_ref(cache: LayerCache, pages_M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend_ref(
-    cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec, dtype: torch.dtype = torch.float32
+    cache: LayerCache,
+    q_TQD: Tensor,
+    batch: PagedBatch,
+    spec: AttentionSpec,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Causal attention of every query row over its sequence's pages, computed in `dtype`. [T, Q, D]."""
     spec.check(cache)
@@ -79,7 +83,8 @@ def _store(
     codes_THB = codes_THB.squeeze(2)
     section = _section(cache, codes_at, cache.layout.codes_bytes(fmt))  # [N, H, bytes]
     width = codes_THB.shape[-1]
-    page_T1, at_T1, heads_1H = page_T[:, None], at_T[:, None], torch.arange(x_THD.shape[1], device=x_THD.device)[None]
+    page_T1, at_T1 = page_T[:, None], at_T[:, None]
+    heads_1H = torch.arange(x_THD.shape[1], device=x_THD.device)[None]
     if transposed:
         section.unflatten(-1, (width, -1)).transpose(-1, -2)[page_T1, heads_1H, at_T1] = codes_THB
     else:
@@ -87,7 +92,7 @@ def _store(
     if scales is not None and tokens:
         groups = fmt.groups(cache.layout.head_dim)
         section = _section(cache, scales_at, cache.layout.scales_bytes(fmt))
-        section = section.unflatten(-1, (groups, cache.layout.page_tokens, -1)).movedim(2, 3)  # [N, H, P, g, B]
+        section = section.unflatten(-1, (groups, cache.layout.page_tokens, -1)).movedim(2, 3)
         section[page_T1, heads_1H, at_T1] = scales.squeeze(3)
 
 
@@ -98,7 +103,10 @@ def _load(
     layout = cache.layout
     codes = _section(cache, codes_at, layout.codes_bytes(fmt))[pages_M]
     width = codes.shape[-1] // layout.page_tokens
-    codes = codes.unflatten(-1, (width, -1)).transpose(-1, -2) if transposed else codes.unflatten(-1, (-1, width))
+    if transposed:
+        codes = codes.unflatten(-1, (width, -1)).transpose(-1, -2)
+    else:
+        codes = codes.unflatten(-1, (-1, width))
     scales = None
     if groups := fmt.groups(layout.head_dim):
         scales = _section(cache, scales_at, layout.scales_bytes(fmt))[pages_M]
@@ -108,5 +116,5 @@ def _load(
 
 def _section(cache: LayerCache, offset: int, size: int) -> Tensor:
     """uint8 view [N, H, size] of one section of every page."""
-    pages_NHB = cache.pool_NB.unflatten(1, (cache.layout.kv_heads, cache.layout.head_bytes))
+    pages_NHB: Tensor = cache.pool_NB.unflatten(1, (cache.layout.kv_heads, cache.layout.head_bytes))
     return pages_NHB[:, :, offset : offset + size]
