@@ -192,8 +192,8 @@ def gateway_process(pipe: Connection, replica: str) -> None:
     async def main() -> None:
         fleet = Fleet(_Only(ReplicaAddress("replica", replica)), secret=SECRET, wait_s=30)
         inference = InferenceService(fleet, Prompts(find_model("demo")), max_open_requests=4096)
-        _, port = await listen_to_clients(inference, GatewayConfig(port=0))
-        pipe.send(f"127.0.0.1:{port}")
+        listener = await listen_to_clients(inference, GatewayConfig(port=0))
+        pipe.send(f"127.0.0.1:{listener.port}")
         await asyncio.to_thread(pipe.recv)
 
     asyncio.run(main())

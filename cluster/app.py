@@ -31,7 +31,6 @@ def application(config: ServeConfig) -> Application:
         name="Gateway",
         num_replicas=1,
         ray_actor_options={"num_cpus": config.gateway.cpus},
-        max_ongoing_requests=config.gateway.max_open_requests,
         graceful_shutdown_timeout_s=config.replicas.graceful_shutdown_s,
     )(Gateway)
     return gateway.bind(replica, config.gateway, config.engine.model, secret)

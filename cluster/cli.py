@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -151,12 +151,9 @@ def chat(message: str | None, system: str | None, address: str, **options: Any) 
     turns = [("system", system)] if system else []
     sampling, call = _sampling(options)
     with Client(address) as client:
-        while True:
-            said = message or click.prompt("you", prompt_suffix="> ", err=True)
+        for said in [message] if message else _typed_lines():
             turns.append(("user", said))
             answer = _print_stream(client.chat(turns, sampling, call))
-            if message:
-                return
             turns.append(("assistant", answer.text))
 
 
@@ -264,6 +261,15 @@ def _sampling(options: dict[str, Any]) -> tuple[SamplingParams, CallOptions]:
         stop=options["stop"],
     )
     return sampling, CallOptions(deadline_s=options["deadline"])
+
+
+def _typed_lines() -> Iterator[str]:
+    """What the user types, line by line, until end of input."""
+    click.echo("you> ", nl=False, err=True)
+    for line in sys.stdin:
+        if said := line.strip():
+            yield said
+        click.echo("you> ", nl=False, err=True)
 
 
 def _print_stream(deltas: Iterable[inference_pb2.Delta]) -> Answer:

@@ -22,6 +22,7 @@ from quire.replicas.errors import InvalidRequest, QuireError
 from quire.replicas.request import SamplingParams
 from quire.replicas.wire import sampling_to_proto
 
+_CHANNEL = (("grpc.max_receive_message_length", 64 << 20),)  # a long prompt's logprobs are one message
 Prompt = str | Sequence[int]
 Messages = Sequence[tuple[str, str]]
 """(role, content), oldest first."""
@@ -97,7 +98,7 @@ class Client:
 
     def __init__(self, address: str = "127.0.0.1:8100") -> None:
         """`address` is host:port; nothing is sent before the first call."""
-        self._channel = grpc.insecure_channel(address)
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     def generate(
@@ -167,7 +168,7 @@ class AsyncClient:
     """`Client` for an event loop; make it inside the loop."""
 
     def __init__(self, address: str = "127.0.0.1:8100") -> None:
-        self._channel = grpc.aio.insecure_channel(address)
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     def generate(

@@ -41,12 +41,12 @@ class Gateway:
         service = InferenceService(
             self._fleet, Prompts(find_model(model)), max_open_requests=config.max_open_requests
         )
-        self._server, self._port = await listen(service, config)
+        self._listener = await listen(service, config)
 
     async def port(self) -> int:
         """The port it listens on."""
-        return self._port
+        return self._listener.port
 
     async def __del__(self) -> None:
-        await self._server.stop(_STOP_GRACE_S)
+        await self._listener.stop(_STOP_GRACE_S)
         await self._fleet.close()

@@ -17,7 +17,8 @@ from quire.cluster.gateway.links import ReplicaLink
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.errors import ReplicaDied
 
-_CONNECT_TIMEOUT_S = 5.0
+_ANSWER_S = 5.0
+"""How long a replica may take to say hello, or to tell its stats."""
 _PAUSE_S = 0.1
 _AVOID_S = 5.0
 """For so long a replica that failed as dead is passed over: time for Serve to replace it, if it is."""
@@ -39,6 +40,10 @@ class ReplicaChooser(Protocol):
     def choose(self) -> AbstractAsyncContextManager[ReplicaAddress]: ...
 
 
+class NoReplicaReady(ReplicaDied):
+    """Nobody could take the request in time."""
+
+
 class Fleet:
     """All links of one gateway."""
 
@@ -56,21 +61,21 @@ class Fleet:
     async def reserve(self) -> AsyncIterator[ReplicaLink]:
         """A place on a living replica, given back at the end.
 
-        Raises ReplicaDied if none is ready within `wait_s`.
+        Raises NoReplicaReady after `wait_s`.
         """
         async with AsyncExitStack() as slot:
             try:
                 async with asyncio.timeout(self._wait_s):
                     link = await self._reserve(slot)
             except TimeoutError as error:
-                raise ReplicaDied(
+                raise NoReplicaReady(
                     f"no replica was ready within {self._wait_s:g} s; it may still be loading: try again, "
                     "or look at `quire stats` and the replica's log"
                 ) from error
             yield link
 
     async def model(self) -> inference_pb2.Model:
-        """What all replicas of this application serve. Raises ReplicaDied."""
+        """What all replicas of this application serve. Raises NoReplicaReady."""
         if self._model is None:
             async with self.reserve() as link:
                 self._model = link.model
@@ -86,7 +91,8 @@ class Fleet:
         """Of every replica that answers; one that dies meanwhile is left out."""
         await self.model()  # connects to one at least
         answers = await asyncio.gather(
-            *(link.stats() for link in self._links.values() if link.alive), return_exceptions=True
+            *(asyncio.wait_for(link.stats(), _ANSWER_S) for link in self._links.values() if link.alive),
+            return_exceptions=True,
         )
         return [answer for answer in answers if isinstance(answer, inference_pb2.ReplicaStats)]
 
@@ -110,7 +116,7 @@ class Fleet:
             async with self._connecting:
                 link = self._links.get(chosen.replica_id)
                 if link is None:
-                    link = await ReplicaLink.connect(chosen.address, self._secret, _CONNECT_TIMEOUT_S)
+                    link = await ReplicaLink.connect(chosen.address, self._secret, _ANSWER_S)
                     self._links[chosen.replica_id] = link
         if not link.alive:
             del self._links[chosen.replica_id]

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from quire.cluster.gateway.fleet import Fleet
+from quire.cluster.gateway.fleet import Fleet, NoReplicaReady
 from quire.cluster.gateway.links import Call, ReplicaLink
 from quire.cluster.status import error_of
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
@@ -47,8 +47,8 @@ class Relay:
         """Raises the QuireError that the replica failed the request with."""
         try:
             await self._attempt(send, skip=False)
-        except ReplicaDied:
-            if self._delivered and not self._repeatable():
+        except ReplicaDied as error:
+            if isinstance(error, NoReplicaReady) or (self._delivered and not self._repeatable()):
                 raise
             self.retries += 1
             await self._attempt(send, skip=bool(self._delivered))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -12,8 +14,22 @@ from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from quire.replicas.errors import ConfigError
 
 
-async def listen(service: InferenceService, config: GatewayConfig) -> tuple[grpc.aio.Server, int]:
-    """Serves on config.host; returns the server and its port (config.port, or a free one for 0).
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A gateway that answers."""
+
+    port: int
+    server: grpc.aio.Server
+    health: health.aio.HealthServicer
+
+    async def stop(self, grace_s: float | None) -> None:
+        """Says NOT_SERVING, then ends; open streams have `grace_s` seconds."""
+        await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+
+async def listen(service: InferenceService, config: GatewayConfig) -> Listener:
+    """Serves on config.host and config.port (0: a free one).
 
     Raises ConfigError if the address cannot be had.
     """
@@ -40,4 +56,4 @@ async def listen(service: InferenceService, config: GatewayConfig) -> tuple[grpc
     await server.start()
     for served in ("", name):
         await healths.set(served, health_pb2.HealthCheckResponse.SERVING)
-    return server, port
+    return Listener(port, server, healths)

@@ -138,8 +138,8 @@ async def staged(
         fleet = Fleet(chooser, secret=SECRET, wait_s=wait_s)
         stack.push_async_callback(fleet.close)
         inference = InferenceService(fleet, Prompts(find_model("demo")), max_open_requests=max_open_requests)
-        gateway, port = await listen_to_clients(inference, GatewayConfig(port=0))
+        gateway = await listen_to_clients(inference, GatewayConfig(port=0))
         stack.push_async_callback(gateway.stop, None)
-        address = f"127.0.0.1:{port}"
+        address = f"127.0.0.1:{gateway.port}"
         client = await stack.enter_async_context(AsyncClient(address))
         yield Stage(chooser, client, address, servers)

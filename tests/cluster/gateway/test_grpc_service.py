@@ -183,14 +183,14 @@ async def test_the_engines_queue_bound_is_told(stage: Stage):
 async def test_one_more_than_the_gateway_takes_is_refused():
     fleet = Fleet(_Never(), secret="", wait_s=9)
     service = InferenceService(fleet, Prompts(find_model("demo")), max_open_requests=1)
-    server, port = await listen(service, GatewayConfig(port=0))
-    async with AsyncClient(f"127.0.0.1:{port}") as client:
+    gateway = await listen(service, GatewayConfig(port=0))
+    async with AsyncClient(f"127.0.0.1:{gateway.port}") as client:
         both = [asyncio.ensure_future(collect_async(client.generate("a"))) for _ in range(2)]
         done, waiting = await asyncio.wait(both, timeout=10, return_when=asyncio.FIRST_COMPLETED)
         with pytest.raises(QueueFull, match=r"gateway\.max_open_requests"):
             await done.pop()
         waiting.pop().cancel()
-    await server.stop(None)
+    await gateway.stop(None)
 
 
 async def test_every_page_comes_back_after_cancellations(stage: Stage):
