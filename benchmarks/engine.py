@@ -20,18 +20,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rows import Row, alternate, median, report
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from quire.replicas.config import PoolConfig, SchedulerConfig
+from quire.replicas.config import PoolConfig
 from quire.replicas.llm import LLM
 from quire.replicas.model.checkpoint import find_model
 from quire.replicas.request import SamplingParams
 
 FORMATS = ("bf16", "int8", "int4")
 REQUESTS, NEW_TOKENS = 32, 96
+DTYPE: Literal["bfloat16"] = "bfloat16"
 GREEDY = {"ignore_eos": True}
 
 
@@ -51,7 +53,7 @@ class Baselines:
 
     def __init__(self) -> None:
         folder = find_model("demo")
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPE)).eval()
         self.greedy = GenerationConfig(
             max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS,
@@ -91,7 +93,7 @@ def our_speed(llm: LLM, prompts: list[list[int]], tenant: str, new_tokens: int =
 def against_transformers(rounds: int) -> list[Row]:
     prompts = prompts_of(mixed_lengths(), seed=1)
     baselines = Baselines()
-    engines = {kv: LLM("demo", kv=kv) for kv in FORMATS}
+    engines = {kv: LLM("demo", kv=kv, dtype=DTYPE) for kv in FORMATS}
     calls = {kv: lambda r, llm=llm: our_speed(llm, prompts, f"round {r}") for kv, llm in engines.items()}
     calls |= {
         "generate_batch": lambda r: baselines.continuous(prompts),
@@ -113,10 +115,8 @@ def against_our_bf16(rounds: int, context: int, requests: int) -> list[Row]:
         model = _longer_model(Path(folder), context + 2048)
         prefix, *tails = prompts_of([context, *[64] * requests], seed=context)
         prompts = [prefix[: context - 64] + tail for tail in tails]
-        engines = {
-            kv: LLM(model, kv=kv, pool=PoolConfig(bytes=1 << 30), scheduler=SchedulerConfig(max_running=32))
-            for kv in FORMATS
-        }
+        pool = PoolConfig(bytes=1 << 30)
+        engines = {kv: LLM(model, kv=kv, dtype=DTYPE, pool=pool) for kv in FORMATS}
         for llm in engines.values():
             llm.generate([prefix], SamplingParams(max_tokens=1))
         calls: dict[str, Callable[[int], float]] = {

@@ -19,18 +19,28 @@ from torch import Tensor
 from quire.kernels.transform import SideTransform, hadamard
 
 _TILE_ROWS = 16
+_MANY_ROWS = 1 << 15  # from here on programs abound, and wider tiles load the rotation less often
+_WIDE_TILE_ROWS = 64
 
 
 def transform_query(transform: SideTransform, q_TQD: Tensor) -> Tensor:
     """`transform.query` in one launch: fp32 [T, Q, D]; or q itself, where there is nothing to do."""
     if not transform.rotate and transform.scale_HD is None:  # a shift of K does not touch Q
         return q_TQD if q_TQD.stride(2) == 1 else q_TQD.contiguous()
-    return _launch(transform, q_TQD, torch.float32, of_query=True)
+    out_TQD = q_TQD.new_empty(q_TQD.shape, dtype=torch.float32)
+    return transform_query_into(transform, q_TQD, out_TQD)
+
+
+def transform_query_into(transform: SideTransform, q_TQD: Tensor, out_TQD: Tensor) -> Tensor:
+    """`transform.query` written to `out_TQD`, contiguous and of any type; what fp16 cannot hold saturates."""
+    return _launch(transform, q_TQD, out_TQD, of_query=True)
 
 
 def transform_output(transform: SideTransform, o_TQD: Tensor, dtype: torch.dtype) -> Tensor:
     """`transform.output` in one launch, as `dtype`; or o itself, where there is nothing to do."""
-    return o_TQD if transform.identity else _launch(transform, o_TQD, dtype, of_query=False)
+    if transform.identity:
+        return o_TQD if o_TQD.dtype == dtype else o_TQD.to(dtype)
+    return _launch(transform, o_TQD, o_TQD.new_empty(o_TQD.shape, dtype=dtype), of_query=False)
 
 
 def bf16_terms(dtype: torch.dtype, affine: bool) -> int:
@@ -44,14 +54,14 @@ def rotation_signs(head_dim: int, device: torch.device) -> Tensor:
     return hadamard(head_dim, device).sign().bfloat16()
 
 
-def _launch(transform: SideTransform, x_TQD: Tensor, dtype: torch.dtype, *, of_query: bool) -> Tensor:
+def _launch(transform: SideTransform, x_TQD: Tensor, out_TQD: Tensor, *, of_query: bool) -> Tensor:
     x_TQD = x_TQD if x_TQD.stride(2) == 1 else x_TQD.contiguous()
     tokens, query_heads, head_dim = x_TQD.shape
     scale_HD, shift_HD = transform.scale_HD, None if of_query else transform.shift_HD
     per_head = scale_HD if scale_HD is not None else shift_HD
     rows = tokens * query_heads
-    out_TQD = x_TQD.new_empty(x_TQD.shape, dtype=dtype)
-    _transform_kernel[(triton.cdiv(rows, _TILE_ROWS),)](
+    tile_rows = _TILE_ROWS if rows < _MANY_ROWS else _WIDE_TILE_ROWS
+    _transform_kernel[(triton.cdiv(rows, tile_rows),)](
         x_TQD,
         out_TQD,
         scale_HD,
@@ -68,7 +78,7 @@ def _launch(transform: SideTransform, x_TQD: Tensor, dtype: torch.dtype, *, of_q
         Q=query_heads,
         G=1 if per_head is None else query_heads // per_head.shape[0],
         D=head_dim,
-        T=_TILE_ROWS,
+        T=tile_rows,
         num_warps=4,
     )
     return out_TQD
@@ -95,7 +105,7 @@ def _transform_kernel(
     T: tl.constexpr,
 ):
     """A query is scaled, then rotated; an output rotated, then scaled and shifted."""
-    row_T = tl.program_id(0) * T + tl.arange(0, T)
+    row_T = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     inside_T = row_T < rows
     head_T = row_T % Q
     kv_head_T = head_T // G
@@ -110,11 +120,18 @@ def _transform_kernel(
             x_TC = rotated(x_TD, signs_ptr, at_C, TERMS, D)
             if not QUERY:
                 x_TC = _rescaled(x_TC, scale_ptr, shift_ptr, kv_head_T, at_C, inside_T, SCALE, SHIFT, D)
-            tl.store(out_ptr + row_T[:, None] * D + at_C[None, :], x_TC, mask=inside_T[:, None])
+            _store_rows(out_ptr + row_T[:, None] * D + at_C[None, :], x_TC, inside_T)
     else:
         if not QUERY:
             x_TD = _rescaled(x_TD, scale_ptr, shift_ptr, kv_head_T, channel_D, inside_T, SCALE, SHIFT, D)
-        tl.store(out_ptr + row_T[:, None] * D + channel_D[None, :], x_TD, mask=inside_T[:, None])
+        _store_rows(out_ptr + row_T[:, None] * D + channel_D[None, :], x_TD, inside_T)
+
+
+@triton.jit
+def _store_rows(ptr_TC, x_TC, inside_T):
+    if ptr_TC.dtype.element_ty == tl.float16:
+        x_TC = tl.clamp(x_TC, -65504.0, 65504.0)
+    tl.store(ptr_TC, x_TC, mask=inside_T[:, None])
 
 
 @triton.jit

@@ -19,25 +19,18 @@ from quire.kernels import cpu
 from quire.kernels._transform import transform_output, transform_query
 from quire.kernels._triton import (
     LOG2E,
-    MAGIC,
     check_head_dim,
-    factor_of,
     first_channel,
-    group_of,
     groups_of,
     instructions,
     load_codes,
     load_scales,
     pieces,
-    scale_of,
     softcap_base2,
-    unpack_fp8,
-    unpack_int4,
-    unpack_int8,
-    without_nan,
-    zero_of,
 )
 from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
+from quire.kernels.unpack import page_numbers
+from quire.kernels.unpacked import attend_unpacked, suits_library
 
 
 def prefill_attention(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec) -> Tensor:
@@ -49,6 +42,8 @@ def prefill_attention(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec:
     spec.check(cache)
     if q_TQD.device.type == "cpu":
         return cpu.attend(cache, q_TQD, batch, spec)
+    if suits_library(cache, q_TQD, batch, spec):
+        return attend_unpacked(cache, q_TQD, batch, spec)
     return launch_prefill(cache, q_TQD, batch, spec)
 
 
@@ -182,7 +177,7 @@ def prefill_kernel(
 
             logit_RP = tl.zeros([R, P], tl.float32)
             for j in tl.static_range(pieces(KC, KG)):
-                k_PW = _numbers(k_codes, k_words, written_P, j, KC, KG, False, ASM, FP8_NATIVE)
+                k_PW = page_numbers(k_codes, k_words, written_P, j, KC, KG, False, ASM, FP8_NATIVE)
                 logit_RP = tl.dot(q[j], tl.trans(k_PW), logit_RP)
             logit_RP *= scale_log2e
             if SOFTCAP:
@@ -201,7 +196,7 @@ def prefill_kernel(
             prob_RP = prob_RP.to(tl.bfloat16 if VC == "bf16" else tl.float16)
             new = ()
             for j in tl.static_range(pieces(VC, VG)):
-                v = _numbers(v_codes, v_words, written_P, j, VC, VG, True, ASM, FP8_NATIVE)
+                v = page_numbers(v_codes, v_words, written_P, j, VC, VG, True, ASM, FP8_NATIVE)
                 new = new + (tl.dot(prob_RP, v if VC == "bf16" else tl.trans(v), acc[j] * decay_R[:, None]),)
             acc = new
 
@@ -226,50 +221,3 @@ def _load_rows(row_ptr_R, used_R, KC: tl.constexpr, KG: tl.constexpr, D: tl.cons
             x_RW = tl.clamp(x_RW.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
         q = q + (x_RW,)
     return q
-
-
-@triton.jit
-def _numbers(
-    codes,
-    words,
-    written_P,
-    piece: tl.constexpr,
-    CODES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    IS_V: tl.constexpr,
-    ASM: tl.constexpr,
-    FP8_NATIVE: tl.constexpr,
-):
-    """The numbers of one piece of a page, fp16 (bf16 as stored): K and 16-bit V [P, W], other V [W, P].
-
-    Integer codes less their zero are exact in fp16; only the product with the scale rounds.
-    """
-    if CODES == "bf16":
-        x = codes[0]
-    else:
-        if GROUPS > 0:
-            word_P = words[group_of(piece, CODES, GROUPS)]
-            scale_P = tl.where(written_P, scale_of(word_P, CODES), 0.0)
-        if CODES == "fp8":
-            x = unpack_fp8(codes[piece], ASM, FP8_NATIVE)
-            if IS_V:
-                x = without_nan(x, FP8_NATIVE)
-        elif CODES == "int8":
-            x = unpack_int8(codes[piece], ASM) - 1152.0
-        else:
-            x = unpack_int4(codes[piece // 2], ASM)[piece % 2]
-            if GROUPS > 0:
-                zero_P = tl.where(written_P, zero_of(word_P), 0.0) * factor_of(piece, CODES) + MAGIC
-                x -= _along_tokens(zero_P.to(tl.float16), IS_V)
-            else:
-                x -= 8.0 * factor_of(piece, CODES) + MAGIC
-        if GROUPS > 0:
-            x *= _along_tokens((scale_P / factor_of(piece, CODES)).to(tl.float16), IS_V)
-        elif factor_of(piece, CODES) != 1.0:
-            x *= 1.0 / factor_of(piece, CODES)
-    return x
-
-
-@triton.jit
-def _along_tokens(x_P, IS_V: tl.constexpr):
-    return x_P[None, :] if IS_V else x_P[:, None]

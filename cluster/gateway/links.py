@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,12 +20,22 @@ class Call:
     def __init__(self, link: ReplicaLink, number: int) -> None:
         self._link = link
         self._number = number
-        self._events: asyncio.Queue[engine_pb2.Event] = asyncio.Queue()
+        self._events: deque[engine_pb2.Event] = deque()
+        self._arrived = asyncio.Event()
         self._over = False
 
     async def next(self) -> engine_pb2.Event:
-        """The next event; the last one is a failure or a delta with usage."""
-        return await self._events.get()
+        """The next event; the last one is a failure or a delta with usage.
+
+        Deltas that wait already are made one: under load clients get fewer messages, not later tokens.
+        """
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
+        event = self._events.popleft()
+        while self._events and _continues(event, self._events[0]):
+            _append(event.delta, self._events.popleft().delta)
+        return event
 
     def cancel(self) -> None:
         """Asks the replica to end it; its last event still comes."""
@@ -39,7 +50,8 @@ class Call:
     def feed(self, event: engine_pb2.Event) -> None:
         """For the link: an event has come."""
         self._over = event.HasField("failure") or event.delta.HasField("usage")
-        self._events.put_nowait(event)
+        self._events.append(event)
+        self._arrived.set()
 
 
 class ReplicaLink:
@@ -149,6 +161,22 @@ Outbox = asyncio.Queue[engine_pb2.GatewayMessage]
 async def _drain(outbox: Outbox) -> AsyncIterator[engine_pb2.GatewayMessage]:
     while True:
         yield await outbox.get()
+
+
+def _continues(event: engine_pb2.Event, following: engine_pb2.Event) -> bool:
+    """Whether both are deltas of the same output."""
+    return (
+        event.HasField("delta")
+        and following.HasField("delta")
+        and event.delta.index == following.delta.index
+        and not event.delta.finish_reason
+    )
+
+
+def _append(delta: inference_pb2.Delta, more: inference_pb2.Delta) -> None:
+    text = delta.text + more.text
+    delta.MergeFrom(more)  # appends what is repeated, replaces what is not
+    delta.text = text
 
 
 def _lost(number: int) -> engine_pb2.Event:

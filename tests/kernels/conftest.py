@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 
-INTERPRETED = {"test_write.py", "test_decode.py", "test_prefill.py", "test_pages.py"}
+INTERPRETED = {
+    "test_write.py",
+    "test_decode.py",
+    "test_prefill.py",
+    "test_unpack.py",
+    "test_unpacked.py",
+    "test_pages.py",
+}
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 if _INTERPRETING:

@@ -41,6 +41,24 @@ async def test_a_step_with_many_requests_reaches_each_its_own():
         assert [(await a).text for a in answers] == [f"<{n + 1}>" for n in range(9)]
 
 
+async def test_deltas_that_pile_up_become_one_but_never_across_outputs():
+    engine = ScriptedEngine()
+    async with staged(engine) as stage:
+        stream = stage.client.generate(PROMPT, SamplingParams(n=2))
+        first = asyncio.ensure_future(anext(stream))
+        request = await engine.requests.get()
+        steps = [("a", 1, 0), ("b", 2, 0), ("c", 3, 1), ("é", 4, 1), ("d", 5, 0)]
+        last = output(request, "!", 6, last=True)
+        engine.send(*(output(request, text, token, index=index) for text, token, index in steps), last)
+        deltas = [await first, *[delta async for delta in stream]]
+        assert [(d.index, d.text, list(d.token_ids)) for d in deltas] == [
+            (0, "ab", [1, 2]),
+            (1, "cé", [3, 4]),
+            (0, "d!", [5, 6]),
+        ]
+        assert deltas[-1].HasField("usage")
+
+
 async def test_a_client_that_leaves_is_cancelled_on_its_replica():
     engine = ScriptedEngine()
     async with staged(engine) as stage:
