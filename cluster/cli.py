@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -204,7 +204,7 @@ def demo(kv: str, tp: int) -> None:
 
 
 @contextmanager
-def _running(config: ServeConfig, ray_address: str | None) -> Any:
+def _running(config: ServeConfig, ray_address: str | None) -> Iterator[int]:
     """The application, up; gives the gateway's port. Ctrl-C and SIGTERM both take it down in order."""
     from quire.cluster.layouts import policy_cost
     from quire.cluster.local import check_port, cluster, served
@@ -217,9 +217,10 @@ def _running(config: ServeConfig, ray_address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     signal.signal(signal.SIGTERM, _interrupt)
     click.echo("starting Ray", err=True)
-    up: AbstractContextManager[int] = served(config, partial(click.echo, err=True))
-    with cluster(config, ray_address), up as port:
-        yield port
+    with cluster(config, ray_address):
+        signal.signal(signal.SIGTERM, _interrupt)  # again: Ray has put its own there, which aborts
+        with served(config, partial(click.echo, err=True)) as port:
+            yield port
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -3,7 +3,6 @@
 Legend: see `paged.py`; here L tokens of one sequence, W channels of a piece (see `_triton.py`).
 """
 
-# ruff: noqa: RUF005 (Triton has no starred tuples)
 from __future__ import annotations
 
 import torch

@@ -1,7 +1,7 @@
-"""Prefill of one long chunk: history is unpacked into a bounded workspace, torch's attention does the rest.
+"""Prefill of one long chunk: history unpacked into a bounded workspace, and torch's attention over it.
 
-A chunk of many rows reads every page many times, so that unpacking each once (reads of codes, writes of 16-bit
-numbers) is cheap beside the products, and the best library kernel for 16-bit numbers beats ours on codes. The
+A chunk of many rows reads every page many times: unpacking each once (codes read, 16-bit numbers written)
+is cheap beside the products, and the best library kernel for 16-bit numbers beats ours for codes. The
 chunk's own K and V are read back from their pages as well: it attends to what was quantized.
 
 The library (cuDNN, through torch) compiles a kernel per shape, so shapes come in units of tokens:
@@ -10,8 +10,8 @@ The library (cuDNN, through torch) compiles a kernel per shape, so shapes come i
       |-------------|-------------|---------------------------|0000|
         in pieces, all seen        one causal square of whole units
 
-The square begins on a unit below the chunk: its first `lead` rows ask nothing (zeros) and are dropped. Partial
-results are merged by their log-sum-exp. Legend: see `paged.py`; here L tokens of one sequence.
+The square begins on a unit below the chunk: its first `lead` rows ask nothing (zeros) and are dropped.
+Partial results are merged by their log-sum-exp. Legend: see `paged.py`; here L tokens of one sequence.
 """
 
 from __future__ import annotations

@@ -76,6 +76,19 @@ def test_an_unknown_key_of_a_config_file_is_named(tmp_path):
     assert (done.returncode, "engine.pool.byte;" in done.stderr) == (1, True)
 
 
+def test_an_error_of_a_shard_reaches_the_terminal(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "engine: {model: demo, pool: {bytes: 1000}}\n"
+        "gateway: {port: 0, cpus: 0.1}\n"
+        "replicas: {cpus_per_shard: 0.1}\n"
+    )
+    done = quire("serve", "--config", str(config))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("quire: a pool of 1000 bytes holds no page")
+    assert "Traceback" not in done.stderr
+
+
 def test_generate_chat_and_stats_talk_to_a_gateway(served: Served):
     at = ("--address", served.address)
     said = quire("generate", "-", "--max-tokens", "8", *at, stdin="Long ago, a cat named")

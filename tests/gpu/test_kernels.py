@@ -9,8 +9,10 @@ from paged_cases import Case, make_step, relative_error
 from quire.kernels.decode import decode_attention
 from quire.kernels.formats import FORMATS, Codes, KVFormat, Scales
 from quire.kernels.pages import checksum_pages, gather_pages, scatter_pages
-from quire.kernels.prefill import prefill_attention
+from quire.kernels.prefill import launch_prefill, prefill_attention
 from quire.kernels.ref.paged import write_kv_ref
+from quire.kernels.unpack import unpack_pages
+from quire.kernels.unpacked import suits_library
 from quire.kernels.write import write_kv
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -71,6 +73,48 @@ def test_prefill_agrees_with_the_reference(case):
     on_gpu = step.to("cuda")
     out = prefill_attention(on_gpu.cache, on_gpu.q_TQD, on_gpu.batch, on_gpu.spec)
     assert relative_error(out, step.expected()) < limit(case)
+
+
+LONG = {"page_tokens": 64, "kv_heads": 2, "group": 4, "head_dim": 128}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(f, f, [1030], [1030], **LONG) for f in NAMES),
+        *(Case(f, f, [3001], [1100], **LONG) for f in PLAIN),
+        *(Case(f, f, [2048], [1024], head_dim=64, page_tokens=32, group=7) for f in PLAIN),
+        Case("int8", "int4", [20000], [1025], **LONG, dtype=torch.float16),
+        Case("int4", "bf16", [2600], [1050], **LONG, dtype=torch.float32),
+    ],
+    ids=str,
+)
+def test_prefill_of_a_long_chunk_agrees_with_the_reference(case):
+    step = make_step(case)
+    on_gpu = step.to("cuda")
+    assert suits_library(on_gpu.cache, on_gpu.q_TQD, on_gpu.batch, on_gpu.spec)
+    out = prefill_attention(on_gpu.cache, on_gpu.q_TQD, on_gpu.batch, on_gpu.spec)
+    assert relative_error(out, step.expected()) < limit(case)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unpacked_pages_agree_with_the_reference(name):
+    step = make_step(Case(name, name, [700, 90], [1, 1], **LONG))
+    on_gpu = step.to("cuda")
+    sides = unpack_pages(on_gpu.cache, on_gpu.batch.page_table_SM[0], 700, 1024)
+    expected = unpack_pages(step.cache, step.batch.page_table_SM[0], 700, 1024)
+    for x_HLD, expected_HLD in zip(sides, expected, strict=True):
+        assert relative_error(x_HLD, expected_HLD) < 1e-3
+        assert x_HLD[:, 700:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_same_input_gives_the_same_bits(name):
+    step = make_step(Case(name, name, [1500], [1100], **LONG)).to("cuda")
+    few = make_step(Case(name, name, [1500, 40], [2, 1], **LONG)).to("cuda")
+    for s, attend in ((step, prefill_attention), (step, launch_prefill), (few, decode_attention)):
+        first, second = (attend(s.cache, s.q_TQD, s.batch, s.spec) for _ in range(2))
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("case", cases([1, 1, 1, 1, 1]), ids=str)

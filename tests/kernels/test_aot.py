@@ -18,6 +18,7 @@ from quire.kernels.decode import ROWS, decode_kernel
 from quire.kernels.formats import FORMATS, LayerFormat
 from quire.kernels.layout import PageLayout
 from quire.kernels.prefill import prefill_kernel
+from quire.kernels.unpack import unpack_kernel
 from quire.kernels.write import write_kernel
 
 P, D, H = 64, 128, 8
@@ -138,6 +139,15 @@ def test_prefill_hardly_spills_and_uses_warp_groups(k, v):
     assert code.shared_bytes <= 112 * 1024
     assert code.count("HGMMA") > 0
     assert code.count("I2F") == 0
+
+
+@pytest.mark.parametrize(("k", "v"), [("bf16", "int8"), ("int4", "int4"), ("fp8", "int4g32")])
+def test_unpacking_does_not_spill_and_stores_wide(k, v):
+    outputs = {"k_ptr": "*fp16:16", "v_ptr": "*fp16:16", "pages_ptr": "*i32:16", "length": "i32"}
+    code = compiled(unpack_kernel, k, v, 90, warps=4, **outputs)
+    assert code.spill_bytes == 0
+    assert code.all["STG.E.128"] > 0
+    assert not any(op.startswith(("I2F", "STG.E.U16", "LDG.E.U8", "LDS.U8")) for op in code.all)
 
 
 @pytest.mark.parametrize(("name", "capability"), [("fp8", 80), ("int8", 90), ("int4", 90), ("int4g32", 80)])

@@ -28,9 +28,7 @@ def test_numbers_are_the_codecs_and_rows_past_the_tokens_are_zero(k, v, tokens, 
     pages_M = step.batch.page_table_SM[0]
     sides = launch_unpack(step.cache, pages_M, tokens, length)
     limit = 3e-3 if sides[0].dtype == torch.bfloat16 else 1e-3  # fp16 numbers, rounded once more
-    for x_HLD, expected_HLD in zip(
-        sides, unpack_pages_ref(step.cache, pages_M, tokens, length), strict=True
-    ):
+    for x_HLD, expected_HLD in zip(sides, unpack_pages_ref(step.cache, pages_M, tokens, length), strict=True):
         assert x_HLD.dtype == expected_HLD.dtype
         assert x_HLD.shape == (2, length, 64)
         assert relative_error(x_HLD, expected_HLD) < limit

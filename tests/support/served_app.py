@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -66,7 +65,7 @@ def quire_serve(folder: Path) -> Iterator[Served]:
         raise AssertionError("quire serve did not start:\n" + "".join(said))
     finally:
         below = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.communicate(timeout=60)
         assert process.returncode == 130
         assert not psutil.wait_procs(below, timeout=10)[1], "a process was left behind"

@@ -1,0 +1,63 @@
+"""All benchmarks of the kernels on the GPU at hand: one line per case, rows kept, regressions named.
+
+    python -m benchmarks.gpu [ceilings|attention|layout|prefill|write ...] --date 2026-01-31
+
+Rows go to `benchmarks/results/<gpu>-<date>.json` (--results names another folder). With --compare, rows are
+compared with the card's last results of an earlier date, and anything more than 5 % worse ends in status 1.
+Run `pytest tests/gpu` first: figures of wrong kernels are worthless.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import attention, layout, prefill, results, write
+from benchmarks.gpu.ceilings import Ceilings
+from benchmarks.rows import Row
+
+PARTS: Mapping[str, Callable[[Ceilings], list[Row]]] = {
+    "attention": attention.measure,
+    "write": write.measure,
+    "prefill": prefill.measure,
+    "layout": layout.measure,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all if none is named")
+    parser.add_argument("--date", required=True, help="names the results' file")
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    parser.add_argument("--compare", action="store_true", help="with the last results of this card")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; choose of {', '.join(PARTS)}")
+    device = torch.cuda.get_device_name()
+    file = results.file_for(device, args.date, args.results)
+    ceilings = Ceilings.measure()
+    print(
+        f"{device}, torch {torch.__version__}: copy {ceilings.copy_bytes_s / 1e9:.0f} GB/s, "
+        f"bf16 matmul {ceilings.matmul_flop_s / 1e12:.0f} TFLOP/s",
+        flush=True,
+    )
+    rows = ceilings.rows()
+    results.save(rows, file)
+    for part in args.parts or PARTS:
+        rows += PARTS[part](ceilings)
+        results.save(rows, file)
+    earlier = results.last_before(file)
+    if not args.compare or earlier is None:
+        return 0
+    worse = results.regressions(rows, results.load(earlier))
+    print(*worse or ["nothing is more than 5 % worse"], sep="\n")
+    print(f"compared with {earlier.name}")
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
