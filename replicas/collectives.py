@@ -7,6 +7,7 @@ replicas fit in one process and a dead one leaves nothing behind.
 from __future__ import annotations
 
 import re
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -117,8 +118,20 @@ class TensorParallelGroup:
 
 
 def host_store(host: str, patience_s: float) -> TCPStore:
-    """Rank 0's end of a new store, at `host` and a free port. It ends with the object."""
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=patience_s))
+    """Rank 0's end of a new store, at `host` and a free port. It ends with the object.
+
+    The socket is ours because a store that opens its own listens on every address of the machine.
+    """
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=patience_s),
+        master_listen_fd=listener.detach(),
+    )
 
 
 def join_store(host: str, port: int, patience_s: float) -> Store:
