@@ -38,8 +38,8 @@ def transform_query_into(transform: SideTransform, q_TQD: Tensor, out_TQD: Tenso
 
 def transform_output(transform: SideTransform, o_TQD: Tensor, dtype: torch.dtype) -> Tensor:
     """`transform.output` in one launch, as `dtype`; or o itself, where there is nothing to do."""
-    if transform.identity:
-        return o_TQD if o_TQD.dtype == dtype else o_TQD.to(dtype)
+    if transform.identity and o_TQD.dtype == dtype:
+        return o_TQD
     return _launch(transform, o_TQD, o_TQD.new_empty(o_TQD.shape, dtype=dtype), of_query=False)
 
 
@@ -119,11 +119,11 @@ def _transform_kernel(
             at_C = channel_C + half * (D // 2)
             x_TC = rotated(x_TD, signs_ptr, at_C, TERMS, D)
             if not QUERY:
-                x_TC = _rescaled(x_TC, scale_ptr, shift_ptr, kv_head_T, at_C, inside_T, SCALE, SHIFT, D)
+                x_TC = rescaled(x_TC, scale_ptr, shift_ptr, kv_head_T, at_C, inside_T, SCALE, SHIFT, D)
             _store_rows(out_ptr + row_T[:, None] * D + at_C[None, :], x_TC, inside_T)
     else:
         if not QUERY:
-            x_TD = _rescaled(x_TD, scale_ptr, shift_ptr, kv_head_T, channel_D, inside_T, SCALE, SHIFT, D)
+            x_TD = rescaled(x_TD, scale_ptr, shift_ptr, kv_head_T, channel_D, inside_T, SCALE, SHIFT, D)
         _store_rows(out_ptr + row_T[:, None] * D + channel_D[None, :], x_TD, inside_T)
 
 
@@ -148,7 +148,7 @@ def rotated(x_TD, signs_ptr, channel_C, TERMS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _rescaled(
+def rescaled(
     x_TC,
     scale_ptr,
     shift_ptr,

@@ -28,9 +28,8 @@ from quire.kernels._transform import transform_output, transform_query_into
 from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.unpack import number_type, unpack_pages
 
-_UNIT_TOKENS = 512
+_UNIT_TOKENS = 512  # also the shortest chunk that gains: shorter ones are padded to it
 _PIECE_TOKENS = 16384  # of history at once: the workspace, 64 MiB for 8 kv heads of 128 channels
-_LEAST_ROWS = 1024  # below, padding to units and building shapes cost more than the library gains
 _MERGE_ROWS = 16
 
 
@@ -38,7 +37,7 @@ def suits_library(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: Att
     """Whether this file's way is possible and the faster one: one long sequence, plain causal attention."""
     return (
         batch.sequences == 1
-        and batch.max_query_tokens >= _LEAST_ROWS
+        and batch.max_query_tokens >= _UNIT_TOKENS
         and not spec.window
         and not spec.softcap
         and cache.layout.head_dim in (64, 128)
@@ -101,8 +100,10 @@ def attend_unpacked(
     plan = plan_stretches(batch.max_query_tokens, tokens)
     pages_M, page_tokens = batch.page_table_SM[0], cache.layout.page_tokens
     square = max(plan.square, triton.cdiv(plan.lead + rows, _UNIT_TOKENS) * _UNIT_TOKENS)
-    q_LQD = q_TQD.new_zeros((square, *q_TQD.shape[1:]), dtype=number_type(cache))
+    q_LQD = q_TQD.new_empty((square, *q_TQD.shape[1:]), dtype=number_type(cache))
     chunk = slice(plan.lead, plan.lead + rows)
+    q_LQD[: chunk.start].zero_()
+    q_LQD[chunk.stop :].zero_()
     transform_query_into(cache.k_transform, q_TQD, q_LQD[chunk])
     k_HLD, v_HLD = unpack_pages(cache, pages_M[plan.start // page_tokens :], tokens - plan.start, square)
     out_LQD, lse_QL = attend(q_LQD, k_HLD, v_HLD, spec.scale, True)

@@ -87,6 +87,11 @@ class PagePool:
             raise IntegrityError(f"page {page} was published without being held")
         self._index.insert(key, page)
 
+    def withdraw(self, pages: Iterable[PageId]) -> None:
+        """The blocks in these held pages may be damaged: nobody else may find them."""
+        for page in pages:
+            self._index.forget(page)
+
     def release(self, pages: Iterable[PageId]) -> None:
         """Give back one reference to each page; pages in token order.
 

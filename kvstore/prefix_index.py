@@ -73,6 +73,13 @@ class PrefixIndex:
             pages.append(page)
         return pages
 
+    def forget(self, page: PageId) -> None:
+        """The block in `page`, if any, must not be found again."""
+        key = self._key_of.pop(page, None)
+        if key is not None:
+            del self._page_of[key]
+            self._idle.pop(page, None)
+
     def faults(self, unused: Iterable[PageId]) -> list[str]:
         """What contradicts itself, given the pages that nobody uses; empty if all is well."""
         found = [

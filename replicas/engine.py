@@ -284,6 +284,7 @@ class Engine:
             rows_RV = logits_RV if len(last_rows) == row else logits_RV[last_rows]
             for seq, drawn in zip(due, sample_step(rows_RV, due, self._end_tokens), strict=True):
                 if drawn is None:
+                    self._pool.withdraw(seq.pages)
                     self._fail(seq.request.id, Status.INTERNAL, _NOT_FINITE)
                 elif seq.id in self._running:
                     self._append(seq, drawn)

@@ -88,6 +88,21 @@ def test_a_block_computed_twice_keeps_its_first_page():
     assert pool.share([key]) == [a]
 
 
+def test_withdrawn_blocks_are_not_found_and_their_pages_come_back():
+    pool, keys = PagePool(3), _keys(2)
+    pages = pool.allocate(2)
+    for key, page in zip(keys, pages, strict=True):
+        pool.publish(key, page)
+    sharer = pool.share(keys[:1])
+    pool.withdraw(pages)
+    assert pool.lookup(keys) == (0, 0)
+    pool.release(pages)
+    pool.check(sharer)
+    pool.release(sharer)
+    pool.check()
+    assert pool.free == 3
+
+
 def test_releasing_too_often_is_refused():
     pool = PagePool(2)
     pages = pool.allocate(1)

@@ -259,3 +259,12 @@ def test_numbers_that_are_not_finite_fail_their_request_and_no_other(engine):
     assert found["a"][-1].status is Status.INTERNAL
     assert "not finite" in found["a"][-1].message
     assert len(_tokens(found["b"])) == 8
+
+
+def test_blocks_of_a_request_that_went_wrong_are_not_shared(engine):
+    real, engine._executor = engine._executor, _Damaged(engine._executor)
+    engine.add(_request("a"))
+    _run(engine)
+    engine._executor = real
+    engine.add(_request("b"))
+    assert _run(engine)["b"][-1].usage.cached_tokens == 0
