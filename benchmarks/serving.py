@@ -148,6 +148,9 @@ class Watched:
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    def check(self) -> None:
+        self._engine.check()
+
     def own_speed(self, requests: list[Request]) -> float:
         """Tokens per second of these requests without any service."""
         self._done.clear()
@@ -183,6 +186,7 @@ def replica_process(pipe: Connection, real: bool) -> None:
             if asked[0] == "own":
                 pipe.send(await asyncio.to_thread(engine.own_speed, asked[1]))
             else:
+                engine.check()
                 pipe.send((engine.steps_to_free, engine.stats()))
 
     asyncio.run(main())

@@ -42,6 +42,7 @@ class AsyncEngine:
         self._config = config
         self._inbox: deque[Request | RequestId] = deque()
         self._arrived = threading.Condition()
+        self._stepping = threading.Lock()
         self._closing = False
         self._death: ReplicaDied | None = None
         self._thread: threading.Thread | None = None
@@ -79,6 +80,11 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    def check(self) -> None:
+        """Between two steps, hold the pool's books against what requests hold. Raises IntegrityError."""
+        with self._stepping:
+            self._engine.check()
+
     def check_health(self) -> None:
         """Raises ReplicaDied once a shard is gone or silent."""
         if self._death:
@@ -99,7 +105,8 @@ class AsyncEngine:
         while not self._closing:
             self._wait_for_work()
             try:
-                events = self._take_inbox() + self._engine.step()
+                with self._stepping:
+                    events = self._take_inbox() + self._engine.step()
                 self._executor.check()
             except Exception as error:  # the thread's outermost frame: whatever it was, no client may hang
                 self._die(error)

@@ -81,6 +81,15 @@ def test_requests_from_another_thread_are_answered(start, events):
     engine.check_health()
 
 
+def test_the_books_can_be_checked_while_requests_run(start, events):
+    engine = start()
+    engine.submit(_request("a", 60))
+    for _ in range(20):
+        engine.check()
+    events.until_last(1)
+    engine.check()
+
+
 def test_bad_requests_are_refused_where_they_are_submitted(start):
     engine = start()
     with pytest.raises(InvalidRequest):
