@@ -63,7 +63,7 @@ def _launch_combine_transform(
         G=1 if per_head is None else heads // per_head.shape[0],
         D=head_dim,
         R=_TILE_ROWS,
-        num_warps=4,
+        num_warps=8,
     )
     return out_TQD
 

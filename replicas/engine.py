@@ -19,9 +19,10 @@ from torch import Tensor
 
 from quire.kvstore.keys import KeySpace
 from quire.kvstore.pool import PagePool
+from quire.replicas.admission import check_request
 from quire.replicas.config import SchedulerConfig
 from quire.replicas.detokenize import Detokenizer
-from quire.replicas.errors import InvalidRequest, QueueFull, Status
+from quire.replicas.errors import QueueFull, Status
 from quire.replicas.plan import StepBatch
 from quire.replicas.request import (
     EngineStats,
@@ -112,31 +113,9 @@ class Engine:
 
     def validate(self, request: Request) -> None:
         """Refuse what can never be served. Raises InvalidRequest; touches nothing that changes."""
-        info, params, prompt = self.info, request.sampling, request.prompt
-        if not prompt:
-            raise InvalidRequest("the prompt is empty; send at least one token")
-        if min(prompt) < 0 or max(prompt) >= info.vocab_size:
-            bad = next(t for t in prompt if not 0 <= t < info.vocab_size)
-            raise InvalidRequest(f"token id {bad} is not in the model's vocabulary 0..{info.vocab_size - 1}")
-        wrong = [t for t in params.stop_token_ids if not 0 <= t < info.vocab_size]
-        if wrong:
-            raise InvalidRequest(
-                f"stop_token_ids holds {wrong[0]}; the vocabulary is 0..{info.vocab_size - 1}"
-            )
-        if len(prompt) >= info.max_model_tokens:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens; this model serves {info.max_model_tokens} of "
-                "prompt and output together. Shorten the prompt or raise max_model_tokens"
-            )
-        longest = min(len(prompt) + params.max_tokens, info.max_model_tokens)
-        capacity = self._pool.total * info.page_tokens
-        if longest > capacity:
-            raise InvalidRequest(
-                f"prompt and max_tokens need {longest} tokens of KV; the pool holds {capacity}. "
-                "Shorten the prompt, lower max_tokens, or raise pool.bytes"
-            )
-        if params.stop and self._tokenizer is None:
-            raise InvalidRequest("stop texts need a tokenizer, and this model has none; use stop_token_ids")
+        check_request(
+            request, self.info, pool_pages=self._pool.total, has_tokenizer=self._tokenizer is not None
+        )
 
     def add(self, request: Request) -> None:
         """Queue a valid request. Raises InvalidRequest or QueueFull, and then nothing of it remains."""
