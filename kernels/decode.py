@@ -1,8 +1,6 @@
 """Attention of few query rows per sequence over its pages: split over the pages, then combined.
 
-One program holds a tile of query rows of one kv head and walks its share of the pages, a page a turn. The
-host plans how many programs a tile may have; each program finds its share from the lengths as they are on the
-device, so that long sequences of a ragged batch get more of them, also when a CUDA graph replays the launch.
+One program holds a tile of query rows of one kv head and walks its share of the pages, a page a turn.
 
 Legend: see `paged.py`; here R query rows of a tile (row = token * group + head in group), W channels of a
 piece (see `_triton.py`), X splits.
@@ -38,9 +36,8 @@ from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 ROWS = 8  # query rows of a tile, the least a dot takes; more tiles of it beat wider ones, which spill
 _ONE_WARP_NUMBERS = 128 * 64  # of one side of a page: what one warp holds in registers
 _WARPS_PER_MULTIPROCESSOR = 8  # that is what registers allow
-_MIN_PAGES_PER_SPLIT = tl.constexpr(2)
+_MIN_PAGES_PER_SPLIT = 2
 _MAX_SPLITS = 128
-_LENGTHS = tl.constexpr(128)  # of sequences, read at once
 
 
 def decode_attention(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec) -> Tensor:
@@ -62,9 +59,8 @@ class Tiling:
     """How a launch cuts the work."""
 
     splits: int
-    """Programs that share one tile's pages at most; more than one leaves partial results to combine."""
-    running: int
-    """Programs that run at the same time."""
+    """Programs that share one tile's pages; more than one leaves partial results to combine."""
+    pages_per_split: int
     warps: int
 
 
@@ -72,8 +68,7 @@ def plan_decode(
     cache: LayerCache, query_heads: int, batch: PagedBatch, spec: AttentionSpec, multiprocessors: int
 ) -> Tiling:
     """Tiles that fill the device: pages are split into as many programs as run at the same time, not more,
-    for a second wave that is part empty costs what a full one does. A sequence may get twice its even share,
-    if others of the batch are shorter. Pure.
+    for a second wave that is part empty costs what a full one does. Pure.
     """
     layout, fmt = cache.layout, cache.format
     pages = triton.cdiv(batch.max_kv_tokens, layout.page_tokens)
@@ -85,10 +80,10 @@ def plan_decode(
     warps = 2 if wide else 1  # never 4: a warpgroup would select wgmma, which wants its codes byte by byte
     group = query_heads // layout.kv_heads
     programs = batch.sequences * layout.kv_heads * triton.cdiv(batch.max_query_tokens * group, ROWS)
-    running = multiprocessors * _WARPS_PER_MULTIPROCESSOR // warps
-    fitting = running // programs
-    splits = 1 if fitting <= 1 else min(2 * fitting, pages // _MIN_PAGES_PER_SPLIT.value, _MAX_SPLITS)
-    return Tiling(max(1, splits), running, warps)
+    fitting = multiprocessors * _WARPS_PER_MULTIPROCESSOR // warps // programs
+    splits = max(1, min(fitting, pages // _MIN_PAGES_PER_SPLIT, _MAX_SPLITS))
+    pages_per_split = max(1, triton.cdiv(pages, splits))
+    return Tiling(max(1, triton.cdiv(pages, pages_per_split)), pages_per_split, warps)
 
 
 def launch_decode(
@@ -140,8 +135,7 @@ def _launch_attend(
         batch.page_table_SM.stride(0),
         q_TQD.stride(0),
         q_TQD.stride(1),
-        batch.sequences,
-        tiling.running,
+        tiling.pages_per_split,
         K_SCALES=cell.k_scales - cell.k_codes,
         V_CODES=cell.v_codes - cell.k_codes,
         V_SCALES=cell.v_scales - cell.k_codes,
@@ -164,7 +158,7 @@ def _launch_attend(
     )
 
 
-@triton.jit(do_not_specialize=["window", "sequences", "running"])
+@triton.jit(do_not_specialize=["window", "pages_per_split"])
 def decode_kernel(
     q_ptr,
     pool_ptr,
@@ -182,8 +176,7 @@ def decode_kernel(
     page_table_stride,
     q_stride_t,
     q_stride_h,
-    sequences,
-    running,
+    pages_per_split,
     K_SCALES: tl.constexpr,
     V_CODES: tl.constexpr,
     V_SCALES: tl.constexpr,
@@ -203,7 +196,7 @@ def decode_kernel(
 ):
     """Grid (row tiles, sequences * kv heads, splits): tiles that read the same pages run side by side.
 
-    Splits that a sequence has no pages for leave a log-sum-exp of -inf. A softmax is kept per row, in base 2.
+    A softmax is kept per row, in base 2.
     """
     seq, head = tl.program_id(1) // H, tl.program_id(1) % H
     split, splits = tl.program_id(2), tl.num_programs(2)
@@ -224,15 +217,8 @@ def decode_kernel(
     first_page = 0
     if WINDOW:
         first_page = tl.maximum(kv_tokens - new_tokens + first_row // G - window + 1, 0) // P
-    place_R = ((first_token + token_R) * (H * G) + q_head_R) * splits + split
-    if splits > 1:
-        pages = end_page - first_page
-        own = _pages_per_split(kv_tokens_ptr, sequences, running, pages, splits, window, WINDOW, H, P)
-        if split * own >= pages:
-            tl.store(lse_ptr + place_R, tl.full([R], float("-inf"), tl.float32), mask=used_R)
-            return
-        first_page += split * own
-        end_page = tl.minimum(end_page, first_page + own)
+    first_page += split * pages_per_split
+    end_page = tl.minimum(end_page, first_page + pages_per_split)
 
     q, q_sum = load_queries(
         q_ptr + (first_token + token_R) * q_stride_t + q_head_R * q_stride_h, used_R, KC, KG, R, D
@@ -278,31 +264,7 @@ def decode_kernel(
         v_words = load_scales(next_ptr + V_SCALES, token_P, VC, VG, P)
         cell_ptr = next_ptr
 
+    place_R = ((first_token + token_R) * (H * G) + q_head_R) * splits + split
     store_output(out_ptr + place_R * D, acc, 1.0 / tl.maximum(sum_R, 1e-30), used_R, VC, VG, D)
     lse_R = tl.where(sum_R > 0, top_R + tl.log2(tl.maximum(sum_R, 1e-30)), float("-inf"))
     tl.store(lse_ptr + place_R, lse_R, mask=used_R)
-
-
-@triton.jit
-def _pages_per_split(
-    kv_tokens_ptr,
-    sequences,
-    running,
-    pages,
-    splits,
-    window,
-    WINDOW: tl.constexpr,
-    H: tl.constexpr,
-    P: tl.constexpr,
-):
-    """Of a tile with `pages`: its share of the running programs is its share of all pages, rounded down."""
-    total = 0
-    for s in tl.range(0, sequences, _LENGTHS):
-        at = s + tl.arange(0, _LENGTHS)
-        pages_s = tl.cdiv(tl.load(kv_tokens_ptr + at, mask=at < sequences, other=0), P)
-        if WINDOW:
-            pages_s = tl.minimum(pages_s, tl.cdiv(window, P) + 1)
-        total += tl.sum(pages_s, 0)
-    share = pages * running // tl.maximum(total * (H * tl.num_programs(0)), 1)
-    share = tl.minimum(tl.minimum(share, splits), pages // _MIN_PAGES_PER_SPLIT)
-    return tl.cdiv(pages, tl.maximum(share, 1))

@@ -7,23 +7,28 @@ from statistics import median
 
 import torch
 
+_CALLS = 32
+_SECONDS = 20e-3
+
 
 def graph_seconds(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
     """Median seconds of one of `calls`, which run one after the other and should touch different data.
 
-    The first calls, outside the graph, compile and warm up.
+    Short calls go round many times, or the graph's own launch (some microseconds) would count as theirs. The
+    first calls, outside the graph, compile and warm up.
     """
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
+    rounds = max(1, min(_CALLS // len(calls), int(_SECONDS / _elapsed(calls[0]))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
+        for call in [*calls] * rounds:
             call()
     graph.replay()
     seconds = [_elapsed(graph.replay) for _ in range(replays)]
     graph.reset()
-    return median(seconds) / len(calls)
+    return median(seconds) / (rounds * len(calls))
 
 
 def call_seconds(call: Callable[[], object], repeats: int = 7) -> float:

@@ -36,8 +36,7 @@ POINTERS: Mapping[str, str] = {
     "softcap": "fp32",
     "window": "i32",
     "tokens": "i32",
-    "sequences": "i32",
-    "running": "i32",
+    "pages_per_split": "i32",
 }
 
 
