@@ -46,7 +46,7 @@ def _launch_combine_transform(
     out_TQD = partial_TQXD.new_empty((tokens, heads, head_dim), dtype=dtype)
     scale_HD, shift_HD = transform.scale_HD, transform.shift_HD
     per_head = scale_HD if scale_HD is not None else shift_HD
-    _combine_transform_kernel[(triton.cdiv(rows, _TILE_ROWS),)](
+    combine_transform_kernel[(triton.cdiv(rows, _TILE_ROWS),)](
         partial_TQXD,
         lse_TQX,
         out_TQD,
@@ -82,7 +82,7 @@ def _combine_kernel(partial_ptr, lse_ptr, out_ptr, splits, X: tl.constexpr, D: t
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
-def _combine_transform_kernel(
+def combine_transform_kernel(
     partial_ptr,
     lse_ptr,
     out_ptr,

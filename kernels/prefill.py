@@ -2,6 +2,7 @@
 
 One program holds a tile of query rows of one kv head and walks every page they see, a page a turn. The codes
 of a page become fp16 numbers once per tile; many rows share that work, so the rest is plain flash attention.
+One long chunk is quicker over unpacked pages: `unpacked.py`.
 
 Legend: see `paged.py`; here R query rows of a tile (row = token * group + head in group), W channels of a
 piece (see `_triton.py`).

@@ -1,6 +1,6 @@
 """Decode attention: bandwidth against the device's copy, time against torch's SDPA on contiguous bf16.
 
-python -m benchmarks.gpu attention
+python -m benchmarks.gpu attention --date 2026-01-31
 """
 
 from __future__ import annotations

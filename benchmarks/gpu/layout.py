@@ -1,6 +1,6 @@
 """Page-major against layer-major: decode on a pool of 80 GB and more, random page tables.
 
-    python -m benchmarks.gpu layout
+    python -m benchmarks.gpu layout --date 2026-01-31
 
 The kernels are the same and so are the cells; only the strides between them differ.
 """

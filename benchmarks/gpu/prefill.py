@@ -1,6 +1,6 @@
 """Prefill attention of a chunk over quantized history, against the best library attention on bf16 K and V.
 
-    python -m benchmarks.gpu prefill
+    python -m benchmarks.gpu prefill --date 2026-01-31
 
 Three ways are timed: over unpacked pages by the library's attention, the paged kernel, and what
 `prefill_attention` chooses. The baseline computes the same rows from contiguous bf16: torch's flash attention

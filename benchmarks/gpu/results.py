@@ -11,8 +11,8 @@ from pathlib import Path
 from benchmarks.rows import Row
 
 RESULTS = Path(__file__).parents[1] / "results"
-_SLOWER = 1.05
-"""Runs of one build on one machine differ by less."""
+_SLOWER = 1.15
+"""Two runs of one build differed by up to 12 % (matrix rates: the card's power limit), most by under 3 %."""
 
 
 def file_for(device: str, date: str, folder: Path = RESULTS) -> Path:
@@ -39,7 +39,7 @@ def last_before(file: Path) -> Path | None:
 
 
 def regressions(rows: Sequence[Row], before: Sequence[Row]) -> list[str]:
-    """A line for every time that grew and every rate that fell by more than 5 %, in the order of `rows`.
+    """A line for every time that grew and every rate that fell by more than 15 %, in the order of `rows`.
 
     A row is compared by its ratio to the baseline or ceiling of its own run where both runs had the same one,
     for cards of one kind differ; else by its value.

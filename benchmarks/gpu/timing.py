@@ -8,7 +8,9 @@ from statistics import median
 import torch
 
 _CALLS = 32
+"""In one graph at least, if they are short."""
 _SECONDS = 20e-3
+"""Of one graph at most, if its calls are long."""
 
 
 def graph_seconds(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:

@@ -1,6 +1,6 @@
 """Writing a step's K and V into pages: time, and its share of the decode step it belongs to.
 
-python -m benchmarks.gpu write
+python -m benchmarks.gpu write --date 2026-01-31
 """
 
 from __future__ import annotations

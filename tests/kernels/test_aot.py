@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from aot import Compiled, compile_kernel
 
+from quire.kernels._combine import combine_transform_kernel
 from quire.kernels.decode import ROWS, decode_kernel
 from quire.kernels.formats import FORMATS, LayerFormat
 from quire.kernels.layout import PageLayout
@@ -148,6 +149,19 @@ def test_unpacking_does_not_spill_and_stores_wide(k, v):
     assert code.spill_bytes == 0
     assert code.all["STG.E.128"] > 0
     assert not any(op.startswith(("I2F", "STG.E.U16", "LDG.E.U8", "LDS.U8")) for op in code.all)
+
+
+@pytest.mark.parametrize("splits", [2, 8])
+def test_combining_and_transforming_in_one_launch_does_not_spill(splits):
+    types = {"partial_ptr": "*fp32:16", "out_ptr": "*bf16:16", "signs_ptr": "*bf16:16", "splits": "i32"}
+    flags = {"X": splits, "SCALE": False, "SHIFT": False, "ROTATE": True, "Q": 32, "G": 1, "D": D, "R": 16}
+    arguments = {
+        name: {**types, **flags, "rows": "i32"}.get(name, "*fp32:16")
+        for name in combine_transform_kernel.arg_names
+    }
+    code = compile_kernel(combine_transform_kernel, arguments, capability=90, warps=8)
+    assert code.spill_bytes == 0
+    assert any("HMMA" in op for op in code.all)
 
 
 @pytest.mark.parametrize(("name", "capability"), [("fp8", 80), ("int8", 90), ("int4", 90), ("int4g32", 80)])
