@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 
@@ -23,9 +24,12 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def application(config: ServeConfig) -> Application:
+    """Asks the connected Ray cluster, if any, whether it has GPUs."""
     secret = config.secret or secrets.token_hex(32)
-    replica = serve.deployment(**_replica_options(config.engine, config.replicas))(Replica).bind(
-        config.engine, secret, config.replicas.cpus_per_shard, config.replicas.gpus_per_shard
+    cluster = ray.cluster_resources() if ray.is_initialized() else {}
+    gpus = gpus_per_shard(config, cluster.get("GPU", 0))
+    replica = serve.deployment(**_replica_options(config.engine, config.replicas, gpus))(Replica).bind(
+        config.engine, secret, config.replicas.cpus_per_shard, gpus
     )
     gateway = serve.deployment(
         name="Gateway",
@@ -36,15 +40,20 @@ def application(config: ServeConfig) -> Application:
     return gateway.bind(replica, config.gateway, config.engine.model, secret)
 
 
-def _replica_options(engine: EngineConfig, replicas: ReplicaConfig) -> dict[str, Any]:
-    shard = {"CPU": replicas.cpus_per_shard}
-    if replicas.gpus_per_shard:
-        shard["GPU"] = replicas.gpus_per_shard
+def gpus_per_shard(config: ServeConfig, cluster_gpus: float) -> float:
+    """What is configured, else one where there are any and the engine may use them."""
+    if config.replicas.gpus_per_shard is not None:
+        return config.replicas.gpus_per_shard
+    return 1.0 if cluster_gpus and config.engine.device != "cpu" else 0.0
+
+
+def _replica_options(engine: EngineConfig, replicas: ReplicaConfig, gpus: float) -> dict[str, Any]:
+    shard = {"CPU": replicas.cpus_per_shard} | ({"GPU": gpus} if gpus else {})
     return {
         "name": "Replica",
         "num_replicas": replicas.count,
         "max_ongoing_requests": engine.scheduler.max_running + engine.scheduler.max_queued + _SLACK,
-        "ray_actor_options": {"num_cpus": replicas.cpus_per_shard, "num_gpus": replicas.gpus_per_shard},
+        "ray_actor_options": {"num_cpus": replicas.cpus_per_shard, "num_gpus": gpus},
         "placement_group_bundles": [shard] * engine.tp,
         "placement_group_strategy": replicas.placement,
         "health_check_period_s": replicas.health_check_period_s,

@@ -52,8 +52,9 @@ class ReplicaConfig:
     """Replicas: whole engines, each with engine.tp shards."""
     cpus_per_shard: float = 1.0
     """CPU cores that Ray reserves for each shard."""
-    gpus_per_shard: float = 0.0
-    """GPUs that Ray reserves for each shard: 1 to serve on GPUs; with 0 a shard sees none."""
+    gpus_per_shard: float | None = None
+    """GPUs that Ray reserves for each shard; with 0 a shard sees none. None: 1 where the cluster has GPUs and
+    engine.device allows them."""
     placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
     """Where the shards of one replica go: Ray's placement group strategy."""
     health_check_period_s: float = 1.0
@@ -69,7 +70,7 @@ class ReplicaConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"replicas.{name} must be positive, got {getattr(self, name)}")
         for name in ("cpus_per_shard", "gpus_per_shard", "graceful_shutdown_s"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"replicas.{name} must not be negative, got {getattr(self, name)}")
 
 

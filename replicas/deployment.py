@@ -123,7 +123,7 @@ class Replica:
 
 def _node_address() -> str:
     """The address at which other nodes reach this one."""
-    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    address: str = ray.util.get_node_ip_address()
     return address
 
 

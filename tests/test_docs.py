@@ -3,11 +3,13 @@
 import contextlib
 import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import quire.replicas
+from quire.cluster.cli import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,6 +37,14 @@ def test_the_commands_of_the_readme_are_targets_of_the_makefile():
     assert asked == ["demo", "test"]
     assert set(asked) <= targets
     assert re.search(r"^make lint test$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+
+
+def test_the_quire_commands_of_the_readme_are_understood():
+    lines = [line for block in _blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("quire ")]
+    assert len(commands) >= 3
+    for name, *arguments in commands:
+        cli.commands[name].make_context(name, arguments)  # parses, runs nothing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

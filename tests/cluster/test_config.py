@@ -7,7 +7,7 @@ import yaml
 from ray import cloudpickle
 from ray.serve.schema import ServeDeploySchema
 
-from quire.cluster.app import build
+from quire.cluster.app import build, gpus_per_shard
 from quire.cluster.config import ServeConfig, parse
 from quire.replicas.errors import ConfigError
 
@@ -71,6 +71,23 @@ def test_the_deployable_file_lists_every_option_with_its_default():
             assert f"# {path[-1]}: " in text, f"{'.'.join(path)} is not shown in {FILE.name}"
         else:
             assert path[-1] in node, f"{'.'.join(path)} is not listed in {FILE.name}"
+
+
+@pytest.mark.parametrize(
+    ("device", "configured", "cluster_gpus", "expected"),
+    [
+        ("auto", None, 4, 1),
+        ("auto", None, 0, 0),
+        ("cpu", None, 4, 0),
+        ("auto", 0.5, 4, 0.5),
+        ("auto", 0.0, 4, 0),
+    ],
+)
+def test_shards_get_gpus_where_there_are_any(device, configured, cluster_gpus, expected):
+    config = parse(
+        {"engine": {"model": "demo", "device": device}, "replicas": {"gpus_per_shard": configured}}
+    )
+    assert gpus_per_shard(config, cluster_gpus) == expected
 
 
 def test_the_deployable_file_builds_its_application():
