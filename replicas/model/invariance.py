@@ -66,7 +66,8 @@ def invariant_experts(experts: Any, x_TI: Tensor, chosen_TC: Tensor, weight_TC: 
 
     Raises: ModelNotServable for experts that are not gate, up and down projections without bias.
     """
-    if experts.is_transposed or experts.has_bias or experts.has_post_expert_norm or not experts.has_gate:
+    normed = getattr(experts, "has_post_expert_norm", False)  # unknown to older transformers
+    if experts.is_transposed or experts.has_bias or normed or not experts.has_gate:
         raise ModelNotServable(
             f"{type(experts).__name__} holds another kind of experts than gate, up and down projections; it "
             "is not servable on a CPU"
