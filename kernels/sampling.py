@@ -68,9 +68,9 @@ def sample(logits_RV: Tensor, draw: Draw) -> Tensor:
 
 
 def logprobs(logits_RV: Tensor, tokens_R: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each row's token [R], and ids and log-probabilities of its k likeliest [R, K]."""
+    """Log-probability of each row's token [R], and and of its k likeliest [R, K]."""
     all_RV = logits_RV.log_softmax(-1)
-    top = all_RV.topk(k, dim=-1)
+    top = all_RV.topk(min(k, all_RV.shape[-1]), dim=-1)
     return all_RV.gather(-1, tokens_R[:, None]).squeeze(-1), top.indices, top.values
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from quire.replicas.errors import InvalidRequest
 from quire.replicas.request import ModelInfo, Request
 
+MAX_PROMPT_LOGPROBS = 2_000_000
+"""They travel in one message."""
+
 
 def check_request(request: Request, info: ModelInfo, *, pool_pages: int, has_tokenizer: bool) -> None:
     """Raises InvalidRequest, which says what to change."""
@@ -28,6 +31,12 @@ def check_request(request: Request, info: ModelInfo, *, pool_pages: int, has_tok
         raise InvalidRequest(
             f"prompt and max_tokens need {longest} tokens of KV; the pool holds {capacity}. "
             "Shorten the prompt, lower max_tokens, or raise pool.bytes"
+        )
+    entries = len(prompt) * (1 + (params.prompt_logprobs or 0))
+    if params.prompt_logprobs is not None and entries > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequest(
+            f"prompt_logprobs of {len(prompt)} tokens would be {entries} numbers, the limit is "
+            f"{MAX_PROMPT_LOGPROBS}; ask for fewer or shorten the prompt"
         )
     if params.stop and not has_tokenizer:
         raise InvalidRequest("stop texts need a tokenizer, and this model has none; use stop_token_ids")

@@ -62,7 +62,7 @@ class AsyncEngine:
         with self._arrived:
             if self._death or self._closing:
                 raise self._death or ReplicaDied("the replica is shutting down; try again")
-            waiting = self._engine.queued + len(self._inbox)
+            waiting = self._engine.queued + sum(isinstance(m, Request) for m in self._inbox)
             if waiting >= self._config.scheduler.max_queued:
                 raise QueueFull(
                     f"{waiting} requests are waiting already, the bound is scheduler.max_queued="
@@ -106,13 +106,16 @@ class AsyncEngine:
             self._wait_for_work()
             try:
                 with self._stepping:
-                    events = self._take_inbox() + self._engine.step()
+                    events = self._take_inbox()
+                    if events:
+                        deliver(events)
+                    events = self._engine.step()
+                if events:
+                    deliver(events)
                 self._executor.check()
             except Exception as error:  # the thread's outermost frame: whatever it was, no client may hang
                 self._die(error)
                 break
-            if events:
-                deliver(events)
         self._engine.fail_all(Status.UNAVAILABLE, self._last_words())
         deliver(self._take_inbox() + self._engine.take_events())
 
@@ -132,7 +135,10 @@ class AsyncEngine:
             elif self._death or self._closing:
                 late.append(Failure(message.id, Status.UNAVAILABLE, self._last_words()))
             else:
-                self._engine.add(message)
+                try:
+                    self._engine.add(message)
+                except QuireError as error:  # the queue has grown since `submit`: by outputs, by preemption
+                    late.append(Failure(message.id, error.status, str(error)))
         return tuple(late)
 
     def _die(self, error: Exception) -> None:

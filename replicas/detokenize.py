@@ -28,7 +28,7 @@ class Detokenizer:
 
     def push(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
         """Text that is now certain, and whether a stop text was completed (the text ends before it)."""
-        text = self._held + (self._stream.step(self._tokenizer, token) or "")
+        text = self._held + self._decode(token)
         ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends and may_stop:
             self._held = ""
@@ -36,6 +36,13 @@ class Detokenizer:
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
+
+    def _decode(self, token: int) -> str:
+        try:
+            return self._stream.step(self._tokenizer, token) or ""
+        except Exception:  # tokenizers has nothing narrower for byte tokens that form no text
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return "\ufffd" + (self._stream.step(self._tokenizer, token) or "")
 
     def finish(self) -> str:
         """What was held back, once no stop text can follow. An incomplete character stays unsaid."""

@@ -135,14 +135,30 @@ class Engine:
         self._enqueue(progress, 0)
 
     def cancel(self, request_id: RequestId) -> None:
-        """End a request; its pages are free before the next step. Unknown ids are ignored."""
-        self._end(request_id, lambda progress: Output(
-            request_id=request_id,
-            index=0,
-            finish_reason=FinishReason.CANCELLED,
-            usage=progress.usage(),
-            timings=progress.timings(self._clock()),
-        ))  # fmt: skip
+        """End a request; its pages are free before the next step. Unknown ids are ignored.
+
+        Each output that was still open says so, with the text that was held back.
+        """
+        ours = self._let_go(request_id)
+        if not ours:
+            return
+        progress = ours[0].progress
+        texts = {seq.index: seq.detokenizer.finish() if seq.detokenizer else "" for seq in ours}
+        if progress.first_token_s is None:  # the other outputs have not begun
+            texts |= dict.fromkeys(range(1, progress.request.sampling.n), "")
+        for index, text in sorted(texts.items()):
+            last = index == max(texts)
+            self._events.append(
+                Output(
+                    request_id=request_id,
+                    index=index,
+                    text=text,
+                    finish_reason=FinishReason.CANCELLED,
+                    usage=progress.usage() if last else None,
+                    timings=progress.timings(self._clock()) if last else None,
+                )
+            )
+        self._counts["requests_cancelled"] += 1
 
     def fail_all(self, status: Status, message: str) -> None:
         """Every open request ends with a Failure."""
@@ -203,6 +219,8 @@ class Engine:
         for work in plan.work:
             seq = self._running[work.id]
             need = -(-(seq.computed + work.tokens) // self.info.page_tokens) - len(seq.pages)
+            if need > self._pool.available:
+                continue  # a preempted sequence shared its pages, so fewer came back: the next plan knows
             if need > 0:
                 seq.hold(self._pool.allocate(need))
             jobs.append(_Job(seq, work.tokens, self._wanted_rows(seq, work.tokens)))
@@ -354,19 +372,17 @@ class Engine:
         self._waiting.pop(seq.id, None)
         self._pool.release(seq.drop_pages())
 
-    def _end(self, request_id: RequestId, last_word: Callable[[Progress], Event]) -> bool:
-        """Let all sequences of a request go and say its last word. False if there is no such request."""
+    def _let_go(self, request_id: RequestId) -> list[Sequence]:
+        """Take all sequences of a request out and return them; none if there is no such request."""
         ours = [seq for seq in self._sequences() if seq.request.id == request_id]
         for seq in ours:
             self._leave(seq)
-        if ours:
-            event = last_word(ours[0].progress)
-            self._events.append(event)
-            self._counts["requests_failed" if isinstance(event, Failure) else "requests_cancelled"] += 1
-        return bool(ours)
+        return ours
 
     def _fail(self, request_id: RequestId, status: Status, message: str) -> None:
-        self._end(request_id, lambda _: Failure(request_id, status, message))
+        if self._let_go(request_id):
+            self._events.append(Failure(request_id, status, message))
+            self._counts["requests_failed"] += 1
 
     def _expire(self) -> None:
         """Requests that never ran and whose deadline is over need not run any more."""

@@ -5,7 +5,6 @@ Plain values. Whoever reads them has read what the engine does.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
@@ -56,14 +55,14 @@ class SamplingParams:
             f"min_tokens must lie in 0..max_tokens ({self.max_tokens}), got {self.min_tokens}": (
                 0 <= self.min_tokens <= self.max_tokens
             ),
-            f"temperature must be 0 (greedy) or a positive number, got {self.temperature}": (
-                0 <= self.temperature < math.inf
+            f"temperature must be 0 (greedy) or lie in 0.001..100, got {self.temperature}": (
+                self.temperature == 0 or 0.001 <= self.temperature <= 100
             ),
             f"top_k must be 0 (all) or positive, got {self.top_k}": self.top_k >= 0,
             f"top_p must lie in (0, 1], got {self.top_p}": 0 < self.top_p <= 1,
             f"min_p must lie in [0, 1], got {self.min_p}": 0 <= self.min_p <= 1,
-            f"repetition_penalty must be positive, got {self.repetition_penalty}": (
-                0 < self.repetition_penalty < math.inf
+            f"repetition_penalty must lie in 0.01..100, got {self.repetition_penalty}": (
+                0.01 <= self.repetition_penalty <= 100
             ),
             f"presence_penalty must lie in -2..2, got {self.presence_penalty}": (
                 abs(self.presence_penalty) <= 2
@@ -77,6 +76,12 @@ class SamplingParams:
             ),
             f"n must lie in 1..{MAX_N}, got {self.n}": 1 <= self.n <= MAX_N,
             "stop must not contain an empty text": "" not in self.stop,
+            f"stop holds at most {MAX_STOPS} texts of at most {MAX_STOP_CHARACTERS} characters": (
+                len(self.stop) <= MAX_STOPS and all(len(s) <= MAX_STOP_CHARACTERS for s in self.stop)
+            ),
+            f"stop_token_ids holds at most {MAX_STOP_TOKENS} ids, got {len(self.stop_token_ids)}": (
+                len(self.stop_token_ids) <= MAX_STOP_TOKENS
+            ),
         }.items():
             if not holds:
                 raise InvalidRequest(rule)
@@ -84,6 +89,9 @@ class SamplingParams:
 
 MAX_LOGPROBS = 20
 MAX_N = 16
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKENS = 64
 
 
 def _logprobs_ok(count: int | None) -> bool:

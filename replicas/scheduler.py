@@ -74,7 +74,11 @@ class StepPlan:
 
 
 def plan_step(state: SchedulerState) -> StepPlan:
-    """Plan one step. Every page the plan needs is available if it is carried out in order."""
+    """Plan one step. Every page the plan needs is available if it is carried out in order.
+
+    The one exception: pages that a preempted sequence shares with others do not come back. Work that then
+    finds too few pages is left out by whoever carries the plan out, and planned anew.
+    """
     budget, pages = state.max_step_tokens, state.available_pages
     work: dict[SeqId, int] = {}
     holding = {r.id: r for r in sorted(state.running, key=lambda r: -r.priority)}  # stable: arrival

@@ -16,7 +16,7 @@ import grpc
 
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
 from quire.replicas.errors import QuireError
-from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Request, RequestId
+from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Output, Request, RequestId
 from quire.replicas.wire import model_to_proto, request_from_proto, stats_to_proto, write_event
 
 SECRET_METADATA = "quire-secret"
@@ -60,7 +60,8 @@ class _Lease:
 
     def post_event(self, call: int, event: Event) -> None:
         """Adds to the step that waits already: a slow gateway gets fewer and larger messages."""
-        if not self.outbox or self.outbox[-1].WhichOneof("message") != "step":
+        large = isinstance(event, Output) and event.prompt_logprobs
+        if large or not self.outbox or self.outbox[-1].WhichOneof("message") != "step":
             self.post(engine_pb2.ReplicaMessage(step=engine_pb2.Step()))
         write_event(self.outbox[-1].step.events.add(), call, event)
 

@@ -84,8 +84,9 @@ class Fleet:
     async def report_lost(self, link: ReplicaLink) -> None:
         """The replica failed a request as dead: pass it over for a while, though Serve may still name it."""
         self._avoid_until_s[link.replica_id] = time.monotonic() + _AVOID_S
-        if self._links.pop(link.replica_id, None) is not None:
-            await link.close()
+        if self._links.get(link.replica_id) is link:
+            del self._links[link.replica_id]
+        await link.close()
 
     async def stats(self) -> list[inference_pb2.ReplicaStats]:
         """Of every replica that answers; one that dies meanwhile is left out."""

@@ -108,6 +108,10 @@ class _Resumed:
                 "the replica died, and another one's answer differs from what was sent; try again"
             )
         del had[:known]
+        if delta.finish_reason and had:
+            raise ReplicaDied(
+                "the replica died, and another one's answer ends before what was sent; try again"
+            )
         characters = min(self._characters.get(delta.index, 0), len(delta.text))
         self._characters[delta.index] = self._characters.get(delta.index, 0) - characters
         rest = inference_pb2.Delta()

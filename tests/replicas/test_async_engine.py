@@ -1,5 +1,6 @@
 """The engine's thread: every request ends with one last event, whatever happens."""
 
+import contextlib
 import os
 import queue
 import re
@@ -107,6 +108,22 @@ def test_the_queue_bound_counts_what_the_engine_has_not_seen_yet(start, events):
             refused += 1
     assert refused > 0
     assert len(events.until_last(accepted)) == accepted
+
+
+def test_requests_accepted_before_the_queue_grew_get_their_last_event(start, events):
+    """Outputs 1.. of a request join the queue after others were accepted."""
+    engine = start(max_queued=4, max_running=1)
+    many = SamplingParams(max_tokens=3, ignore_eos=True, n=8)
+    engine.submit(Request(id=RequestId("many"), prompt=PROMPT, sampling=many))
+    accepted = ["many"]
+    for i in range(40):
+        with contextlib.suppress(QueueFull):
+            engine.submit(_request(str(i), 2))
+            accepted.append(str(i))
+    found = events.until_last(len(accepted))
+    assert all(_is_last(outputs[-1]) for outputs in found.values())
+    assert set(found) == set(accepted)
+    engine.check_health()
 
 
 def test_cancelling_ends_a_request_with_what_it_had(start, events):

@@ -1,7 +1,8 @@
+import random
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 import quire.replicas
 from quire.replicas.detokenize import Detokenizer
@@ -57,6 +58,21 @@ def test_stop_texts_wait_for_min_tokens(tokenizer):
     detokenizer = Detokenizer(tokenizer, [1], stop=("fox",))
     token, *_ = tokenizer.encode(" fox", add_special_tokens=False).ids
     assert not detokenizer.push(token, may_stop=False)[1]
+
+
+def test_bytes_that_form_no_text_do_not_end_the_stream():
+    """As models with byte tokens can produce: an ASCII byte, half a character, then a word."""
+    vocab = {"<unk>": 0} | {f"<0x{b:02X}>": b + 1 for b in range(256)} | {"b": 257}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    rng = random.Random(0)
+    for _ in range(300):
+        detokenizer = Detokenizer(tokenizer, [257])
+        said = "".join(detokenizer.push(rng.randrange(1, 258))[0] for _ in range(25))
+        assert isinstance(said, str)
+    detokenizer = Detokenizer(tokenizer, [257])
+    said = "".join(detokenizer.push(t)[0] for t in (0x41 + 1, 0xC3 + 1, 257, 257))
+    assert said.endswith("bb")
 
 
 def test_special_tokens_are_not_text(tokenizer):

@@ -74,7 +74,9 @@ def test_what_can_never_be_served_is_refused_at_once(engine, prompt, sampling, m
         ("max_tokens", 0), ("min_tokens", 9), ("temperature", -1.0), ("temperature", float("nan")),
         ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0.0),
         ("presence_penalty", 3.0), ("frequency_penalty", float("nan")), ("logprobs", 21),
-        ("prompt_logprobs", -1), ("n", 0), ("n", 17), ("stop", ("",)),
+        ("prompt_logprobs", -1), ("n", 0), ("n", 17), ("stop", ("",)), ("stop", ("a",) * 17),
+        ("stop", ("a" * 257,)), ("stop_token_ids", (1,) * 65), ("temperature", 1e-38), ("temperature", 1e39),
+        ("repetition_penalty", 1e-300),
     ],
 )  # fmt: skip
 def test_impossible_sampling_is_refused_by_name(field, value):
@@ -188,6 +190,30 @@ def test_a_cancelled_request_gives_its_pages_back_at_once(engine):
     assert found["a"][-1].finish_reason is FinishReason.CANCELLED
     assert found["a"][-1].usage.output_tokens == 2
     assert len(_tokens(found["b"])) == 2  # the first two came before
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_every_open_output_of_a_cancelled_request_says_so_once(engine, steps):
+    engine.add(_request("a", n=3, temperature=1.0, max_tokens=50))
+    for _ in range(steps):
+        engine.step()
+    engine.cancel(RequestId("a"))
+    ended = [o for o in _run(engine)["a"] if o.finish_reason]
+    assert [(o.index, o.finish_reason) for o in ended] == [(i, FinishReason.CANCELLED) for i in range(3)]
+    assert [o.usage is None for o in ended] == [True, True, False]
+
+
+@pytest.mark.parametrize("pages", [7, 8, 9, 11])
+def test_outputs_that_share_pages_survive_preemption(pages):
+    engine = _engine(pages)
+    engine.add(_request("n", n=6, temperature=1.0, seed=1, max_tokens=120))
+    outputs = _run(engine)["n"]
+    assert outputs[-1].usage.output_tokens == 6 * 120
+    assert engine.stats().preemptions > 0
+    roomy = _engine(60)
+    roomy.add(_request("n", n=6, temperature=1.0, seed=1, max_tokens=120))
+    expected = _run(roomy)["n"]
+    assert [_tokens(outputs, i) for i in range(6)] == [_tokens(expected, i) for i in range(6)]
 
 
 def test_cancelling_the_unknown_changes_nothing(engine):
