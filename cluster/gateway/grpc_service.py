@@ -24,6 +24,7 @@ from quire.replicas.wire import sampling_from_proto
 
 _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
+Asked = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 MAX_PRIORITY = 100
 
 
@@ -39,7 +40,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._relays: dict[str, Relay] = {}
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
-        async with _answering(context), self._admitted():
+        async with _answering(context), self._admitted(), self._named(request, context) as relay:
             model = await self._model(request.model)
             match request.WhichOneof("prompt"):
                 case "text":
@@ -48,13 +49,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     token_ids = request.token_ids.ids
                 case _:
                     raise InvalidRequest("the request has no prompt; set text or token_ids")
-            await self._relay(request, token_ids, model, context)
+            await relay.run(_submit_of(request, token_ids, model), context.write)
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> None:
-        async with _answering(context), self._admitted():
+        async with _answering(context), self._admitted(), self._named(request, context) as relay:
             model = await self._model(request.model)
             token_ids = await self._prompts.encode_chat(request.messages)
-            await self._relay(request, token_ids, model, context)
+            await relay.run(_submit_of(request, token_ids, model), context.write)
 
     async def Cancel(
         self, request: inference_pb2.CancelRequest, context: Context
@@ -80,7 +81,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.DetokenizeResponse:
         async with _answering(context):
             _check_token_ids(request.token_ids, await self._model(request.model))
-            return inference_pb2.DetokenizeResponse(text=self._prompts.decode(request.token_ids))
+            return inference_pb2.DetokenizeResponse(text=await self._prompts.decode(request.token_ids))
 
     async def GetModel(self, request: inference_pb2.GetModelRequest, context: Context) -> inference_pb2.Model:
         async with _answering(context):
@@ -116,28 +117,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
         return model
 
-    async def _relay(
-        self,
-        request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
-        token_ids: Sequence[int],
-        model: inference_pb2.Model,
-        context: Context,
-    ) -> None:
-        _check_prompt(token_ids, model)
-        _check_request(request, model)
+    @asynccontextmanager
+    async def _named(self, request: Asked, context: Context) -> AsyncIterator[Relay]:
+        """The request's relay, to be found by its id from the first moment on."""
         if request.request_id in self._relays:
             raise InvalidRequest(
                 f"request_id {request.request_id!r} is in use; ids of open requests are unique"
             )
-        submit = engine_pb2.Submit(
-            token_ids=token_ids, sampling=request.sampling, priority=request.priority, tenant=request.tenant
-        )
         remaining_s = context.time_remaining()
-        relay = Relay(self._fleet, submit, None if remaining_s is None else time.monotonic() + remaining_s)
+        relay = Relay(self._fleet, None if remaining_s is None else time.monotonic() + remaining_s)
         if request.request_id:
             self._relays[request.request_id] = relay
         try:
-            await relay.run(context.write)
+            yield relay
         finally:
             self._retries += relay.retries
             if request.request_id:
@@ -158,6 +150,15 @@ async def _answering(context: Context) -> AsyncIterator[None]:
         await context.abort(grpc.StatusCode.INTERNAL, "an error inside the gateway; its log says more")
 
 
+def _submit_of(request: Asked, token_ids: Sequence[int], model: inference_pb2.Model) -> engine_pb2.Submit:
+    """What a replica is asked. Raises InvalidRequest for what none could answer."""
+    _check_prompt(token_ids, model)
+    _check_request(request, model)
+    return engine_pb2.Submit(
+        token_ids=token_ids, sampling=request.sampling, priority=request.priority, tenant=request.tenant
+    )
+
+
 def _check_prompt(token_ids: Sequence[int], model: inference_pb2.Model) -> None:
     if not token_ids:
         raise InvalidRequest("the prompt is empty; send at least one token")
@@ -176,9 +177,7 @@ def _check_token_ids(token_ids: Sequence[int], model: inference_pb2.Model) -> No
         )
 
 
-def _check_request(
-    request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, model: inference_pb2.Model
-) -> None:
+def _check_request(request: Asked, model: inference_pb2.Model) -> None:
     sampling = sampling_from_proto(request.sampling)
     if any(token >= model.vocab_size for token in sampling.stop_token_ids):
         raise InvalidRequest(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
@@ -13,8 +13,10 @@ from transformers import AutoTokenizer
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.errors import ConfigError, InvalidRequest
 
-_INLINE_CHARACTERS = 2_000
-"""Longer texts are tokenized in a thread, or they would hold up everyone else's tokens for a millisecond."""
+_INLINE_SIZE = 2_000
+"""Characters or tokens. More is worked on in a thread, or it would hold up everyone else's tokens."""
+
+T = TypeVar("T")
 
 
 class Prompts:
@@ -41,22 +43,30 @@ class Prompts:
         if self._tokenizer.chat_template is None:
             raise InvalidRequest("this model has no chat template; use Generate with a prompt of your own")
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
-        return await self._encode(text, special=False)
+        size = sum(len(turn["content"]) for turn in turns) + len(turns)
+        return await _in_its_place(size, lambda: self._encode_chat_now(turns))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    async def decode(self, token_ids: Sequence[int]) -> str:
         """Without special tokens."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return text
+        ids = list(token_ids)
+        return await _in_its_place(
+            len(ids), lambda: str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        )
 
     async def _encode(self, text: str, *, special: bool) -> list[int]:
-        if len(text) <= _INLINE_CHARACTERS:
-            return self._encode_now(text, special)
-        return await asyncio.to_thread(self._encode_now, text, special)
+        return await _in_its_place(len(text), lambda: self._encode_now(text, special))
+
+    def _encode_chat_now(self, turns: list[dict[str, str]]) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
+        return self._encode_now(text, special=False)
 
     def _encode_now(self, text: str, special: bool) -> list[int]:
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
         return token_ids
+
+
+async def _in_its_place(size: int, work: Callable[[], T]) -> T:
+    return work() if size <= _INLINE_SIZE else await asyncio.to_thread(work)

@@ -27,10 +27,10 @@ class _Delivered:
 class Relay:
     """Carries one request until its last delta has been sent."""
 
-    def __init__(self, fleet: Fleet, submit: engine_pb2.Submit, deadline_s: float | None) -> None:
+    def __init__(self, fleet: Fleet, deadline_s: float | None) -> None:
         """`deadline_s` is on this process' monotonic clock."""
         self._fleet = fleet
-        self._submit = submit
+        self._submit = engine_pb2.Submit()
         self._deadline_s = deadline_s
         self._call: Call | None = None
         self._cancelled = False
@@ -43,8 +43,9 @@ class Relay:
         if self._call is not None:
             self._call.cancel()
 
-    async def run(self, send: Send) -> None:
+    async def run(self, submit: engine_pb2.Submit, send: Send) -> None:
         """Raises the QuireError that the replica failed the request with."""
+        self._submit = submit
         try:
             await self._attempt(send, skip=False)
         except ReplicaDied as error:
