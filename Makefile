@@ -1,7 +1,7 @@
 # make demo    everything from nothing: environment, model, served answers (under two minutes after the installs)
 # make test    the whole test suite; make lint: style and types
 #
-# On Linux, PyPI's torch is the CUDA build. On a machine without a GPU point pip at PyTorch's CPU wheels, in
+# On Linux, the ordinary torch wheel is the CUDA build. On a machine without a GPU point pip at PyTorch's CPU wheels, in
 # its own configuration or with PIP_ARGS="--extra-index-url ...", and nothing of CUDA is installed.
 
 PYTHON ?= python3
