@@ -3,12 +3,14 @@
 Every row is treated on its own and by nothing but its own numbers, so that a token does not depend on
 which requests share its step. Torch operations only; the same code runs on CPU and GPU.
 
-Tensor legend: R rows (one per sequence that gets a token), V vocabulary, K likeliest tokens.
+Tensor legend: R rows (one per sequence that gets a token), D rows whose token is drawn, V vocabulary, K
+likeliest tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +19,28 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """How each row's token is chosen."""
+    """How the tokens of some rows are drawn; all other rows get their likeliest."""
 
-    temperature_R: Tensor
-    """fp32; 0 takes the likeliest token."""
-    top_k_R: Tensor
-    """int64; 0 keeps all."""
-    top_p_R: Tensor
-    """fp32 in (0, 1]."""
-    min_p_R: Tensor
-    """fp32 in [0, 1]."""
-    uniform_R: Tensor
+    rows_D: Tensor
+    """int64: which rows."""
+    temperature_D: Tensor
+    """fp32, above 0."""
+    uniform_D: Tensor
     """fp64 in [0, 1): the one random number a row needs (see `uniform`)."""
+    filters: Filters | None = None
+    """None keeps the whole vocabulary, and spares sorting it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Filters:
+    """Which tokens a row may draw: the likeliest ones, by three measures."""
+
+    top_k_D: Tensor
+    """int64; 0 keeps all."""
+    top_p_D: Tensor
+    """fp32 in (0, 1]."""
+    min_p_D: Tensor
+    """fp32 in [0, 1]."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -58,35 +70,52 @@ def penalize_(
     logits_V[output] -= presence + frequency * counts
 
 
-def sample(logits_RV: Tensor, draw: Draw) -> Tensor:
-    """One token per row, int64 [R]. Logits are fp32 and finite except for -inf of forbidden tokens."""
+def sample(logits_RV: Tensor, draws: Sequence[Draw] = ()) -> Tensor:
+    """One token per row, int64 [R]. Logits are fp32 and finite except for -inf of forbidden tokens.
+
+    Waits for nothing on a GPU.
+    """
     tokens_R = logits_RV.argmax(-1)
-    drawn = draw.temperature_R.gt(0).nonzero().squeeze(-1)
-    if drawn.numel():
-        tokens_R[drawn] = _draw(logits_RV[drawn], draw, drawn)
+    for draw in draws:
+        scaled_DV = logits_RV[draw.rows_D] / draw.temperature_D[:, None]
+        tokens_R[draw.rows_D] = _draw(scaled_DV, draw)
     return tokens_R
 
 
 def logprobs(logits_RV: Tensor, tokens_R: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each row's token [R], and and of its k likeliest [R, K]."""
+    """Log-probability of each row's token [R], and of its k likeliest [R, K]."""
     all_RV = logits_RV.log_softmax(-1)
     top = all_RV.topk(min(k, all_RV.shape[-1]), dim=-1)
     return all_RV.gather(-1, tokens_R[:, None]).squeeze(-1), top.indices, top.values
 
 
-def _draw(logits_RV: Tensor, draw: Draw, rows: Tensor) -> Tensor:
-    """Filter, then invert the cumulative distribution over the tokens sorted from likeliest down."""
-    scaled, order_RV = (logits_RV / draw.temperature_R[rows, None]).sort(dim=-1, descending=True, stable=True)
-    probs_RV = scaled.double().softmax(-1)
-    rank_V = torch.arange(probs_RV.shape[-1], device=probs_RV.device)
-    top_k_R1 = draw.top_k_R[rows, None]
-    keep = (top_k_R1 == 0) | (rank_V < top_k_R1)
-    kept = probs_RV * keep
+def _draw(scaled_DV: Tensor, draw: Draw) -> Tensor:
+    """Invert the cumulative distribution: over the vocabulary as it stands, or over what the filters keep
+    of it, sorted from likeliest down.
+    """
+    if draw.filters is None:
+        return _invert(scaled_DV.double().softmax(-1), draw.uniform_D)
+    sorted_DV, order_DV = scaled_DV.sort(dim=-1, descending=True, stable=True)
+    probs_DV = _filtered(sorted_DV.double().softmax(-1), draw.filters)
+    return order_DV.gather(-1, _invert(probs_DV, draw.uniform_D)[:, None]).squeeze(-1)
+
+
+def _filtered(probs_DV: Tensor, filters: Filters) -> Tensor:
+    """Sorted probabilities, zero where a filter takes the token out."""
+    rank_V = torch.arange(probs_DV.shape[-1], device=probs_DV.device)
+    top_k_D1 = filters.top_k_D[:, None]
+    keep = (top_k_D1 == 0) | (rank_V < top_k_D1)
+    kept = probs_DV * keep
     before = kept.cumsum(-1) - kept
-    keep &= before < draw.top_p_R[rows, None] * kept.sum(-1, keepdim=True)  # top-p of what top-k left
-    keep &= probs_RV >= draw.min_p_R[rows, None] * probs_RV[:, :1]
-    cumulative = (probs_RV * keep).cumsum(-1)
-    target = draw.uniform_R[rows, None] * cumulative[:, -1:]
-    last_kept = (keep * rank_V).amax(-1, keepdim=True)
-    choice = (cumulative <= target).sum(-1, keepdim=True).minimum(last_kept)
-    return order_RV.gather(-1, choice).squeeze(-1)
+    keep &= before < filters.top_p_D[:, None] * kept.sum(-1, keepdim=True)  # top-p of what top-k left
+    keep &= probs_DV >= filters.min_p_D[:, None] * probs_DV[:, :1]
+    return probs_DV * keep
+
+
+def _invert(weight_DV: Tensor, uniform_D: Tensor) -> Tensor:
+    """The first place whose cumulative weight exceeds the random share of the total, int64 [D]."""
+    cumulative_DV = weight_DV.cumsum(-1)
+    target_D1 = uniform_D[:, None] * cumulative_DV[:, -1:]
+    place_V = torch.arange(weight_DV.shape[-1], device=weight_DV.device)
+    last_D = ((weight_DV > 0) * place_V).amax(-1)  # rounding may put the target at the total itself
+    return (cumulative_DV <= target_D1).sum(-1).minimum(last_D)

@@ -8,16 +8,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig
+    from quire.replicas.config import EngineConfig, GpuConfig, PoolConfig, SchedulerConfig
     from quire.replicas.llm import LLM, Completion
     from quire.replicas.request import SamplingParams
 
-__all__ = ["LLM", "Completion", "EngineConfig", "PoolConfig", "SamplingParams", "SchedulerConfig"]
+__all__ = [
+    "LLM",
+    "Completion",
+    "EngineConfig",
+    "GpuConfig",
+    "PoolConfig",
+    "SamplingParams",
+    "SchedulerConfig",
+]
 
 _HOMES = {
     "LLM": "llm",
     "Completion": "llm",
     "EngineConfig": "config",
+    "GpuConfig": "config",
     "PoolConfig": "config",
     "SchedulerConfig": "config",
     "SamplingParams": "request",

@@ -19,8 +19,8 @@ class PoolConfig:
 
     bytes: int | None = None
     """Bytes of memory for KV pages per shard; None: 256 MiB on a CPU, `memory_fraction` of what is free on
-    a GPU once the weights are loaded."""
-    memory_fraction: float = 0.9
+    a GPU once the weights are loaded and the largest step has had its workspace."""
+    memory_fraction: float = 0.95
     page_tokens: int = 64
     """Tokens per page: 16, 32 or 64."""
 
@@ -39,20 +39,37 @@ class SchedulerConfig:
 
     max_running: int = 64
     """Sequences that may hold pages at once."""
-    max_step_tokens: int = 512
-    """Token budget of a step: decoding sequences first, then chunks of prompts."""
+    max_step_tokens: int | None = None
+    """Token budget of a step: decoding sequences first, then chunks of prompts; None: 512 on a CPU, 8192 on
+    a GPU."""
     max_queued: int = 256
     """Requests that may wait; one more is refused with RESOURCE_EXHAUSTED."""
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_step_tokens", "max_queued"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"scheduler.{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_step_tokens < self.max_running:
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigError(f"scheduler.{name} must be at least 1, got {number}")
+        if self.max_step_tokens is not None and self.max_step_tokens < self.max_running:
             raise ConfigError(
                 f"scheduler.max_step_tokens ({self.max_step_tokens}) must be at least "
                 f"scheduler.max_running ({self.max_running}), or decoding sequences would starve"
             )
+
+    def step_tokens(self, device: str) -> int:
+        """The token budget of a step on a "cpu" or "cuda" device."""
+        default = 8192 if device == "cuda" else 512
+        return max(self.max_step_tokens or default, self.max_running)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuConfig:
+    """How a step runs on a GPU. Both take time at start and save it in every step."""
+
+    compile: bool = True
+    """Compile the model with torch.compile; its kernels are kept on disk for the next start."""
+    graphs: bool = True
+    """Capture steps that only decode in CUDA graphs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +91,7 @@ class EngineConfig:
     """A shard that does not answer a step for so long is taken for dead."""
     threads_per_shard: int | None = None
     """CPU threads of one shard; None: the machine's cores divided by tp."""
+    gpu: GpuConfig = field(default_factory=GpuConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 

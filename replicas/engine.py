@@ -1,7 +1,11 @@
-"""The step loop's body: take requests in, plan, run one step, hand events out.
+"""The step loop's body: take requests in, plan, launch one step, hand the last one's events out.
 
 Owns every sequence and the books of the page pool. Single-threaded; `async_engine.py` gives it a thread,
 `llm.py` calls it directly. Tensors are the executor's.
+
+Where the executor overlaps, a step is planned and launched while the one before computes: its tokens are
+not known yet, the device hands them on (`StepBatch.token_ids_T`). Books run ahead of the device, which
+executes in order; a sequence that turns out to have ended wastes its row of one step.
 """
 
 from __future__ import annotations
@@ -10,10 +14,8 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from quire.replicas.admission import check_request
 from quire.replicas.config import SchedulerConfig
 from quire.replicas.detokenize import Detokenizer
 from quire.replicas.errors import QueueFull, Status
+from quire.replicas.jobs import Job, LaunchedStep, lay_out
 from quire.replicas.plan import StepBatch
 from quire.replicas.request import (
     EngineStats,
@@ -34,7 +37,7 @@ from quire.replicas.request import (
     Request,
     RequestId,
 )
-from quire.replicas.sampler import Sampled, sample_step, token_logprobs
+from quire.replicas.sampler import Sampled, needs_tokens, start_sampling, token_logprobs
 from quire.replicas.scheduler import SchedulerState, SeqId, StepPlan, plan_step
 from quire.replicas.sequence import Progress, Sequence
 
@@ -45,18 +48,15 @@ class StepExecutor(Protocol):
     @property
     def num_pages(self) -> int: ...
 
-    def run(self, batch: StepBatch) -> Tensor:
-        """fp32 logits [R, V] of the batch's wanted rows. Raises ReplicaDied."""
+    @property
+    def overlaps(self) -> bool:
+        """Whether `run` returns before the step is computed, so that the next can be planned meanwhile."""
 
+    def run(self, batch: StepBatch, drawn: Tensor | None = None) -> Tensor:
+        """fp32 logits [R, V] of the batch's wanted rows, good until the next call. Raises ReplicaDied.
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One sequence's part of the step that runs."""
-
-    seq: Sequence
-    tokens: int
-    rows: range
-    """Tokens of its part (0 is the first computed in this step) whose logits are wanted."""
+        `drawn`: int64 tokens that the step before drew, for the batch's negative token ids.
+        """
 
 
 class Engine:
@@ -68,6 +68,7 @@ class Engine:
         info: ModelInfo,
         keys: KeySpace,
         scheduler: SchedulerConfig,
+        max_step_tokens: int,
         tokenizer: Tokenizer | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -75,11 +76,13 @@ class Engine:
         self._executor = executor
         self._keys = keys
         self._limits = scheduler
+        self._max_step_tokens = max_step_tokens
         self._tokenizer = tokenizer
         self._clock = clock
         self._pool = PagePool(executor.num_pages)
         self._waiting: dict[SeqId, Sequence] = {}  # in order of arrival
         self._running: dict[SeqId, Sequence] = {}
+        self._launched: LaunchedStep | None = None
         self._next_id = 0
         self._events: list[Event] = []
         self._counts: Counter[str] = Counter()
@@ -88,7 +91,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running or self._events)
+        return bool(self._waiting or self._running or self._launched or self._events)
 
     @property
     def queued(self) -> int:
@@ -166,19 +169,24 @@ class Engine:
             self._fail(request_id, status, message)
 
     def step(self) -> tuple[Event, ...]:
-        """Run one step, if there is anything to do, and return all events since the last call.
+        """Launch one step, if there is anything to do, and return all events since the last call.
 
         Raises ReplicaDied; the caller then decides about the open requests (`fail_all`).
         """
+        started = self._clock()
         self._expire()
-        plan = plan_step(self._state())
-        jobs = self._carry_out(plan)
-        if jobs:
-            started = self._clock()
-            logits_RV = self._executor.run(self._batch(jobs))
-            self._absorb(jobs, logits_RV)
-            self._step_seconds += self._clock() - started
-            self._counts["steps"] += 1
+        before, self._launched = self._launched, None
+        if before and any(map(needs_tokens, self._running.values())):
+            self._absorb(before)
+            before = None
+        launched = self._launch(plan_step(self._state()), before)
+        if before:
+            self._absorb(before)
+        if launched and self._executor.overlaps:
+            self._launched = launched
+        elif launched:
+            self._absorb(launched)
+        self._step_seconds += self._clock() - started
         return self.take_events()
 
     def take_events(self) -> tuple[Event, ...]:
@@ -191,15 +199,15 @@ class Engine:
         slots = max(self._limits.max_running - len(self._running), 0)
         first = sorted(self._waiting.values(), key=lambda seq: -seq.request.priority)[:slots]
         return SchedulerState(
-            running=[seq.as_running() for seq in self._running.values()],
+            running=[seq.as_running(self.info.max_model_tokens) for seq in self._running.values()],
             waiting=[seq.as_waiting(*self._pool.lookup(seq.shareable_keys())) for seq in first],
             available_pages=self._pool.available,
             page_tokens=self.info.page_tokens,
             max_running=self._limits.max_running,
-            max_step_tokens=self._limits.max_step_tokens,
+            max_step_tokens=self._max_step_tokens,
         )
 
-    def _carry_out(self, plan: StepPlan) -> list[_Job]:
+    def _carry_out(self, plan: StepPlan) -> list[Job]:
         """Move sequences and pages as planned. Cached blocks are taken before anything can evict them."""
         for seq_id in plan.preempt:
             seq = self._running.pop(seq_id)
@@ -223,77 +231,71 @@ class Engine:
                 continue  # a preempted sequence shared its pages, so fewer came back: the next plan knows
             if need > 0:
                 seq.hold(self._pool.allocate(need))
-            jobs.append(_Job(seq, work.tokens, self._wanted_rows(seq, work.tokens)))
+            jobs.append(Job.next_of(seq, work.tokens))
         self._counts["preemptions"] += len(plan.preempt)
         return jobs
 
-    def _wanted_rows(self, seq: Sequence, tokens: int) -> range:
-        last = tokens if seq.computed + tokens == len(seq.tokens) else 0
-        if seq.wants_prompt_logprobs:
-            first = max(len(seq.prompt_logprobs) - seq.computed, 0)
-            return range(first, max(last, min(tokens, seq.prompt_tokens - 1 - seq.computed)))
-        return range(max(last - 1, 0), last)
+    # ---- the step
 
-    def _batch(self, jobs: list[_Job]) -> StepBatch:
-        page_tokens = self.info.page_tokens
-        positions = [np.arange(job.seq.computed, job.seq.computed + job.tokens) for job in jobs]
-        starts = np.cumsum([0, *(job.tokens for job in jobs)])
-        table_SM = np.zeros((len(jobs), max(len(job.seq.pages) for job in jobs)), dtype=np.int64)
-        for row, job in enumerate(jobs):
-            table_SM[row, : len(job.seq.pages)] = job.seq.page_row()
-        slots = [
-            table_SM[row, at // page_tokens] * page_tokens + at % page_tokens
-            for row, at in enumerate(positions)
-        ]
-        tokens = [t for job in jobs for t in job.seq.tokens[job.seq.computed :][: job.tokens]]
-        rows = [start + row for start, job in zip(starts, jobs, strict=False) for row in job.rows]
-        return StepBatch(
-            token_ids_T=np.array(tokens, dtype=np.int64),
-            positions_T=np.concatenate(positions),
-            slots_T=np.concatenate(slots),
-            query_start_S1=starts,
-            kv_tokens_S=np.array([job.seq.computed + job.tokens for job in jobs]),
-            page_table_SM=table_SM,
-            logit_rows_R=np.array(rows, dtype=np.int64),
-        )
-
-    # ---- after the step
-
-    def _absorb(self, jobs: list[_Job], logits_RV: Tensor) -> None:
-        """Advance the books by what the step computed, then draw the next tokens."""
+    def _launch(self, plan: StepPlan, before: LaunchedStep | None) -> LaunchedStep | None:
+        """Start the planned step, and advance the books as if it were done. `before` is still under way."""
+        jobs = self._carry_out(plan)
+        if not jobs:
+            return None
+        drawn_R = before.samples.tokens_R if before and before.samples else None
+        logits_RV = self._executor.run(lay_out(jobs, self.info.page_tokens, before), drawn_R)
         due: list[Sequence] = []
         last_rows: list[int] = []
         row = 0
         for job in jobs:
             seq = job.seq
             if seq.wants_prompt_logprobs and job.rows:
-                self._note_prompt_logprobs(seq, logits_RV[row : row + len(job.rows)], job)
+                self._note_prompt_logprobs(job, logits_RV[row : row + len(job.rows)])
             row += len(job.rows)
-            new_prompt = min(seq.computed + job.tokens, seq.prompt_tokens) - seq.computed
-            self._counts["prompt_tokens"] += max(new_prompt, 0)
+            self._counts["prompt_tokens"] += max(min(job.end, seq.prompt_tokens) - job.start, 0)
             seq.computed += job.tokens
-            if seq.computed == len(seq.tokens):
+            if job.due:
                 due.append(seq)
                 last_rows.append(row - 1)
-            for key, page in seq.complete_blocks():
-                self._pool.publish(key, page)
+        samples = None
         if due:
             rows_RV = logits_RV if len(last_rows) == row else logits_RV[last_rows]
-            for seq, drawn in zip(due, sample_step(rows_RV, due, self._end_tokens), strict=True):
-                if drawn is None:
-                    self._pool.withdraw(seq.pages)
-                    self._fail(seq.request.id, Status.INTERNAL, _NOT_FINITE)
-                elif seq.id in self._running:
-                    self._append(seq, drawn)
+            samples = start_sampling(rows_RV, due, self._end_tokens)
+        for seq in due:
+            seq.in_flight += 1
+        self._counts["steps"] += 1
+        return LaunchedStep(jobs, samples, {seq.id: row for row, seq in enumerate(due)})
 
-    def _note_prompt_logprobs(self, seq: Sequence, rows_RV: Tensor, job: _Job) -> None:
+    def _absorb(self, step: LaunchedStep) -> None:
+        """Wait for a step, publish the blocks it completed, append its tokens."""
+        samples = step.samples.collect() if step.samples else []
+        for job in step.jobs:
+            seq = job.seq
+            drawn = samples[step.row_of[seq.id]] if job.due else None
+            if job.due:
+                seq.in_flight -= 1
+            if seq.id not in self._running and seq.id not in self._waiting:
+                continue  # ended while the step was under way
+            kept = seq.evictions == job.evictions
+            if job.due and drawn is None:
+                self._pool.withdraw(seq.pages if kept else [])
+                self._fail(seq.request.id, Status.INTERNAL, _NOT_FINITE)
+                continue
+            if kept:
+                for key, page in seq.complete_blocks(job.end):
+                    self._pool.publish(key, page)
+            if drawn is not None:
+                self._append(seq, drawn)
+
+    def _note_prompt_logprobs(self, job: Job, rows_RV: Tensor) -> None:
         """Logits at position p speak of token p + 1; the prompt's last row speaks of the output."""
-        first = seq.computed + job.rows.start
-        of_prompt = min(seq.computed + job.rows.stop, seq.prompt_tokens - 1) - first
+        seq = job.seq
+        first = job.start + job.rows.start
+        of_prompt = min(job.start + job.rows.stop, seq.prompt_tokens - 1) - first
         if of_prompt > 0:
-            tokens = rows_RV.new_tensor(seq.tokens[first + 1 : first + 1 + of_prompt]).long()
+            tokens = seq.tokens[first + 1 : first + 1 + of_prompt]
             count = seq.request.sampling.prompt_logprobs or 0
-            seq.prompt_logprobs += token_logprobs(rows_RV[:of_prompt], tokens, [count] * of_prompt)
+            seq.prompt_logprobs += token_logprobs(rows_RV[:of_prompt], tokens, count)
 
     def _append(self, seq: Sequence, drawn: Sampled) -> None:
         """The sequence grows by one token: say so, and end it if this was its last."""

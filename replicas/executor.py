@@ -141,13 +141,22 @@ class Executor:
                 raise ReplicaDied(failure or f"a shard did not start in {START_TIMEOUT_S:g} s")
             time.sleep(_POLL_S / 4)
 
-    def run(self, batch: StepBatch) -> Tensor:
-        """Run one step on all shards: fp32 logits [R, vocabulary].
+    @property
+    def overlaps(self) -> bool:
+        """Whether `run` returns while the step is still being computed: on one GPU.
 
+        Several shards run in step with each other; only rank 0 knows what was drawn.
+        """
+        return self._thread is None and self.shard.device.type == "cuda"
+
+    def run(self, batch: StepBatch, drawn: Tensor | None = None) -> Tensor:
+        """Run one step on all shards: fp32 logits [R, vocabulary], good until the next step.
+
+        `drawn`: what the step before drew, where this one overlaps it.
         Raises ReplicaDied as soon as a shard's death is known, at the latest after `shard_timeout_s`.
         """
         if self._thread is None:
-            return self.shard.forward(batch)
+            return self.shard.forward(batch, drawn)
         self.check()
         job = _Job(Kind.STEP, batch)
         self._jobs.put(job)

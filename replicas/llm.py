@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
-from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig
+from quire.replicas.config import EngineConfig, GpuConfig, PoolConfig, SchedulerConfig
 from quire.replicas.errors import InvalidRequest, QuireError
 from quire.replicas.load import load_engine, load_tokenizer
 from quire.replicas.request import (
@@ -66,6 +66,7 @@ class LLM:
         device: Literal["auto", "cpu", "cuda"] = "auto",
         max_model_tokens: int | None = None,
         threads_per_shard: int | None = None,
+        gpu: GpuConfig | None = None,
         pool: PoolConfig | None = None,
         scheduler: SchedulerConfig | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -79,6 +80,7 @@ class LLM:
             device=device,
             max_model_tokens=max_model_tokens,
             threads_per_shard=threads_per_shard,
+            gpu=gpu or GpuConfig(),
             pool=pool or PoolConfig(),
             scheduler=scheduler or SchedulerConfig(),
         )

@@ -35,6 +35,7 @@ def load_engine(
         info=executor.shard.info,
         keys=_key_space(executor.shard),
         scheduler=config.scheduler,
+        max_step_tokens=executor.shard.max_step_tokens,
         tokenizer=None if tokenizer is None else _fast(tokenizer),
     )
     return executor, engine

@@ -20,6 +20,7 @@ class StepBatch:
     """All sequences' new tokens, one after the other."""
 
     token_ids_T: Ints
+    """Negative where the token is not known here yet: -1 is the first that the step before drew."""
     positions_T: Ints
     slots_T: Ints
     """page * page_tokens + token within the page."""

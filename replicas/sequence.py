@@ -53,7 +53,10 @@ class Progress:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Tokens are appended, never changed; pages hold the KV of the first `computed` of them."""
+    """Tokens are appended, never changed; pages hold the KV of the first `computed` of them.
+
+    With a step in flight, `computed` may run ahead of the tokens known here.
+    """
 
     id: SeqId
     progress: Progress
@@ -62,10 +65,15 @@ class Sequence:
     page_tokens: int
     detokenizer: Detokenizer | None
     tokens: list[int] = field(init=False)
+    in_flight: int = 0
+    """Tokens after those, drawn by steps whose results are not here yet."""
     computed: int = 0
+    """Tokens whose KV is in pages once all launched steps are done."""
     pages: list[PageId] = field(default_factory=list)
     published: int = 0
     """Leading blocks already offered to the prefix index."""
+    evictions: int = 0
+    """How often it gave its pages back: what a step before that computed is gone."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
     finish_reason: FinishReason | None = None
@@ -87,6 +95,11 @@ class Sequence:
     @property
     def output_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens, those in flight included."""
+        return len(self.tokens) + self.in_flight
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -111,9 +124,9 @@ class Sequence:
             return []
         return self.keys()[: (len(self.tokens) - 1) // self.page_tokens]
 
-    def complete_blocks(self) -> Iterator[tuple[BlockKey, PageId]]:
-        """Blocks whose KV is now complete and that were not returned before."""
-        full = self.computed // self.page_tokens
+    def complete_blocks(self, computed: int) -> Iterator[tuple[BlockKey, PageId]]:
+        """Blocks that are complete once `computed` tokens are, and that were not returned before."""
+        full = computed // self.page_tokens
         if full > self.published:
             keys = self.keys()
             for block in range(self.published, full):
@@ -132,13 +145,17 @@ class Sequence:
         """Give up all pages: what was computed will be computed again, or found in the prefix index."""
         pages, self.pages = self.pages, []
         self.computed = self.published = 0
+        self.evictions += 1
         return pages
 
     def page_row(self) -> Ints:
         return self._page_row[: len(self.pages)]
 
-    def as_running(self) -> Running:
-        return Running(self.id, self.request.priority, len(self.tokens), self.computed, len(self.pages))
+    def as_running(self, max_model_tokens: int) -> Running:
+        """A sequence whose last token is in flight has nothing left to compute."""
+        limit = min(self.prompt_tokens + self.request.sampling.max_tokens, max_model_tokens)
+        known = self.length if self.length < limit else self.computed
+        return Running(self.id, self.request.priority, known, self.computed, len(self.pages))
 
     def as_waiting(self, cached_pages: int, idle_pages: int) -> Waiting:
-        return Waiting(self.id, self.request.priority, len(self.tokens), cached_pages, idle_pages)
+        return Waiting(self.id, self.request.priority, self.length, cached_pages, idle_pages)

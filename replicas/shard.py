@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -20,16 +20,20 @@ from quire.kernels.formats import FormatError, LayerFormat, layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kernels.paged import LayerCache
 from quire.kernels.transform import default_transform
+from quire.replicas.capacity import run_largest_step
 from quire.replicas.collectives import TensorParallelGroup
 from quire.replicas.config import EngineConfig
+from quire.replicas.decode_graphs import DecodeGraphs
 from quire.replicas.errors import ConfigError
-from quire.replicas.model.attention import PagedStep, step_parts
 from quire.replicas.model.checkpoint import Checkpoint, eos_token_ids, find_model, load_config
+from quire.replicas.model.compiled import LEAST_TOKENS
+from quire.replicas.model.forward import ForwardPass
 from quire.replicas.model.invariance import padded
 from quire.replicas.model.key_bias import with_safe_keys
 from quire.replicas.model.loading import LoadedModel, Progress, check_servable, load_model
+from quire.replicas.model.step import StepBuilder
 from quire.replicas.model.tensor_parallel import shard_config
-from quire.replicas.plan import Ints, StepBatch
+from quire.replicas.plan import StepBatch
 from quire.replicas.request import ModelInfo
 
 _LOG = logging.getLogger(__name__)
@@ -58,6 +62,7 @@ class Shard:
         if (group is None) != (config.tp == 1):
             raise ValueError(f"tp={config.tp} needs {'no' if config.tp == 1 else 'a'} group")
         self.device = shard_device(config, rank)
+        self._group = group
         folder, model_config = check_config(config)
         self.dtype = _dtype(config, model_config, self.device)
         with Checkpoint.open(folder) as checkpoint:
@@ -73,20 +78,26 @@ class Shard:
             )
             self.layout = _layout(config, checkpoint, loaded)
             self.weights_fingerprint = checkpoint.fingerprint
-        self._model = loaded.model
-        pool_bytes = _pool_bytes(config, self.device)
+        self.max_step_tokens = config.scheduler.step_tokens(self.device.type)
+        self._forward = ForwardPass(loaded.model, compiled=self._on_one_gpu and config.gpu.compile)
+        max_model_tokens = _max_model_tokens(config, model_config)
+        pool_bytes = self._pool_bytes(config, loaded, max_model_tokens)
         self.num_pages = pool_bytes // self.layout.page_bytes
         if self.num_pages < 1:
             raise ConfigError(
                 f"a pool of {pool_bytes} bytes holds no page of {self.layout.page_bytes}; raise pool.bytes "
                 "or pool.memory_fraction"
             )
-        self._caches = _caches(self.layout, loaded, self.num_pages, self.device)
+        self._builder = self._step_builder(loaded, self.num_pages)
+        self._graphs: DecodeGraphs | None = None
+        if self._on_one_gpu and config.gpu.graphs:
+            max_pages = -(-max_model_tokens // self.layout.page_tokens)
+            self._graphs = DecodeGraphs(self._forward, self._builder, config.scheduler.max_running, max_pages)
         self.info = ModelInfo(
             model=config.model,
             architecture=type(loaded.model).__name__,
             vocab_size=model_config.vocab_size,
-            max_model_tokens=_max_model_tokens(config, model_config),
+            max_model_tokens=max_model_tokens,
             eos_token_ids=eos_token_ids(folder, model_config),
             tp=config.tp,
             page_tokens=self.layout.page_tokens,
@@ -99,41 +110,61 @@ class Shard:
     @property
     def transforms_fingerprint(self) -> bytes:
         """Of all layers' static transforms; part of every block key."""
-        parts = [t.fingerprint for cache in self._caches for t in (cache.k_transform, cache.v_transform)]
+        parts = [
+            t.fingerprint for cache in self._builder.caches for t in (cache.k_transform, cache.v_transform)
+        ]
         return hashlib.blake2b(b"".join(parts), digest_size=32).digest()
 
     @property
     def pool(self) -> Tensor:
         """uint8 [num_pages, page_bytes]: what leaves and enters when pages travel."""
-        return self._caches[0].pool_NB
+        return self._builder.caches[0].pool_NB
 
-    @torch.inference_mode()
-    def forward(self, batch: StepBatch) -> Tensor:
-        """Run a step: its K and V are in the pages afterwards.
+    def forward(self, batch: StepBatch, drawn: Tensor | None = None) -> Tensor:
+        """Run a step: its K and V are in the pages afterwards. On a GPU it may still be under way.
 
-        Sequences with up to 8 new tokens come first. Returns fp32 logits [R, vocabulary].
+        Sequences are sorted by their new tokens, fewest first. `drawn`: what negative token ids stand for.
+        Returns fp32 logits [R, vocabulary], good until the next call.
         """
+        if self._graphs and (logits_RV := self._graphs.run(batch, drawn)) is not None:
+            return logits_RV
         tokens, rows = len(batch.token_ids_T), len(batch.logit_rows_R)
-        ids_T, positions_T, slots_T = batch.token_ids_T, batch.positions_T, batch.slots_T
-        rows_R = batch.logit_rows_R
-        if self.device.type == "cpu":
-            # Padding tokens belong to no sequence and are stored nowhere (`invariance.py` says why they are).
-            more = padded(tokens) - tokens
-            ids_T, positions_T = np.pad(ids_T, (0, more)), np.pad(positions_T, (0, more))
-            slots_T = np.pad(slots_T, (0, more), constant_values=-1)
-            rows_R = np.pad(rows_R, (0, padded(rows) - rows))
-        slots, parts = step_parts(batch, slots_T, self.device)
-        logits_1RV: Tensor = self._model(
-            input_ids=self._tensor(ids_T)[None],
-            position_ids=self._tensor(positions_T)[None],
-            use_cache=False,
-            step=PagedStep(self._caches, parts, slots),
-            logits_to_keep=self._tensor(rows_R),
-        ).logits
-        return logits_1RV[0, :rows].float()
+        if self.device.type == "cpu":  # `invariance.py` says why
+            inputs = self._builder.build(batch, drawn, tokens=padded(tokens), rows=padded(rows))
+        else:
+            inputs = self._builder.build(batch, drawn, tokens=LEAST_TOKENS)
+        return self._forward(inputs)[:rows]
 
-    def _tensor(self, numbers: Ints) -> Tensor:
-        return torch.from_numpy(numbers.astype(np.int64)).to(self.device)
+    @property
+    def _on_one_gpu(self) -> bool:
+        """Sums over shards are neither compiled nor captured."""
+        return self.device.type == "cuda" and self._group is None
+
+    def _pool_bytes(self, config: EngineConfig, loaded: LoadedModel, max_model_tokens: int) -> int:
+        """As configured; else on a GPU what the largest step leaves, which also compiles what steps need."""
+        if self.device.type == "cpu":
+            return config.pool.bytes or _CPU_POOL_BYTES
+        started = time.monotonic()
+        run_largest_step(
+            self._forward,
+            self._step_builder(loaded, 1),
+            tokens=self.max_step_tokens,
+            rows=config.scheduler.max_running,
+            max_model_tokens=max_model_tokens,
+        )
+        free_bytes = torch.cuda.mem_get_info(self.device)[0]
+        _LOG.info("first step in %.1f s, %.2f GB are free", time.monotonic() - started, free_bytes / 1e9)
+        if config.pool.bytes is None:
+            return math.floor(free_bytes * config.pool.memory_fraction)
+        if config.pool.bytes > free_bytes:
+            raise ConfigError(
+                f"pool.bytes is {config.pool.bytes}, but weights and the largest step leave {free_bytes} "
+                "bytes of the GPU; lower it, or leave it out to take pool.memory_fraction of those"
+            )
+        return config.pool.bytes
+
+    def _step_builder(self, loaded: LoadedModel, num_pages: int) -> StepBuilder:
+        return StepBuilder(_caches(self.layout, loaded, num_pages, self.device), loaded.layers, self.device)
 
 
 def check_config(config: EngineConfig) -> tuple[Path, PreTrainedConfig]:
@@ -199,14 +230,6 @@ def _formats(config: EngineConfig, layers: int) -> tuple[LayerFormat, ...]:
 
 def _in_bf16(layout: PageLayout) -> PageLayout:
     return replace(layout, layers=layer_formats("bf16", len(layout.layers)))
-
-
-def _pool_bytes(config: EngineConfig, device: torch.device) -> int:
-    if config.pool.bytes is not None:
-        return config.pool.bytes
-    if device.type == "cpu":
-        return _CPU_POOL_BYTES
-    return math.floor(torch.cuda.mem_get_info(device)[0] * config.pool.memory_fraction)
 
 
 def _caches(

@@ -1,7 +1,7 @@
-"""Where transformers' models meet our pages: the attention function they call, and what it finds in a step.
+"""Where transformers' models meet our pages: the attention function they call, and what is learned from it.
 
 A model calls it once a layer with queries, keys and values after RoPE; the step's metadata travels as the
-keyword argument `step` of `model(...)`. Names: T tokens, Q query heads, H kv heads, D head_dim, S sequences.
+keyword argument `step` of `model(...)`. Names: T tokens, Q query heads, H kv heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -9,23 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from quire.kernels.decode import decode_attention
-from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
-from quire.kernels.prefill import prefill_attention
-from quire.kernels.write import write_kv
+from quire.kernels.paged import AttentionSpec
 from quire.replicas.errors import ModelNotServable
-from quire.replicas.plan import Ints, StepBatch
 
 ATTENTION = "quire"
 """The name under which transformers finds `paged_attention`. It has no mask function: no mask is built."""
-
-_DECODE_TOKENS = 8
-"""Sequences with so many new tokens or fewer are served by the decode kernel."""
 
 _IGNORED = frozenset({"dropout", "position_ids", "is_causal"})
 """Arguments of other attention functions that do not change what causal attention means."""
@@ -79,72 +71,6 @@ def _layer_index(module: nn.Module) -> int:
 
 
 AttentionInterface.register(ATTENTION, paged_attention)
-
-
-@dataclass(frozen=True, eq=False)
-class StepPart:
-    """Neighbouring sequences of a step that one kernel serves."""
-
-    rows: slice
-    """Their tokens."""
-    batch: PagedBatch
-    decode: bool
-
-
-@dataclass(frozen=True, eq=False)
-class PagedStep:
-    """One step over the pages of a shard."""
-
-    caches: tuple[LayerCache, ...]
-    parts: tuple[StepPart, ...]
-    slots_T: Tensor
-
-    def attend(self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec) -> Tensor:
-        """Write the new tokens' K and V, then attend to what was written. Rows of no sequence are zero."""
-        cache = self.caches[layer]
-        write_kv(cache, k_THD, v_THD, self.slots_T)
-        outs = [
-            (decode_attention if part.decode else prefill_attention)(
-                cache, q_TQD[part.rows], part.batch, spec
-            )
-            for part in self.parts
-        ]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-def step_parts(batch: StepBatch, slots_T: Ints, device: torch.device) -> tuple[Tensor, tuple[StepPart, ...]]:
-    """The slots on `device` and the step cut where decoding sequences end (the batch has them first).
-
-    `slots_T` may be longer than the batch: padding tokens, which go to the last part. On a CPU one part
-    serves all: its kernel cares for each sequence by itself.
-    """
-    slots = torch.from_numpy(slots_T.copy()).to(device)
-    new_S = np.diff(batch.query_start_S1)
-    longer = np.flatnonzero(new_S > _DECODE_TOKENS)
-    middle = int(longer[0]) if len(longer) else len(new_S)
-    bounds = [(0, len(new_S), True)]
-    if device.type != "cpu" and 0 < middle < len(new_S):
-        bounds = [(0, middle, True), (middle, len(new_S), False)]
-    elif device.type != "cpu" and middle == 0:
-        bounds = [(0, len(new_S), False)]
-    parts = []
-    for first, last, decode in bounds:
-        start, end = int(batch.query_start_S1[first]), int(batch.query_start_S1[last])
-        rows = slice(start, end if last < len(new_S) else len(slots_T))
-        paged = PagedBatch(
-            query_start_S1=_int32(batch.query_start_S1[first : last + 1] - start, device),
-            kv_tokens_S=_int32(batch.kv_tokens_S[first:last], device),
-            page_table_SM=_int32(batch.page_table_SM[first:last], device),
-            slots_T=slots[rows],
-            max_query_tokens=int(new_S[first:last].max()),
-            max_kv_tokens=int(batch.kv_tokens_S[first:last].max()),
-        )
-        parts.append(StepPart(rows, paged, decode))
-    return slots, tuple(parts)
-
-
-def _int32(numbers: Ints, device: torch.device) -> Tensor:
-    return torch.from_numpy(numbers.astype(np.int32)).to(device)
 
 
 @dataclass(frozen=True, slots=True)

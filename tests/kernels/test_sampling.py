@@ -1,35 +1,43 @@
 import pytest
 import torch
 
-from quire.kernels.sampling import Draw, logprobs, penalize_, sample, uniform
+from quire.kernels.sampling import Draw, Filters, logprobs, penalize_, sample, uniform
 
 
-def _draw(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, u=0.5) -> Draw:
+def _draw(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, u=0.5, sort=False) -> Draw:
+    """`u`: one number for all rows, or a tensor. Without filters nothing is sorted, unless `sort` says so."""
+    filters = Filters(torch.full((rows,), top_k), torch.full((rows,), top_p), torch.full((rows,), min_p))
     return Draw(
-        temperature_R=torch.full((rows,), temperature),
-        top_k_R=torch.full((rows,), top_k),
-        top_p_R=torch.full((rows,), top_p),
-        min_p_R=torch.full((rows,), min_p),
-        uniform_R=torch.tensor(u, dtype=torch.float64).expand(rows),
+        rows_D=torch.arange(rows),
+        temperature_D=torch.full((rows,), temperature),
+        uniform_D=torch.as_tensor(u, dtype=torch.float64).expand(rows),
+        filters=filters if sort or top_k or top_p < 1 or min_p else None,
     )
 
 
 def _drawn(logits, n=2000, **filters) -> set[int]:
     us = [i / n for i in range(n)]
-    return {int(sample(logits[None], _draw(1, u=u, **filters))) for u in us}
+    return {int(sample(logits[None], [_draw(1, u=u, **filters)])) for u in us}
 
 
-def test_temperature_zero_takes_the_likeliest():
+def test_rows_that_do_not_draw_take_the_likeliest():
     logits = torch.randn(5, 97)
-    assert torch.equal(sample(logits, _draw(5, temperature=0.0)), logits.argmax(-1))
+    assert torch.equal(sample(logits), logits.argmax(-1))
+    draw = _draw(1, temperature=100.0, u=0.999999)
+    tokens = sample(logits, [Draw(torch.tensor([3]), draw.temperature_D, draw.uniform_D)])
+    others = torch.tensor([0, 1, 2, 4])
+    assert torch.equal(tokens[others], logits.argmax(-1)[others])
+    assert tokens[3] > 90
 
 
-def test_draws_follow_the_distribution():
+@pytest.mark.parametrize("sort", [False, True])
+def test_draws_follow_the_distribution(sort):
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0])
     n = 4000
     counts = torch.zeros(4)
     for i in range(n):
-        counts[int(sample(logits[None], _draw(1, temperature=0.7, u=(i + 0.5) / n)))] += 1
+        draw = _draw(1, temperature=0.7, u=(i + 0.5) / n, sort=sort)
+        counts[int(sample(logits[None], [draw]))] += 1
     expected = (logits / 0.7).softmax(-1)
     assert (counts / n - expected).abs().max() < 2 / n
 
@@ -43,6 +51,7 @@ def test_draws_follow_the_distribution():
         ({"min_p": 0.35}, {3, 2}),
         ({"top_k": 3, "top_p": 0.6}, {3, 2}),
         ({}, {0, 1, 2, 3}),
+        ({"sort": True}, {0, 1, 2, 3}),
     ],
 )
 def test_filters_keep_exactly_the_likeliest(filters, kept):
@@ -50,28 +59,21 @@ def test_filters_keep_exactly_the_likeliest(filters, kept):
     assert _drawn(logits, **filters) == kept
 
 
-def test_forbidden_tokens_are_never_drawn():
-    logits = torch.tensor([float("-inf"), 0.0, float("-inf"), 0.0])
-    assert _drawn(logits) == {1, 3}
-    assert int(sample(logits[None], _draw(1, u=1 - 2**-53))) in {1, 3}
+@pytest.mark.parametrize("sort", [False, True])
+def test_forbidden_tokens_are_never_drawn(sort):
+    logits = torch.tensor([float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")])
+    assert _drawn(logits, sort=sort) == {1, 3}
+    assert int(sample(logits[None], [_draw(1, u=1 - 2**-53, sort=sort)])) in {1, 3}
+    assert int(sample(logits[None], [_draw(1, u=0.0, sort=sort)])) in {1, 3}
 
 
-def test_a_row_does_not_see_the_others():
+@pytest.mark.parametrize("filters", [{}, {"top_k": 50, "top_p": 0.9}])
+def test_a_row_does_not_see_the_others(filters):
     logits = torch.randn(31, 513)
     u = torch.rand(31, dtype=torch.float64)
-    together = sample(logits, Draw(*(getattr(_draw(31, 0.8, 50, 0.9), f) for f in _FIELDS), u))
-    alone = [
-        int(
-            sample(
-                logits[i : i + 1], Draw(*(getattr(_draw(1, 0.8, 50, 0.9), f) for f in _FIELDS), u[i : i + 1])
-            )
-        )
-        for i in range(31)
-    ]
+    together = sample(logits, [_draw(31, 0.8, u=u, **filters)])
+    alone = [int(sample(logits[i : i + 1], [_draw(1, 0.8, u=u[i], **filters)])) for i in range(31)]
     assert together.tolist() == alone
-
-
-_FIELDS = ("temperature_R", "top_k_R", "top_p_R", "min_p_R")
 
 
 def test_penalties_touch_only_the_tokens_they_name():

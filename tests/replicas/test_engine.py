@@ -1,5 +1,7 @@
 """The engine over the demo model: what requests may ask for, how they end, and what they leave behind."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from recall import mixed_prompts, recall_prompt
@@ -7,27 +9,57 @@ from recall import mixed_prompts, recall_prompt
 from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig
 from quire.replicas.engine import Engine
 from quire.replicas.errors import InvalidRequest, QueueFull, Status
+from quire.replicas.executor import Executor
 from quire.replicas.load import load_engine, load_tokenizer
+from quire.replicas.plan import StepBatch
 from quire.replicas.request import Failure, FinishReason, Output, Request, RequestId, SamplingParams
 
 TOKENIZER = load_tokenizer("demo")
 STORY = tuple(mixed_prompts(TOKENIZER, [150])[0])
 
 
+class _Overlapping:
+    """What an executor on a GPU promises: `run` comes back early, and tokens are handed on by their place.
+
+    The step is computed at once all the same; that nobody reads results before their time shows in `drawn`.
+    """
+
+    overlaps = True
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.num_pages = executor.num_pages
+        self.handed_on = 0
+
+    def run(self, batch: StepBatch, drawn: torch.Tensor | None = None) -> torch.Tensor:
+        self.handed_on += int((batch.token_ids_T < 0).sum())
+        return self._executor.run(batch, drawn)
+
+
+@pytest.fixture(params=["in turn", "overlapped"])
+def make_engine(request) -> Callable[..., Engine]:
+    """Engines over the demo model, whose steps run one after the other, or each while the last one runs."""
+
+    def make(pages: int = 40, max_model_tokens: int | None = None, **scheduler: int) -> Engine:
+        config = EngineConfig(
+            model="demo",
+            kv="bf16",
+            threads_per_shard=1,
+            max_model_tokens=max_model_tokens,
+            pool=PoolConfig(bytes=pages * 196608),
+            scheduler=SchedulerConfig(**scheduler),
+        )
+        executor, engine = load_engine(config)
+        if request.param == "overlapped":
+            engine._executor = _Overlapping(executor)
+        return engine
+
+    return make
+
+
 @pytest.fixture
-def engine() -> Engine:
-    return _engine()
-
-
-def _engine(pages: int = 40, **scheduler: int) -> Engine:
-    config = EngineConfig(
-        model="demo",
-        kv="bf16",
-        threads_per_shard=1,
-        pool=PoolConfig(bytes=pages * 196608),
-        scheduler=SchedulerConfig(**scheduler),
-    )
-    return load_engine(config)[1]
+def engine(make_engine) -> Engine:
+    return make_engine()
 
 
 def _request(name: str, prompt: tuple[int, ...] = STORY, **fields) -> Request:
@@ -84,8 +116,8 @@ def test_impossible_sampling_is_refused_by_name(field, value):
         SamplingParams(**({"max_tokens": 8} | {field: value}))
 
 
-def test_the_queue_has_a_bound():
-    engine = _engine(max_queued=2)
+def test_the_queue_has_a_bound(make_engine):
+    engine = make_engine(max_queued=2)
     for name in "ab":
         engine.add(_request(name))
     with pytest.raises(QueueFull, match=r"max_queued=2"):
@@ -134,9 +166,8 @@ def test_no_stop_counts_before_min_tokens(engine):
     assert tokens[0] not in _tokens(outputs)[:19]
 
 
-def test_the_models_longest_sequence_ends_the_output():
-    config = EngineConfig(model="demo", kv="bf16", max_model_tokens=160, threads_per_shard=1)
-    engine = load_engine(config)[1]
+def test_the_models_longest_sequence_ends_the_output(make_engine):
+    engine = make_engine(max_model_tokens=160)
     engine.add(_request("a", max_tokens=100))
     outputs = _run(engine)["a"]
     assert len(_tokens(outputs)) == 10
@@ -181,8 +212,8 @@ def test_penalties_keep_tokens_from_coming_back(engine):
 def test_a_cancelled_request_gives_its_pages_back_at_once(engine):
     engine.add(_request("a", max_tokens=100))
     engine.add(_request("b", max_tokens=4))
-    engine.step()
-    engine.step()
+    while engine.stats().output_tokens < 4:
+        engine.step()
     engine.cancel(RequestId("a"))
     held = engine.stats().pages_used
     found = _run(engine)
@@ -204,13 +235,13 @@ def test_every_open_output_of_a_cancelled_request_says_so_once(engine, steps):
 
 
 @pytest.mark.parametrize("pages", [7, 8, 9, 11])
-def test_outputs_that_share_pages_survive_preemption(pages):
-    engine = _engine(pages)
+def test_outputs_that_share_pages_survive_preemption(pages, make_engine):
+    engine = make_engine(pages)
     engine.add(_request("n", n=6, temperature=1.0, seed=1, max_tokens=120))
     outputs = _run(engine)["n"]
     assert outputs[-1].usage.output_tokens == 6 * 120
     assert engine.stats().preemptions > 0
-    roomy = _engine(60)
+    roomy = make_engine(60)
     roomy.add(_request("n", n=6, temperature=1.0, seed=1, max_tokens=120))
     expected = _run(roomy)["n"]
     assert [_tokens(outputs, i) for i in range(6)] == [_tokens(expected, i) for i in range(6)]
@@ -221,9 +252,9 @@ def test_cancelling_the_unknown_changes_nothing(engine):
     assert not engine.has_work
 
 
-def test_a_deadline_that_passes_in_the_queue_fails_the_request_alone():
+def test_a_deadline_that_passes_in_the_queue_fails_the_request_alone(make_engine):
     now = [0.0]
-    engine = _engine(max_running=1)
+    engine = make_engine(max_running=1)
     engine._clock = lambda: now[0]
     engine.add(_request("first"))
     engine.add(_request("late", deadline_s=5.0))
@@ -235,8 +266,8 @@ def test_a_deadline_that_passes_in_the_queue_fails_the_request_alone():
     assert found["first"][-1].finish_reason is FinishReason.LENGTH
 
 
-def test_priority_goes_before_arrival():
-    engine = _engine(max_running=1)
+def test_priority_goes_before_arrival(make_engine):
+    engine = make_engine(max_running=1)
     for name, priority in [("a", 0), ("b", 0), ("c", 1)]:
         engine.add(_request(name, priority=priority, max_tokens=2))
     ended = [name for name, outputs in _run(engine).items() if outputs]
@@ -250,8 +281,8 @@ def test_a_finished_answer_is_found_again_by_the_next_turn(engine):
     assert _run(engine)["b"][-1].usage.cached_tokens == 192  # 3 blocks, the third partly of output
 
 
-def test_more_sequences_than_pages_all_end_right():
-    many, few = _engine(pages=60), _engine(pages=9)
+def test_more_sequences_than_pages_all_end_right(make_engine):
+    many, few = make_engine(pages=60), make_engine(pages=9)
     prompts = [tuple(p) for p in mixed_prompts(TOKENIZER, [100, 130, 60, 20, 90, 140])]
     answers = []
     for engine in (many, few):
@@ -262,16 +293,64 @@ def test_more_sequences_than_pages_all_end_right():
     assert few.stats().preemptions > 0 == many.stats().preemptions
 
 
+def _answers(engine: Engine) -> dict[str, list[tuple[list[int], str, FinishReason | None]]]:
+    """Requests of many kinds on one engine: tokens, text and end of every output."""
+    prompts = [tuple(p) for p in mixed_prompts(TOKENIZER, [100, 130, 60, 20, 90, 140, 64, 63])]
+    asked = [
+        {"max_tokens": 70},
+        {"max_tokens": 40, "ignore_eos": False},
+        {"max_tokens": 30, "temperature": 0.9, "seed": 5, "n": 3},
+        {"max_tokens": 50, "temperature": 1.2, "seed": 6, "top_p": 0.8, "top_k": 40},
+        {"max_tokens": 60, "stop": ("the", "a")},
+        {"max_tokens": 1},
+        {"max_tokens": 20, "logprobs": 2, "prompt_logprobs": 1, "min_tokens": 5},
+        {"max_tokens": 33, "temperature": 0.7, "seed": 7, "min_p": 0.1},
+    ]
+    for i, (prompt, sampling) in enumerate(zip(prompts, asked, strict=True)):
+        engine.add(_request(str(i), prompt, **sampling))
+    found = _run(engine)
+    return {
+        name: [
+            (
+                _tokens(outputs, index),
+                "".join(o.text for o in outputs if o.index == index),
+                next(o.finish_reason for o in reversed(outputs) if o.index == index),
+            )
+            for index in range(asked[int(name)].get("n", 1))
+        ]
+        for name, outputs in found.items()
+    }
+
+
+@pytest.mark.parametrize("pages", [60, 11])
+def test_overlapped_steps_give_the_answers_of_steps_in_turn(pages):
+    config = EngineConfig(model="demo", kv="bf16", threads_per_shard=1, pool=PoolConfig(bytes=pages * 196608))
+    in_turn, (executor, overlapped) = load_engine(config)[1], load_engine(config)
+    overlapped._executor = overlapping = _Overlapping(executor)
+    assert _answers(overlapped) == _answers(in_turn)
+    assert overlapping.handed_on > 100
+    assert (overlapped.stats().preemptions > 0) == (pages == 11)
+
+
+def test_a_penalized_request_waits_for_its_own_tokens(make_engine):
+    engine = make_engine()
+    engine.add(_request("a", repetition_penalty=1.3, max_tokens=30))
+    alone = _tokens(_run(engine)["a"])
+    for name, penalty in (("a", 1.3), ("b", 1.0)):
+        engine.add(_request(name, repetition_penalty=penalty, max_tokens=30))
+    assert _tokens(_run(engine)["a"]) == alone
+
+
 class _Damaged:
     """An executor whose third step returns numbers that are not finite for its first row."""
 
     def __init__(self, executor):
         self._executor, self._steps = executor, 0
-        self.num_pages = executor.num_pages
+        self.num_pages, self.overlaps = executor.num_pages, executor.overlaps
 
-    def run(self, batch):
+    def run(self, batch, drawn=None):
         self._steps += 1
-        logits = self._executor.run(batch).clone()
+        logits = self._executor.run(batch, drawn).clone()
         if self._steps == 3:
             logits[0] = torch.nan
         return logits

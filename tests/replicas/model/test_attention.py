@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from tiny_models import Chunk, Ranks, make_model, reference_logits, some_tokens, step_of, tiny_config
@@ -13,7 +12,7 @@ from quire.kernels.codec import decode, encode
 from quire.kernels.formats import LayerFormat, layer_formats
 from quire.kernels.transform import default_transform
 from quire.replicas.errors import ModelNotServable
-from quire.replicas.model.attention import Probe, paged_attention, step_parts
+from quire.replicas.model.attention import Probe, paged_attention
 
 IDS = some_tokens(61)
 CHUNKS = [37, 1, 1, 9, 13]
@@ -79,38 +78,6 @@ def test_a_step_of_several_sequences_keeps_them_apart(tmp_path):
     torch.testing.assert_close(got[0], reference_logits(folder, a)[-1], atol=1e-4, rtol=0)
     torch.testing.assert_close(got[1], reference_logits(folder, b)[-1], atol=1e-4, rtol=0)
     torch.testing.assert_close(got[2], reference_logits(folder, b)[0], atol=1e-4, rtol=0)
-
-
-def test_a_gpu_step_is_cut_where_decoding_ends():
-    chunks = [
-        Chunk([5], 40, [1, 2, 3]),
-        Chunk([5] * 8, 3, [4]),
-        Chunk([5] * 9, 0, [6]),
-        Chunk([5] * 30, 2, [7, 8]),
-    ]
-    batch = step_of(chunks, 16)
-    slots, (decode_part, prefill_part) = step_parts(batch, batch.slots_T, torch.device("meta"))
-    assert (slots.device.type, decode_part.rows, prefill_part.rows) == ("meta", slice(0, 9), slice(9, 48))
-    assert (decode_part.decode, prefill_part.decode) == (True, False)
-    assert (decode_part.batch.max_query_tokens, decode_part.batch.max_kv_tokens) == (8, 41)
-    assert (prefill_part.batch.max_query_tokens, prefill_part.batch.max_kv_tokens) == (30, 32)
-    assert prefill_part.batch.query_start_S1.shape == (3,)
-
-
-@pytest.mark.parametrize(("tokens", "decode"), [(8, True), (9, False)])
-def test_a_gpu_step_of_one_kind_is_not_cut(tokens, decode):
-    batch = step_of([Chunk([5] * tokens, 0, [1]), Chunk([5] * tokens, 2, [2])], 16)
-    _, parts = step_parts(batch, batch.slots_T, torch.device("meta"))
-    assert [(p.rows, p.decode) for p in parts] == [(slice(0, 2 * tokens), decode)]
-
-
-def test_a_cpu_step_is_one_part_that_includes_the_padding():
-    batch = step_of([Chunk([5], 4, [1]), Chunk([5] * 20, 0, [2, 3])], 16)
-    slots_T = np.pad(batch.slots_T, (0, 11), constant_values=-1)
-    slots, (part,) = step_parts(batch, slots_T, torch.device("cpu"))
-    assert part.rows == slice(0, 32)
-    assert slots[21:].tolist() == [-1] * 11
-    assert part.batch.query_start_S1.tolist() == [0, 1, 21]
 
 
 class Attention(nn.Module):

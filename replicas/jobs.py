@@ -1,0 +1,89 @@
+"""What the sequences of one step have to do, and how that is laid out for the shards.
+
+Values only: the engine decides, the executor computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+
+from quire.replicas.plan import StepBatch
+from quire.replicas.sampler import Samples
+from quire.replicas.scheduler import SeqId
+from quire.replicas.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sequence's part of a step."""
+
+    seq: Sequence
+    start: int
+    """Its tokens that were computed before."""
+    tokens: int
+    rows: range
+    """Tokens of its part (0 is the first computed in this step) whose logits are wanted."""
+    due: bool
+    """Whether its next token is drawn."""
+    evictions: int
+    """Of the sequence, when the step was launched."""
+
+    @staticmethod
+    def next_of(seq: Sequence, tokens: int) -> Job:
+        """The sequence's next `tokens` tokens; logits of the last one if it is the last there is."""
+        due = seq.computed + tokens == seq.length
+        last = tokens if due else 0
+        rows = range(max(last - 1, 0), last)
+        if seq.wants_prompt_logprobs:
+            first = max(len(seq.prompt_logprobs) - seq.computed, 0)
+            rows = range(first, max(last, min(tokens, seq.prompt_tokens - 1 - seq.computed)))
+        return Job(seq, seq.computed, tokens, rows, due, seq.evictions)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LaunchedStep:
+    """A step that the device computes or has computed."""
+
+    jobs: Seq[Job]
+    samples: Samples | None
+    row_of: dict[SeqId, int]
+    """Where in the samples a sequence's token stands."""
+
+
+def lay_out(jobs: Seq[Job], page_tokens: int, before: LaunchedStep | None) -> StepBatch:
+    """The step's arrays. `before` is the step whose tokens are not known yet, if there is one."""
+    positions = [np.arange(job.start, job.end) for job in jobs]
+    starts = np.cumsum([0, *(job.tokens for job in jobs)])
+    table_SM = np.zeros((len(jobs), max(len(job.seq.pages) for job in jobs)), dtype=np.int64)
+    for row, job in enumerate(jobs):
+        table_SM[row, : len(job.seq.pages)] = job.seq.page_row()
+    slots = [
+        table_SM[row, at // page_tokens] * page_tokens + at % page_tokens for row, at in enumerate(positions)
+    ]
+    tokens = [t for job in jobs for t in _tokens(job, before)]
+    rows = [start + row for start, job in zip(starts, jobs, strict=False) for row in job.rows]
+    return StepBatch(
+        token_ids_T=np.array(tokens, dtype=np.int64),
+        positions_T=np.concatenate(positions),
+        slots_T=np.concatenate(slots),
+        query_start_S1=starts,
+        kv_tokens_S=np.array([job.end for job in jobs]),
+        page_table_SM=table_SM,
+        logit_rows_R=np.array(rows, dtype=np.int64),
+    )
+
+
+def _tokens(job: Job, before: LaunchedStep | None) -> list[int]:
+    """A token in flight is named by its place among those that the step before draws: -1 is the first."""
+    tokens = job.seq.tokens[job.start : job.end]
+    if len(tokens) < job.tokens:
+        assert before is not None, f"sequence {job.seq.id} waits for a token that no step draws"
+        tokens.append(-1 - before.row_of[job.seq.id])
+    return tokens

@@ -1,0 +1,216 @@
+"""A step as attention reads it: the batch's arrays on the device, cut into parts that one kernel serves each.
+
+Names: T tokens, Q query heads, H kv heads, D head_dim, S sequences, R wanted rows of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.kernels.decode import decode_attention
+from quire.kernels.decode_plan import DecodeKind, DecodePlan, decode_kind, plan_items
+from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
+from quire.kernels.prefill import prefill_attention
+from quire.kernels.write import write_kv
+from quire.replicas.model.attention import LayerHeads
+from quire.replicas.plan import Ints, StepBatch
+from quire.replicas.staging import Array, stage
+
+_DECODE_TOKENS = 8
+"""Sequences with so many new tokens or fewer are served by the decode kernel."""
+
+_CHUNK_TOKENS = 512
+"""A chunk of so many tokens or more is a part of its own: alone it may take prefill's quicker way."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepPart:
+    """Neighbouring sequences of a step that one kernel serves."""
+
+    rows: slice
+    """Their tokens."""
+    batch: PagedBatch
+    decode: bool
+    plans: tuple[DecodePlan | None, ...] = ()
+    """For every layer, how a GPU's decode kernel shares out the pages."""
+
+
+@dataclass(frozen=True, eq=False)
+class PagedStep:
+    """One step over the pages of a shard."""
+
+    caches: tuple[LayerCache, ...]
+    parts: tuple[StepPart, ...]
+    slots_T: Tensor
+
+    def attend(self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec) -> Tensor:
+        """Write the new tokens' K and V, then attend to them too. Rows of no sequence are undefined."""
+        cache = self.caches[layer]
+        write_kv(cache, k_THD, v_THD, self.slots_T)
+        outs = [
+            decode_attention(cache, q_TQD[part.rows], part.batch, spec, part.plans[layer])
+            if part.decode
+            else prefill_attention(cache, q_TQD[part.rows], part.batch, spec)
+            for part in self.parts
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInputs:
+    """What a forward pass takes."""
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    step: PagedStep
+    logit_rows_R: Tensor
+
+
+class StepBuilder:
+    """Turns batches into steps over one pool."""
+
+    def __init__(
+        self, caches: tuple[LayerCache, ...], layers: Sequence[LayerHeads], device: torch.device
+    ) -> None:
+        self.caches, self.device = caches, device
+        self._layers = layers
+        self.kinds = lru_cache(maxsize=_DECODE_TOKENS)(self._kinds)
+
+    def build(
+        self, batch: StepBatch, drawn: Tensor | None = None, *, tokens: int = 0, rows: int = 0
+    ) -> ModelInputs:
+        """The batch on the device, padded to `tokens` and `rows`. Its sequences are sorted by new tokens.
+
+        Padding tokens belong to no sequence, are stored nowhere, and go to the last part.
+        `drawn`: what the batch's negative token ids stand for.
+        """
+        tokens = max(tokens, len(batch.token_ids_T))
+        arrays: dict[str, Array] = {
+            "token_ids": _padded(batch.token_ids_T, tokens),
+            "positions": _padded(batch.positions_T, tokens),
+            "slots": _padded(batch.slots_T, tokens, -1),
+            "rows": _padded(batch.logit_rows_R, rows),
+        }
+        cuts = tuple(_cut(batch, tokens, self.device))
+        kinds = [self.kinds(cut.new_tokens) if cut.decode else () for cut in cuts]
+        for i, cut in enumerate(cuts):
+            arrays |= {f"{name} {i}": array for name, array in _part_arrays(batch, cut).items()}
+            arrays |= {
+                f"{name} {i}": array for name, array in plan_arrays(kinds[i], *cut.lengths(batch)).items()
+            }
+        staged = stage(arrays, self.device)
+        parts = []
+        for i, cut in enumerate(cuts):
+            mine = {name[: -len(f" {i}")]: x for name, x in staged.items() if name.endswith(f" {i}")}
+            paged = PagedBatch(
+                query_start_S1=mine["query_start"],
+                kv_tokens_S=mine["kv_tokens"],
+                page_table_SM=mine["page_table"],
+                slots_T=staged["slots"][cut.rows],
+                max_query_tokens=cut.new_tokens,
+                max_kv_tokens=int(batch.kv_tokens_S[cut.sequences].max()),
+            )
+            parts.append(StepPart(cut.rows, paged, cut.decode, layer_plans(kinds[i], mine, len(self.caches))))
+        return ModelInputs(
+            known_tokens(staged["token_ids"], drawn),
+            staged["positions"],
+            PagedStep(self.caches, tuple(parts), staged["slots"]),
+            staged["rows"],
+        )
+
+    def _kinds(self, new_tokens: int) -> tuple[DecodeKind, ...]:
+        """Every layer's kind for sequences of up to so many new tokens; empty where nothing is planned."""
+        if self.device.type != "cuda":
+            return ()
+        multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return tuple(
+            decode_kind(cache, heads.query_heads, heads.spec, new_tokens, multiprocessors)
+            for cache, heads in zip(self.caches, self._layers, strict=True)
+        )
+
+
+def known_tokens(token_ids_T: Tensor, drawn: Tensor | None) -> Tensor:
+    """Token ids with those that the step before drew in place of the negative ones."""
+    if drawn is None:
+        return token_ids_T
+    return torch.where(token_ids_T < 0, drawn[(-1 - token_ids_T).clamp(min=0)], token_ids_T)
+
+
+def plan_arrays(
+    kinds: Sequence[DecodeKind],
+    new_S: Ints,
+    kv_tokens_S: Ints,
+    capacities: Mapping[DecodeKind, int] | None = None,
+) -> dict[str, Array]:
+    """The plans of all kinds as arrays to stage, padded to `capacities`."""
+    arrays: dict[str, Array] = {}
+    for i, kind in enumerate(dict.fromkeys(kinds)):
+        plan = plan_items(kind, new_S, kv_tokens_S, capacities[kind] if capacities else None)
+        arrays[f"items of kind {i}"] = plan.items_W4.numpy()
+        arrays[f"first items of kind {i}"] = plan.first_item_S1.numpy()
+    return arrays
+
+
+def layer_plans(
+    kinds: Sequence[DecodeKind], staged: Mapping[str, Tensor], layers: int
+) -> tuple[DecodePlan | None, ...]:
+    """For each layer the plan of its kind, from what `plan_arrays` made and was staged."""
+    plans = {
+        kind: DecodePlan(staged[f"items of kind {i}"], staged[f"first items of kind {i}"])
+        for i, kind in enumerate(dict.fromkeys(kinds))
+    }
+    return tuple(plans[kind] for kind in kinds) or (None,) * layers
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Where a part begins and ends."""
+
+    sequences: slice
+    rows: slice
+    new_tokens: int
+    """Of its sequences at most."""
+    decode: bool
+
+    def lengths(self, batch: StepBatch) -> tuple[Ints, Ints]:
+        """New and all tokens of its sequences."""
+        return np.diff(batch.query_start_S1)[self.sequences], batch.kv_tokens_S[self.sequences]
+
+
+def _cut(batch: StepBatch, tokens: int, device: torch.device) -> Iterator[_Cut]:
+    """Decoding sequences, short chunks, and each long chunk alone; on a CPU all together, for its kernel
+    cares for each sequence by itself.
+    """
+    new_S = np.diff(batch.query_start_S1)
+    count = len(new_S)
+    decode_end, short_end = np.searchsorted(new_S, [_DECODE_TOKENS + 1, _CHUNK_TOKENS]).tolist()
+    ends = [decode_end, *range(max(short_end, 1), count), count] if device.type != "cpu" else [count]
+    first = 0
+    for end in dict.fromkeys(ends):
+        if end > first:
+            start, stop = int(batch.query_start_S1[first]), int(batch.query_start_S1[end])
+            rows = slice(start, stop if end < count else tokens)
+            decode = end <= decode_end or device.type == "cpu"
+            yield _Cut(slice(first, end), rows, int(new_S[first:end].max()), decode)
+        first = end
+
+
+def _part_arrays(batch: StepBatch, cut: _Cut) -> dict[str, Array]:
+    starts = batch.query_start_S1[cut.sequences.start : cut.sequences.stop + 1]
+    arrays = {
+        "query_start": starts - starts[0],
+        "kv_tokens": batch.kv_tokens_S[cut.sequences],
+        "page_table": batch.page_table_SM[cut.sequences],
+    }
+    return {name: array.astype(np.int32) for name, array in arrays.items()}
+
+
+def _padded(numbers: Ints, length: int, value: int = 0) -> Ints:
+    more = max(length - len(numbers), 0)
+    return np.pad(numbers, (0, more), constant_values=value) if more else numbers
