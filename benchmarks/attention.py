@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from quire.kernels import cpu
-from quire.kernels.decode import decode_attention
+from quire.kernels.decode import decode_attention, plan_batch
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
@@ -114,11 +114,9 @@ def compare(shape: Shape, policies: tuple[str, ...], device: str, rounds: int) -
     calls = {baseline: inputs.sdpa(dtype)}
     for policy in policies:
         cache, batch = inputs.paged(policy)
-        attend = decode_attention if decoding else prefill_attention
-        check(
-            attend(cache, inputs.q_TQD, batch, shape.spec), attend_ref(cache, inputs.q_TQD, batch, shape.spec)
-        )
-        calls[policy] = lambda c=cache, b=batch, f=attend: f(c, inputs.q_TQD, b, shape.spec)  # type: ignore[misc]
+        attend = decode_call if decoding else prefill_call
+        calls[policy] = attend(cache, inputs.q_TQD, batch, shape.spec)
+        check(calls[policy](), attend_ref(cache, inputs.q_TQD, batch, shape.spec))
     for call in calls.values():
         call()
     times = alternate(
@@ -137,6 +135,23 @@ def compare(shape: Shape, policies: tuple[str, ...], device: str, rounds: int) -
         )
         for policy in policies
     ]
+
+
+def decode_call(
+    cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec
+) -> Callable[[], Tensor]:
+    """On a GPU the plan is made before, as an engine does once a step."""
+    plan = None
+    if q_TQD.device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(q_TQD.device).multi_processor_count
+        plan = plan_batch(cache, q_TQD.shape[1], batch, spec, multiprocessors)
+    return lambda: decode_attention(cache, q_TQD, batch, spec, plan)
+
+
+def prefill_call(
+    cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec
+) -> Callable[[], Tensor]:
+    return lambda: prefill_attention(cache, q_TQD, batch, spec)
 
 
 def check(out_TQD: Tensor, expected_TQD: Tensor) -> None:

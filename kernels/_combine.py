@@ -1,97 +1,82 @@
-"""One result from the partial ones that the splits of a decode leave, and V's transform of it.
+"""One result from the partial ones that the work items of a decode leave, and V's transform of it.
 
-Legend: see `paged.py`; here R query rows of a tile (row = token * query heads + head), X splits.
+Legend: see `paged.py`; here W work items, R query rows of a tile (row = token * query heads + head, within a
+sequence), X items taken at once.
 """
 
-# ruff: noqa: RUF005 (Triton has no starred tuples)
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.kernels._transform import rescaled, rotated, rotation_signs, transform_output
+from quire.kernels._transform import rescaled, rotated, rotation_signs
 from quire.kernels.transform import SideTransform
 
-_FEW_SPLITS = 8  # so many results of a tile of rows fit in registers
-_TILE_ROWS = 16  # the least a dot takes: the rotation is one
+_TILE_NUMBERS = 1 << 14  # rows * items * channels in registers
+_FEW_ITEMS, _MANY_ITEMS = 4, 128  # at once
 
 
-def combine_splits(
-    transform: SideTransform, partial_TQXD: Tensor, lse_TQX: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Weighted by their base-2 log-sum-exp, then `transform.output`: [T, Q, D] of `dtype`.
+def combine_items(
+    transform: SideTransform,
+    partial_WTQD: Tensor,
+    lse_WTQ: Tensor,
+    first_item_S1: Tensor,
+    query_start_S1: Tensor,
+    out_TQD: Tensor,
+) -> None:
+    """Each row's items weighted by their base-2 log-sum-exp, then `transform.output`, in one launch.
 
-    Splits of lse -inf have undefined numbers. One launch where splits are few, as in large batches.
+    Partial results are fp32; their T is the token's number within its sequence. A sequence without items
+    gives what the transform makes of zeros; rows of no sequence are left alone.
     """
-    tokens, heads, splits, head_dim = partial_TQXD.shape
-    if splits <= _FEW_SPLITS and not transform.identity:
-        return _launch_combine_transform(transform, partial_TQXD, lse_TQX, dtype)
-    out_TQD = partial_TQXD.new_empty(
-        (tokens, heads, head_dim), dtype=dtype if transform.identity else torch.float32
-    )
-    _combine_kernel[(tokens * heads,)](
-        partial_TQXD, lse_TQX, out_TQD, splits, X=triton.next_power_of_2(splits), D=head_dim, num_warps=2
-    )
-    return transform_output(transform, out_TQD, dtype)
-
-
-def _launch_combine_transform(
-    transform: SideTransform, partial_TQXD: Tensor, lse_TQX: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Combined results after `transform.output`, [T, Q, D] of `dtype`; X splits, few."""
-    tokens, heads, splits, head_dim = partial_TQXD.shape
-    rows, device = tokens * heads, partial_TQXD.device
-    out_TQD = partial_TQXD.new_empty((tokens, heads, head_dim), dtype=dtype)
+    items, max_tokens, query_heads, head_dim = partial_WTQD.shape
+    sequences = first_item_S1.shape[0] - 1
+    rows, at_once = combine_tile(items, sequences, head_dim)
     scale_HD, shift_HD = transform.scale_HD, transform.shift_HD
     per_head = scale_HD if scale_HD is not None else shift_HD
-    combine_transform_kernel[(triton.cdiv(rows, _TILE_ROWS),)](
-        partial_TQXD,
-        lse_TQX,
+    combine_kernel[(triton.cdiv(max_tokens * query_heads, rows), sequences)](
+        partial_WTQD,
+        lse_WTQ,
+        first_item_S1,
+        query_start_S1,
         out_TQD,
         scale_HD,
         shift_HD,
-        rotation_signs(head_dim, device) if transform.rotate else None,
-        rows,
-        splits,
-        X=triton.next_power_of_2(splits),
+        rotation_signs(head_dim, out_TQD.device) if transform.rotate else None,
+        max_tokens,
         SCALE=scale_HD is not None,
         SHIFT=shift_HD is not None,
         ROTATE=transform.rotate,
-        Q=heads,
-        G=1 if per_head is None else heads // per_head.shape[0],
+        Q=query_heads,
+        G=1 if per_head is None else query_heads // per_head.shape[0],
         D=head_dim,
-        R=_TILE_ROWS,
+        R=rows,
+        X=at_once,
         num_warps=8,
     )
-    return out_TQD
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _combine_kernel(partial_ptr, lse_ptr, out_ptr, splits, X: tl.constexpr, D: tl.constexpr):
-    """One query row a program. Splits without a token have lse -inf and undefined numbers."""
-    row = tl.program_id(0)
-    split_X, channel_D = tl.arange(0, X), tl.arange(0, D)
-    lse_X = tl.load(lse_ptr + row * splits + split_X, mask=split_X < splits, other=float("-inf"))
-    weight_X = tl.exp2(lse_X - tl.maximum(tl.max(lse_X, 0), -1e30))
-    at_XD = (row * splits + split_X)[:, None] * D + channel_D[None, :]
-    partial_XD = tl.load(partial_ptr + at_XD, mask=(weight_X > 0)[:, None], other=0.0)
-    out_D = tl.sum(partial_XD * weight_X[:, None], 0) / tl.maximum(tl.sum(weight_X, 0), 1e-30)
-    tl.store(out_ptr + row * D + channel_D, out_D)
+def combine_tile(items: int, sequences: int, head_dim: int) -> tuple[int, int]:
+    """Rows of a tile and items taken at once: twice what a sequence owns on average, for some own more. Few
+    sequences get narrow tiles and so many programs; many share the rotation's matrix among many rows. Pure.
+    """
+    at_once = max(_FEW_ITEMS, min(2 * items // sequences, _MANY_ITEMS, _TILE_NUMBERS // head_dim))
+    at_once = 1 << (at_once.bit_length() - 1)
+    return _TILE_NUMBERS // head_dim // at_once, at_once
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
-def combine_transform_kernel(
+@triton.jit(do_not_specialize=["max_tokens"])
+def combine_kernel(
     partial_ptr,
     lse_ptr,
+    first_item_ptr,
+    query_start_ptr,
     out_ptr,
     scale_ptr,
     shift_ptr,
     signs_ptr,
-    rows,
-    splits,
-    X: tl.constexpr,
+    max_tokens,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     ROTATE: tl.constexpr,
@@ -99,31 +84,38 @@ def combine_transform_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
+    X: tl.constexpr,
 ):
-    """R rows a program. What `_combine_kernel` does, then rotation, scale and shift of V's transform."""
-    row_R = tl.program_id(0) * R + tl.arange(0, R)
+    """Grid (row tiles of a sequence, sequences)."""
+    seq = tl.program_id(1)
+    first_token = tl.load(query_start_ptr + seq)
+    rows = (tl.load(query_start_ptr + seq + 1) - first_token) * Q
+    first_item, end_item = tl.load(first_item_ptr + seq), tl.load(first_item_ptr + seq + 1)
+    first_row = tl.program_id(0) * R
+    if first_row >= rows:
+        return
+    row_R = first_row + tl.arange(0, R)
     inside_R = row_R < rows
     channel_D = tl.arange(0, D)
-    lse_ptr_R = lse_ptr + row_R * splits
-    lse = ()
-    top_R = tl.full([R], -1e30, tl.float32)
-    for x in tl.static_range(X):
-        lse_R = tl.load(
-            lse_ptr_R + x, mask=inside_R & (tl.full([R], x, tl.int32) < splits), other=float("-inf")
-        )
-        top_R = tl.maximum(top_R, lse_R)
-        lse = lse + (lse_R,)
+    top_R = tl.full([R], -1e30, tl.float32)  # finite: see `decode_kernel`
     sum_R = tl.zeros([R], tl.float32)
     out_RD = tl.zeros([R, D], tl.float32)
-    for x in tl.static_range(X):
-        weight_R = tl.exp2(lse[x] - top_R)
-        at_RD = (row_R.to(tl.int64) * splits + x)[:, None] * D + channel_D[None, :]
-        partial_RD = tl.load(partial_ptr + at_RD, mask=(weight_R > 0)[:, None], other=0.0)
-        out_RD += partial_RD.to(tl.float32) * weight_R[:, None]
-        sum_R += weight_R
+    for item in range(first_item, end_item, X):
+        item_X = item + tl.arange(0, X)
+        here_RX = inside_R[:, None] & (item_X < end_item)[None, :]
+        at_RX = item_X.to(tl.int64)[None, :] * (max_tokens * Q) + row_R[:, None]
+        lse_RX = tl.load(lse_ptr + at_RX, mask=here_RX, other=float("-inf"))
+        at_RXD = at_RX[:, :, None] * D + channel_D[None, None, :]
+        partial_RXD = tl.load(partial_ptr + at_RXD, mask=here_RX[:, :, None], other=0.0)
+        new_top_R = tl.maximum(top_R, tl.max(lse_RX, 1))
+        decay_R = tl.exp2(top_R - new_top_R)
+        weight_RX = tl.exp2(lse_RX - new_top_R[:, None])
+        sum_R = sum_R * decay_R + tl.sum(weight_RX, 1)
+        out_RD = out_RD * decay_R[:, None] + tl.sum(partial_RXD * weight_RX[:, :, None], 1)
+        top_R = new_top_R
     out_RD /= tl.maximum(sum_R, 1e-30)[:, None]
     kv_head_R = row_R % Q // G
-    out_ptr_R = out_ptr + row_R.to(tl.int64) * D
+    out_ptr_R = out_ptr + (first_token.to(tl.int64) * Q + row_R) * D
     if ROTATE:
         for half in tl.static_range(2):
             at_C = tl.arange(0, D // 2) + half * (D // 2)

@@ -3,7 +3,7 @@
 S' = K Q' and O' = V' P': tokens and channels are the long sides of both dots and the query rows their short
 side, so that a GQA group pads to 8 rows, and codes enter the dots from registers without shuffles.
 
-Legend: see `decode.py`.
+Legend: see `decode.py`; here W channels of a piece (see `_triton.py`).
 """
 
 # ruff: noqa: RUF005 (Triton has no starred tuples)

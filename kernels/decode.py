@@ -1,15 +1,12 @@
-"""Attention of few query rows per sequence over its pages: split over the pages, then combined.
+"""Attention of few query rows per sequence over its pages: cut into work items, then combined.
 
-One program holds a tile of query rows of one kv head and walks its share of the pages, a page a turn.
+One program holds a tile of query rows of one kv head and walks one item (`decode_plan.py`), a page a turn.
 
-Legend: see `paged.py`; here R query rows of a tile (row = token * group + head in group), W channels of a
-piece (see `_triton.py`), X splits.
+Legend: see `paged.py`; here W work items, R query rows of a tile (row = token * group + head in group).
 """
 
 # ruff: noqa: RUF005 (Triton has no starred tuples)
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.kernels import cpu
-from quire.kernels._combine import combine_splits
+from quire.kernels._combine import combine_items
 from quire.kernels._swapped import accumulate, load_queries, logits, store_output
-from quire.kernels._transform import transform_output, transform_query
+from quire.kernels._transform import transform_query
 from quire.kernels._triton import (
     LOG2E,
     check_head_dim,
@@ -30,75 +27,66 @@ from quire.kernels._triton import (
     pieces,
     softcap_base2,
 )
-from quire.kernels.formats import Codes
+from quire.kernels.decode_plan import DecodePlan, decode_kind, decode_tile, plan_items
 from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 
-ROWS = 8  # query rows of a tile, the least a dot takes; more tiles of it beat wider ones, which spill
-_ONE_WARP_NUMBERS = 128 * 64  # of one side of a page: what one warp holds in registers
-_WARPS_PER_MULTIPROCESSOR = 8  # that is what registers allow
-_MIN_PAGES_PER_SPLIT = 2
-_MAX_SPLITS = 128
 
-
-def decode_attention(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec) -> Tensor:
-    """Causal attention of each sequence's last rows over all its pages: [T, Q, D] of q's type.
+def decode_attention(
+    cache: LayerCache,
+    q_TQD: Tensor,
+    batch: PagedBatch,
+    spec: AttentionSpec,
+    plan: DecodePlan | None = None,
+    *,
+    transformed: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Causal attention of each sequence's last rows over all its pages: [T, Q, D] of `dtype` (None: q's).
 
     Right for any number of rows, quick for few (8 and less). Rows of no sequence are undefined.
+    plan: `plan_items` of this batch's lengths and this layer's kind, on the device; a CPU needs none. Without
+    one the lengths are fetched from the device, which waits for it: for tests and single calls.
+    transformed: `q_TQD` is what `write.write_step` returned for this layer.
     Raises FormatError where the stored format cannot serve this attention. Source: `ref.paged.attend_ref`.
     """
     spec.check(cache)
+    dtype = q_TQD.dtype if dtype is None else dtype
     if q_TQD.device.type == "cpu":
-        return cpu.attend(cache, q_TQD, batch, spec)
-    multiprocessors = torch.cuda.get_device_properties(q_TQD.device).multi_processor_count
-    tiling = plan_decode(cache, q_TQD.shape[1], batch, spec, multiprocessors)
-    return launch_decode(cache, q_TQD, batch, spec, tiling)
+        return cpu.attend(cache, q_TQD, batch, spec).to(dtype)
+    if plan is None:
+        multiprocessors = torch.cuda.get_device_properties(q_TQD.device).multi_processor_count
+        plan = plan_batch(cache, q_TQD.shape[1], batch, spec, multiprocessors)
+    if not transformed:
+        q_TQD = transform_query(cache.k_transform, q_TQD)
+    return launch_decode(cache, q_TQD, batch, spec, plan, dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How a launch cuts the work."""
-
-    splits: int
-    """Programs that share one tile's pages; more than one leaves partial results to combine."""
-    pages_per_split: int
-    warps: int
-
-
-def plan_decode(
+def plan_batch(
     cache: LayerCache, query_heads: int, batch: PagedBatch, spec: AttentionSpec, multiprocessors: int
-) -> Tiling:
-    """Tiles that fill the device: pages are split into as many programs as run at the same time, not more,
-    for a second wave that is part empty costs what a full one does. Pure.
-    """
-    layout, fmt = cache.layout, cache.format
-    pages = triton.cdiv(batch.max_kv_tokens, layout.page_tokens)
-    if spec.window:
-        pages = min(pages, triton.cdiv(spec.window + batch.max_query_tokens - 2, layout.page_tokens) + 1)
-    wide = (
-        Codes.BF16 in (fmt.k.codes, fmt.v.codes) or layout.head_dim * layout.page_tokens > _ONE_WARP_NUMBERS
-    )
-    warps = 2 if wide else 1  # never 4: a warpgroup would select wgmma, which wants its codes byte by byte
-    group = query_heads // layout.kv_heads
-    programs = batch.sequences * layout.kv_heads * triton.cdiv(batch.max_query_tokens * group, ROWS)
-    fitting = multiprocessors * _WARPS_PER_MULTIPROCESSOR // warps // programs
-    splits = max(1, min(fitting, pages // _MIN_PAGES_PER_SPLIT, _MAX_SPLITS))
-    pages_per_split = max(1, triton.cdiv(pages, splits))
-    return Tiling(max(1, triton.cdiv(pages, pages_per_split)), pages_per_split, warps)
+) -> DecodePlan:
+    """The plan of one layer's decode of a batch, whose lengths are fetched from its device."""
+    kind = decode_kind(cache, query_heads, spec, batch.max_query_tokens, multiprocessors)
+    query_tokens_S = batch.query_start_S1.diff().cpu().numpy()
+    return plan_items(kind, query_tokens_S, batch.kv_tokens_S.cpu().numpy()).to(batch.kv_tokens_S.device)
 
 
 def launch_decode(
-    cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec, tiling: Tiling
+    cache: LayerCache,
+    q_TQD: Tensor,
+    batch: PagedBatch,
+    spec: AttentionSpec,
+    plan: DecodePlan,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Transform Q, attend in splits, combine them, transform the output."""
-    dtype = q_TQD.dtype if cache.v_transform.identity else torch.float32
-    q = transform_query(cache.k_transform, q_TQD)
-    lse = q.new_empty((*q.shape[:2], tiling.splits), dtype=torch.float32)
-    partial_dtype = dtype if tiling.splits == 1 else torch.float32
-    partial = q.new_empty((*q.shape[:2], tiling.splits, q.shape[2]), dtype=partial_dtype)
-    _launch_attend(cache, q, batch, spec, tiling, partial, lse)
-    if tiling.splits == 1:
-        return transform_output(cache.v_transform, partial.squeeze(2), q_TQD.dtype)
-    return combine_splits(cache.v_transform, partial, lse, q_TQD.dtype)
+    """Attend item by item, then combine the items and transform V. `q_TQD` is in the keys' space, contiguous
+    along D. The memory of partial results depends on the plan's size, not on lengths."""
+    items, rows, (tokens, query_heads, head_dim) = len(plan.items_W4), batch.max_query_tokens, q_TQD.shape
+    partial_WTQD = q_TQD.new_empty((items, rows, query_heads, head_dim), dtype=torch.float32)
+    lse_WTQ = q_TQD.new_empty((items, rows, query_heads), dtype=torch.float32)
+    _launch_attend(cache, q_TQD, batch, spec, plan, partial_WTQD, lse_WTQ)
+    out_TQD = q_TQD.new_empty((tokens, query_heads, head_dim), dtype=dtype)
+    combine_items(cache.v_transform, partial_WTQD, lse_WTQ, plan.first_item_S1, batch.query_start_S1, out_TQD)
+    return out_TQD
 
 
 def _launch_attend(
@@ -106,26 +94,27 @@ def _launch_attend(
     q_TQD: Tensor,
     batch: PagedBatch,
     spec: AttentionSpec,
-    tiling: Tiling,
-    out: Tensor,
-    lse: Tensor,
+    plan: DecodePlan,
+    partial_WTQD: Tensor,
+    lse_WTQ: Tensor,
 ) -> None:
-    """Fill `out` [T, Q, splits, D] with normalized partial results and `lse` fp32 [T, Q, splits] with their
-    base-2 log-sum-exp. `q_TQD` is transformed already and contiguous along D; `out` may be of any type.
-    """
+    """Fill both at the place of every item: results normalized, and their base-2 log-sum-exp. T is the
+    token's number within its sequence."""
     layout, cell, fmt = cache.layout, cache.cell, cache.format
     head_dim = check_head_dim(cache)
     group = q_TQD.shape[1] // layout.kv_heads
-    row_tiles = triton.cdiv(batch.max_query_tokens * group, ROWS)
+    tile = decode_tile(cache, q_TQD.shape[1], batch.max_query_tokens)
+    row_tiles = triton.cdiv(batch.max_query_tokens * group, tile.rows)
     asm, fp8_native = instructions(q_TQD.device)
-    decode_kernel[(row_tiles, batch.sequences * layout.kv_heads, tiling.splits)](
+    decode_kernel[(row_tiles, layout.kv_heads, len(plan.items_W4))](
         q_TQD,
         cache.pool_NB,
+        plan.items_W4,
         batch.page_table_SM,
         batch.query_start_S1,
         batch.kv_tokens_S,
-        out,
-        lse,
+        partial_WTQD,
+        lse_WTQ,
         spec.scale * LOG2E,
         spec.window or 0,
         spec.softcap or 0.0,
@@ -135,7 +124,7 @@ def _launch_attend(
         batch.page_table_SM.stride(0),
         q_TQD.stride(0),
         q_TQD.stride(1),
-        tiling.pages_per_split,
+        batch.max_query_tokens,
         K_SCALES=cell.k_scales - cell.k_codes,
         V_CODES=cell.v_codes - cell.k_codes,
         V_SCALES=cell.v_scales - cell.k_codes,
@@ -147,25 +136,26 @@ def _launch_attend(
         SOFTCAP=bool(spec.softcap),
         H=layout.kv_heads,
         G=group,
-        R=ROWS,
+        R=tile.rows,
         D=head_dim,
         P=layout.page_tokens,
         ASM=asm,
         FP8_NATIVE=fp8_native,
-        num_warps=tiling.warps,
+        num_warps=tile.warps,
         num_stages=2,
         enable_fp_fusion=True,
     )
 
 
-@triton.jit(do_not_specialize=["window", "pages_per_split"])
+@triton.jit(do_not_specialize=["window", "max_tokens"])
 def decode_kernel(
     q_ptr,
     pool_ptr,
+    items_ptr,
     page_table_ptr,
     query_start_ptr,
     kv_tokens_ptr,
-    out_ptr,
+    partial_ptr,
     lse_ptr,
     scale_log2e,
     window,
@@ -176,7 +166,7 @@ def decode_kernel(
     page_table_stride,
     q_stride_t,
     q_stride_h,
-    pages_per_split,
+    max_tokens,
     K_SCALES: tl.constexpr,
     V_CODES: tl.constexpr,
     V_SCALES: tl.constexpr,
@@ -194,12 +184,17 @@ def decode_kernel(
     ASM: tl.constexpr,
     FP8_NATIVE: tl.constexpr,
 ):
-    """Grid (row tiles, sequences * kv heads, splits): tiles that read the same pages run side by side.
+    """Grid (row tiles, kv heads, items): tiles that read the same pages run side by side.
 
     A softmax is kept per row, in base 2.
     """
-    seq, head = tl.program_id(1) // H, tl.program_id(1) % H
-    split, splits = tl.program_id(2), tl.num_programs(2)
+    item_ptr = items_ptr + tl.program_id(2) * 4
+    seq, first_page = tl.load(item_ptr), tl.load(item_ptr + 1)
+    end_page, place = tl.load(item_ptr + 2), tl.load(item_ptr + 3)
+    if seq < 0:
+        return
+    head = tl.program_id(1)
+    page_table_ptr += seq * page_table_stride
     first_token = tl.load(query_start_ptr + seq)
     new_tokens = tl.load(query_start_ptr + seq + 1) - first_token
     kv_tokens = tl.load(kv_tokens_ptr + seq)
@@ -211,14 +206,14 @@ def decode_kernel(
     used_R = token_R < new_tokens
     seen_to_R = kv_tokens - new_tokens + token_R  # the row's own position, the last it sees
 
-    # The pages this program walks: those that any of its rows sees, and of these its split's share.
-    last_token = tl.minimum((first_row + R - 1) // G, new_tokens - 1)
-    end_page = (kv_tokens - new_tokens + last_token) // P + 1
-    first_page = 0
+    # Of the item's pages those that any of this tile's rows sees.
     if WINDOW:
-        first_page = tl.maximum(kv_tokens - new_tokens + first_row // G - window + 1, 0) // P
-    first_page += split * pages_per_split
-    end_page = tl.minimum(end_page, first_page + pages_per_split)
+        first_seen = kv_tokens - new_tokens + first_row // G - window + 1
+        first_page = tl.maximum(first_page, tl.maximum(first_seen, 0) // P)
+    # No mask, so as not to wait for the lengths: even where nothing is left, this is a page of the sequence.
+    page = tl.load(page_table_ptr + first_page).to(tl.int64)
+    last_token = tl.minimum((first_row + R - 1) // G, new_tokens - 1)
+    end_page = tl.minimum(end_page, (kv_tokens - new_tokens + last_token) // P + 1)
 
     q, q_sum = load_queries(
         q_ptr + (first_token + token_R) * q_stride_t + q_head_R * q_stride_h, used_R, KC, KG, R, D
@@ -231,8 +226,6 @@ def decode_kernel(
     sum_R = tl.zeros([R], tl.float32)
 
     token_P = tl.arange(0, P)
-    page_table_ptr += seq * page_table_stride
-    page = tl.load(page_table_ptr + first_page, mask=first_page < end_page, other=0).to(tl.int64)
     cell_ptr = pool_ptr + (page * page_bytes + head * head_bytes + layer_at)
     # Scales are too narrow for asynchronous copies: they travel one page ahead, in registers.
     k_words = load_scales(cell_ptr + K_SCALES, token_P, KC, KG, P)
@@ -264,7 +257,7 @@ def decode_kernel(
         v_words = load_scales(next_ptr + V_SCALES, token_P, VC, VG, P)
         cell_ptr = next_ptr
 
-    place_R = ((first_token + token_R) * (H * G) + q_head_R) * splits + split
-    store_output(out_ptr + place_R * D, acc, 1.0 / tl.maximum(sum_R, 1e-30), used_R, VC, VG, D)
+    place_R = place.to(tl.int64) * (max_tokens * (H * G)) + token_R * (H * G) + q_head_R
+    store_output(partial_ptr + place_R * D, acc, 1.0 / tl.maximum(sum_R, 1e-30), used_R, VC, VG, D)
     lse_R = tl.where(sum_R > 0, top_R + tl.log2(tl.maximum(sum_R, 1e-30)), float("-inf"))
     tl.store(lse_ptr + place_R, lse_R, mask=used_R)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quire.kernels.decode import decode_attention
+from quire.kernels.decode import decode_attention, plan_batch
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
@@ -77,10 +77,13 @@ class Paged:
     q_TQD: Tensor
 
     def decode_calls(self) -> list[Callable[[], Tensor]]:
-        """One call a layer."""
+        """One call a layer; the plan is made before, once for all of them, as an engine does."""
+        multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+        spec = self.shape.spec
+        plan = plan_batch(self.caches[0], self.q_TQD.shape[1], self.batch, spec, multiprocessors)
 
         def call(cache: LayerCache) -> Callable[[], Tensor]:
-            return lambda: decode_attention(cache, self.q_TQD, self.batch, self.shape.spec)
+            return lambda: decode_attention(cache, self.q_TQD, self.batch, spec, plan)
 
         return [call(cache) for cache in self.caches]
 

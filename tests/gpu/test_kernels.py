@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from paged_cases import Case, make_step, relative_error
 
 from quire.kernels.decode import decode_attention
+from quire.kernels.decode_plan import decode_kind, items_capacity, plan_items
 from quire.kernels.formats import FORMATS, Codes, KVFormat, Scales
 from quire.kernels.pages import checksum_pages, gather_pages, scatter_pages
 from quire.kernels.prefill import launch_prefill, prefill_attention
@@ -140,15 +144,74 @@ def test_broken_numbers_are_stored_as_the_reference_stores_them():
     assert (step.cache.pool_NB.cpu() != expected.cache.pool_NB).float().mean() < 0.002
 
 
-def test_decode_replays_in_a_cuda_graph():
-    step = make_step(Case("int8", "int4", [700, 30], [1, 1], head_dim=128, page_tokens=64)).to("cuda")
-    eager = decode_attention(step.cache, step.q_TQD, step.batch, step.spec)
+RAGGED = [20000, 1, 700, 64, 65, 3000, 128, 9000, 40, 1000]
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_decode_of_a_ragged_batch_agrees_with_the_reference(name, rows):
+    step = make_step(Case(name, name, RAGGED, [min(rows, n) for n in RAGGED], **LONG))
+    on_gpu = step.to("cuda")
+    out = decode_attention(on_gpu.cache, on_gpu.q_TQD, on_gpu.batch, on_gpu.spec)
+    assert relative_error(out, step.expected()) < 1e-2
+
+
+@pytest.mark.parametrize("fitting", [1, 7, 1000])
+def test_any_plan_gives_the_same_result(fitting):
+    """Fewer items than sequences at a time, or more places than pages."""
+    step = make_step(Case("int8", "int4", RAGGED, [1] * len(RAGGED), **LONG))
+    on_gpu = step.to("cuda")
+    kind = replace(decode_kind(step.cache, 8, step.spec, 1, 132), fitting=fitting)
+    kv_tokens = step.batch.kv_tokens_S.numpy()
+    for capacity in (None, items_capacity(kind, 50)):
+        plan = plan_items(kind, np.ones_like(kv_tokens), kv_tokens, capacity).to("cuda")
+        out = decode_attention(on_gpu.cache, on_gpu.q_TQD, on_gpu.batch, on_gpu.spec, plan)
+        assert relative_error(out, step.expected()) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["bf16", "int4"])
+def test_a_captured_decode_serves_other_lengths(name):
+    """All that changes lies in device memory: lengths, pages and the plan, padded to its capacity."""
+    captured = make_step(Case(name, name, [700, 30, 0, 0], [1, 1, 1, 1], **LONG))
+    other = make_step(Case(name, name, [64, 9000, 3000, 1], [1, 1, 1, 1], seed=1, **LONG))
+    pages = other.batch.page_table_SM.shape[1]
+    kind = decode_kind(other.cache, 8, other.spec, 1, 132)
+    plans = [
+        plan_items(kind, np.ones(4, dtype=np.int32), s.batch.kv_tokens_S.numpy(), items_capacity(kind, 4)).to(
+            "cuda"
+        )
+        for s in (captured, other)
+    ]
+    table_SM = torch.nn.functional.pad(
+        captured.batch.page_table_SM, (0, pages - captured.batch.page_table_SM.shape[1])
+    )
+    on_gpu = replace(captured, batch=replace(captured.batch, page_table_SM=table_SM)).to("cuda")
+    pool_NB = torch.zeros(
+        max(len(captured.cache.pool_NB), len(other.cache.pool_NB)),
+        other.cache.pool_NB.shape[1],
+        dtype=torch.uint8,
+        device="cuda",
+    )
+    pool_NB[: len(captured.cache.pool_NB)] = captured.cache.pool_NB.cuda()
+    cache, batch, q_TQD = replace(on_gpu.cache, pool_NB=pool_NB), on_gpu.batch, on_gpu.q_TQD
+    eager = decode_attention(cache, q_TQD, batch, on_gpu.spec, plans[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode_attention(step.cache, step.q_TQD, step.batch, step.spec)
+        out = decode_attention(cache, q_TQD, batch, on_gpu.spec, plans[0])
     out.fill_(float("nan"))
     graph.replay()
     assert torch.equal(out, eager)
+    assert relative_error(out[:2], captured.expected()[:2]) < 1e-2
+    assert out[2:].count_nonzero() == 0
+
+    pool_NB[: len(other.cache.pool_NB)].copy_(other.cache.pool_NB)
+    batch.page_table_SM.copy_(other.batch.page_table_SM)
+    batch.kv_tokens_S.copy_(other.batch.kv_tokens_S)
+    q_TQD.copy_(other.q_TQD)
+    plans[0].items_W4.copy_(plans[1].items_W4)
+    plans[0].first_item_S1.copy_(plans[1].first_item_S1)
+    graph.replay()
+    assert relative_error(out, other.expected()) < 1e-2
 
 
 def test_pages_travel_and_check_the_same_on_both_devices():

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from aot import Compiled, compile_kernel
 
-from quire.kernels._combine import combine_transform_kernel
-from quire.kernels.decode import ROWS, decode_kernel
+from quire.kernels._combine import combine_kernel, combine_tile
+from quire.kernels.decode import decode_kernel
 from quire.kernels.formats import FORMATS, LayerFormat
 from quire.kernels.layout import PageLayout
 from quire.kernels.prefill import prefill_kernel
@@ -29,6 +29,7 @@ POINTERS: Mapping[str, str] = {
     "v_ptr": "*bf16:16",
     "pool_ptr": "*u8:16",
     "slots_ptr": "*i64:16",
+    "items_ptr": "*i32:16",
     "page_table_ptr": "*i32:16",
     "query_start_ptr": "*i32:16",
     "kv_tokens_ptr": "*i32:16",
@@ -37,7 +38,7 @@ POINTERS: Mapping[str, str] = {
     "softcap": "fp32",
     "window": "i32",
     "tokens": "i32",
-    "pages_per_split": "i32",
+    "max_tokens": "i32",
 }
 
 
@@ -60,7 +61,7 @@ def compiled(
         "SOFTCAP": False,
         "H": H,
         "G": 4,
-        "R": ROWS,
+        "R": 8,
         "D": head_dim,
         "P": P,
         "ASM": True,
@@ -151,17 +152,19 @@ def test_unpacking_does_not_spill_and_stores_wide(k, v):
     assert not any(op.startswith(("I2F", "STG.E.U16", "LDG.E.U8", "LDS.U8")) for op in code.all)
 
 
-@pytest.mark.parametrize("splits", [2, 8])
-def test_combining_and_transforming_in_one_launch_does_not_spill(splits):
-    types = {"partial_ptr": "*fp32:16", "out_ptr": "*bf16:16", "signs_ptr": "*bf16:16", "splits": "i32"}
-    flags = {"X": splits, "SCALE": False, "SHIFT": False, "ROTATE": True, "Q": 32, "G": 1, "D": D, "R": 16}
+@pytest.mark.parametrize(("items", "sequences"), [(132, 1), (264, 32), (700, 600)])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_combining_does_not_spill_and_rotates_on_tensor_cores(rotate, items, sequences):
+    rows, at_once = combine_tile(items, sequences, D)
+    types = {"out_ptr": "*bf16:16", "signs_ptr": "*bf16:16", "max_tokens": "i32"}
+    types |= {"first_item_ptr": "*i32:16", "query_start_ptr": "*i32:16"}
+    flags = {"SCALE": False, "SHIFT": False, "ROTATE": rotate, "Q": 32, "G": 1, "D": D, "R": rows}
     arguments = {
-        name: {**types, **flags, "rows": "i32"}.get(name, "*fp32:16")
-        for name in combine_transform_kernel.arg_names
+        name: {**types, **flags, "X": at_once}.get(name, "*fp32:16") for name in combine_kernel.arg_names
     }
-    code = compile_kernel(combine_transform_kernel, arguments, capability=90, warps=8)
+    code = compile_kernel(combine_kernel, arguments, capability=90, warps=8)
     assert code.spill_bytes == 0
-    assert any("HMMA" in op for op in code.all)
+    assert any("HMMA" in op for op in code.all) is rotate
 
 
 @pytest.mark.parametrize(("name", "capability"), [("fp8", 80), ("int8", 90), ("int4", 90), ("int4g32", 80)])

@@ -1,4 +1,4 @@
-"""The decode kernel against the reference in fp64, in the interpreter; and how it plans its splits."""
+"""The decode kernel against the reference in fp64, in the interpreter."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 import torch
 from paged_cases import Case, Step, make_step, relative_error
 
-from quire.kernels.decode import decode_attention, launch_decode, plan_decode
+from quire.kernels._combine import combine_tile
+from quire.kernels._transform import transform_query
+from quire.kernels.decode import decode_attention, launch_decode, plan_batch
+from quire.kernels.decode_plan import DecodePlan, decode_kind, items_capacity, plan_items
 from quire.kernels.formats import Codes, FormatError, KVFormat, Scales, Transform
-from quire.kernels.paged import AttentionSpec
 from quire.kernels.ref.paged import write_kv_ref
 from quire.kernels.transform import SideTransform
 
@@ -47,9 +49,14 @@ CASES = [
 ]
 
 
-def decode(step: Step, multiprocessors: int = 1) -> torch.Tensor:
-    tiling = plan_decode(step.cache, step.q_TQD.shape[1], step.batch, step.spec, multiprocessors)
-    return launch_decode(step.cache, step.q_TQD, step.batch, step.spec, tiling)
+def plan_of(step: Step, multiprocessors: int) -> DecodePlan:
+    return plan_batch(step.cache, step.q_TQD.shape[1], step.batch, step.spec, multiprocessors)
+
+
+def decode(step: Step, multiprocessors: int = 1, plan: DecodePlan | None = None) -> torch.Tensor:
+    q_TQD = transform_query(step.cache.k_transform, step.q_TQD)
+    plan = plan or plan_of(step, multiprocessors)
+    return launch_decode(step.cache, q_TQD, step.batch, step.spec, plan, step.q_TQD.dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -75,28 +82,50 @@ def test_small_values_keep_their_precision():
     assert relative_error(out, step.expected()) < 3e-3
 
 
-def test_a_split_without_visible_tokens_leaves_no_trace():
-    case = Case("int8", "int8", [16 * 9, 3], [1, 1])  # the short sequence has nothing for most splits
-    step = make_step(case)
-    tiling = plan_decode(step.cache, 4, step.batch, step.spec, 64)
-    assert tiling.splits > 1
-    out = decode(step, 64)
-    assert relative_error(out, step.expected()) < 3e-3
+@pytest.mark.parametrize("name", ["bf16", "int4"])
+def test_more_items_than_are_combined_at_once(name):
+    step = make_step(Case(name, name, [16 * 40 + 3, 5, 5, 5, 5, 5], [1] * 6, kv_heads=1, head_dim=128))
+    plan = plan_of(step, 3)
+    first, end = plan.first_item_S1[:2]
+    assert end - first > combine_tile(len(plan.items_W4), 6, 128)[1]
+    assert relative_error(decode(step, plan=plan), step.expected()) < 8e-3
 
 
-def test_a_plan_for_longer_sequences_serves_shorter_ones():
-    """As a CUDA graph does, whose grid is fixed when it is captured."""
-    step = make_step(Case("int8", "int8", [70, 300], [1, 1]))
-    captured = replace(step, batch=replace(step.batch, max_kv_tokens=5000))
-    assert relative_error(decode(captured, 8), step.expected()) < 3e-3
+def test_a_row_that_sees_nothing_of_an_item_is_not_disturbed_by_it():
+    step = make_step(Case("int8", "int8", [16 * 6 + 3], [60], group=2))
+    plan = plan_of(step, 100)
+    assert plan.items_W4[:, 1].max() == 5  # page 5 begins at 80: the first rows, from 39 on, do not see it
+    assert relative_error(decode(step, plan=plan), step.expected()) < 3e-3
 
 
-@pytest.mark.parametrize(("sequences", "few"), [(1, False), (3, True)])
-def test_splits_are_combined_and_transformed_in_one_launch_or_two(sequences, few):
-    case = Case("int4", "int4", [16 * 40 + 3] * sequences, [1] * sequences, kv_heads=1)
-    step = make_step(case)
-    assert (plan_decode(step.cache, 2, step.batch, step.spec, 3).splits <= 8) is few
-    assert relative_error(decode(step, 3), step.expected()) < 3e-3
+def test_a_plan_and_its_grid_serve_other_lengths_when_their_numbers_are_replaced():
+    """As a CUDA graph does, whose grid and addresses are fixed when it is captured."""
+    long = make_step(Case("int8", "int4", [300, 70, 20], [1, 1, 1]))
+    short = make_step(Case("int8", "int4", [17, 1, 200], [1, 1, 1]))
+    kind = decode_kind(long.cache, 4, long.spec, 1, 2)
+    capacity = items_capacity(kind, 3)
+    plans = [
+        plan_items(kind, s.batch.query_start_S1.diff().numpy(), s.batch.kv_tokens_S.numpy(), capacity)
+        for s in (long, short)
+    ]
+    assert relative_error(decode(long, plan=plans[0]), long.expected()) < 3e-3
+    plans[0].items_W4.copy_(plans[1].items_W4)
+    plans[0].first_item_S1.copy_(plans[1].first_item_S1)
+    assert relative_error(decode(short, plan=plans[0]), short.expected()) < 3e-3
+
+
+def test_padding_sequences_without_tokens_give_zeros():
+    step = make_step(Case("int8", "int4", [30, 40], [1, 1]))
+    batch = replace(
+        step.batch,
+        query_start_S1=torch.arange(5, dtype=torch.int32),
+        kv_tokens_S=torch.tensor([30, 40, 0, 0], dtype=torch.int32),
+        page_table_SM=torch.cat([step.batch.page_table_SM] * 2),
+    )
+    padded = replace(step, q_TQD=torch.cat([step.q_TQD] * 2), batch=batch)
+    out = decode(padded)
+    assert relative_error(out[:2], step.expected()) < 3e-3
+    assert out[2:].count_nonzero() == 0
 
 
 def test_rows_that_no_sequence_owns_are_not_touched():
@@ -119,37 +148,3 @@ def test_refuses_what_it_cannot_serve():
     narrow = make_step(Case(fine, "int8", [30], [1]))
     with pytest.raises(FormatError, match="16 channels"):
         decode(narrow)
-
-
-def plan(kv_tokens, sequences, *, window=None, multiprocessors=132, query_tokens=1):
-    step = make_step(Case("int8", "int8", [1], [1], page_tokens=64))
-    batch = replace(
-        step.batch,
-        kv_tokens_S=torch.full((sequences,), kv_tokens),
-        max_kv_tokens=kv_tokens,
-        max_query_tokens=query_tokens,
-    )
-    return plan_decode(step.cache, 8, batch, AttentionSpec(1.0, window), multiprocessors)
-
-
-def test_splits_fill_the_device_and_cover_every_page():
-    for kv_tokens in (1, 64, 65, 1000, 8192, 131072):
-        for sequences in (1, 3, 64, 600):
-            tiling = plan(kv_tokens, sequences)
-            pages = -(-kv_tokens // 64)
-            assert tiling.splits * tiling.pages_per_split >= pages
-            assert (tiling.splits - 1) * tiling.pages_per_split < pages
-            assert tiling.splits == 1 or tiling.pages_per_split >= 2
-            assert tiling.splits == 1 or tiling.splits * sequences * 2 <= 132 * 8
-    assert plan(8192, 600).splits == 1  # enough sequences fill the device
-    assert plan(8192, 64).splits > 4
-    assert plan(131072, 9, multiprocessors=16).splits < plan(131072, 9).splits
-
-
-def test_a_window_bounds_the_pages_of_a_plan():
-    tiling = plan(131072, 1, window=256)
-    assert tiling.splits * tiling.pages_per_split <= 6
-
-
-def test_more_query_rows_leave_less_to_split():
-    assert plan(131072, 30, query_tokens=5).splits < plan(131072, 30).splits
