@@ -78,6 +78,8 @@ class EngineConfig:
 
     model: str
     """A local folder with config.json and *.safetensors, a Hugging Face hub id, or "demo"."""
+    weights: Literal["checkpoint", "random"] = "checkpoint"
+    """random: the folder needs no more than config.json; for timing, the answers mean nothing."""
     kv: str | Mapping[str, object] = "int8"
     """KV policy: a format's name, k8v4, or a mapping as in a policy file (`kernels/formats.py`)."""
     tp: int = 1

@@ -62,6 +62,7 @@ class LLM:
         kv: str | Mapping[str, object] = "int8",
         tp: int = 1,
         *,
+        weights: Literal["checkpoint", "random"] = "checkpoint",
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         device: Literal["auto", "cpu", "cuda"] = "auto",
         max_model_tokens: int | None = None,
@@ -74,6 +75,7 @@ class LLM:
         """See `EngineConfig` for the options. Raises ConfigError, UnknownModel, ModelNotServable."""
         config = EngineConfig(
             model=model,
+            weights=weights,
             kv=kv,
             tp=tp,
             dtype=dtype,

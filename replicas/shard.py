@@ -9,6 +9,7 @@ import hashlib
 import logging
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +26,19 @@ from quire.replicas.collectives import TensorParallelGroup
 from quire.replicas.config import EngineConfig
 from quire.replicas.decode_graphs import DecodeGraphs
 from quire.replicas.errors import ConfigError
-from quire.replicas.model.checkpoint import Checkpoint, eos_token_ids, find_model, load_config
+from quire.replicas.model.checkpoint import (
+    Checkpoint,
+    WeightSource,
+    eos_token_ids,
+    find_model,
+    load_config,
+)
 from quire.replicas.model.compiled import LEAST_TOKENS
 from quire.replicas.model.forward import ForwardPass
 from quire.replicas.model.invariance import padded
 from quire.replicas.model.key_bias import with_safe_keys
 from quire.replicas.model.loading import LoadedModel, Progress, check_servable, load_model
+from quire.replicas.model.random_weights import RandomWeights
 from quire.replicas.model.step import StepBuilder
 from quire.replicas.model.tensor_parallel import shard_config
 from quire.replicas.plan import StepBatch
@@ -65,7 +73,7 @@ class Shard:
         self._group = group
         folder, model_config = check_config(config)
         self.dtype = _dtype(config, model_config, self.device)
-        with Checkpoint.open(folder) as checkpoint:
+        with _weights(config, folder, model_config, self.dtype, self.device) as checkpoint:
             loaded = load_model(
                 checkpoint,
                 model_config,
@@ -200,6 +208,14 @@ def _dtype(config: EngineConfig, model: PreTrainedConfig, device: torch.device) 
     return model.dtype if isinstance(model.dtype, torch.dtype) else torch.bfloat16
 
 
+def _weights(
+    config: EngineConfig, folder: Path, model: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> AbstractContextManager[WeightSource]:
+    if config.weights == "random":
+        return nullcontext(RandomWeights.of(folder, model, dtype, device))
+    return Checkpoint.open(folder)
+
+
 def _max_model_tokens(config: EngineConfig, model: PreTrainedConfig) -> int:
     allowed: int | None = getattr(model, "max_position_embeddings", None)
     if config.max_model_tokens is None and allowed is None:
@@ -212,7 +228,7 @@ def _max_model_tokens(config: EngineConfig, model: PreTrainedConfig) -> int:
     return config.max_model_tokens or allowed or 0
 
 
-def _layout(config: EngineConfig, checkpoint: Checkpoint, loaded: LoadedModel) -> PageLayout:
+def _layout(config: EngineConfig, checkpoint: WeightSource, loaded: LoadedModel) -> PageLayout:
     heads = loaded.layers[0]
     formats = with_safe_keys(checkpoint, _formats(config, len(loaded.layers)), heads.k_dim)
     try:

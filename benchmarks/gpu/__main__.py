@@ -1,6 +1,7 @@
-"""All benchmarks of the kernels on the GPU at hand: one line per case, rows kept, regressions named.
+"""All benchmarks on the GPU at hand, kernels to engine: one line per case, rows kept, regressions named.
 
-    python -m benchmarks.gpu [attention|layout|prefill|write ...] --date 2026-01-31
+    python -m benchmarks.gpu [attention|layout|prefill|write|step|startup|capacity|engine ...]
+        --date 2026-01-31
 
 Rows go to `benchmarks/results/<gpu>-<date>.json` (--results names another folder). With --compare, rows are
 compared with the card's last results of an earlier date, and anything more than 15 % worse ends in status 1.
@@ -11,20 +12,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import attention, layout, prefill, results, write
+from benchmarks.gpu import attention, capacity, engine, layout, prefill, results, startup, step, write
 from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.rows import Row
 
-PARTS: Mapping[str, Callable[[Ceilings], list[Row]]] = {
+PARTS: Mapping[str, Callable[[Ceilings], Iterable[Row]]] = {
     "attention": attention.measure,
     "write": write.measure,
     "prefill": prefill.measure,
     "layout": layout.measure,
+    "step": step.measure,
+    "startup": startup.measure,
+    "capacity": capacity.measure,
+    "engine": engine.measure,
 }
 
 
@@ -48,8 +53,9 @@ def main() -> int:
     rows = ceilings.rows()
     results.save(rows, file)
     for part in args.parts or PARTS:
-        rows += PARTS[part](ceilings)
-        results.save(rows, file)
+        for row in PARTS[part](ceilings):
+            rows.append(row)
+            results.save(rows, file)  # each at once: what a run that breaks off has measured stays
     earlier = results.last_before(file)
     if not args.compare or earlier is None:
         return 0

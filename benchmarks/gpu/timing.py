@@ -1,16 +1,23 @@
-"""Time of device work: many calls in one CUDA graph, so that the host's launches do not show."""
+"""Time of device work: many calls in one CUDA graph, so that the host's launches do not show; and of whole
+steps with the host's part in them, beside what the device alone took.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 _CALLS = 32
 """In one graph at least, if they are short."""
 _SECONDS = 20e-3
 """Of one graph at most, if its calls are long."""
+_CYCLES_PER_S = 2e9
+"""At least what a multiprocessor counts."""
 
 
 def graph_seconds(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
@@ -38,6 +45,64 @@ def call_seconds(call: Callable[[], object], repeats: int = 7) -> float:
     call()
     torch.cuda.synchronize()
     return median(_elapsed(call) for _ in range(repeats))
+
+
+def wall_seconds(steps: Sequence[Callable[[], object]], rounds: int = 5) -> float:
+    """Median over `rounds` of the mean seconds of one of `steps`, which follow each other without a pause:
+    the slower of host and device. A first round warms up.
+    """
+    seconds = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for step in steps:
+            step()
+        torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / len(steps))
+    return median(seconds[1:])
+
+
+def device_seconds(steps: Sequence[Callable[[], object]], wall_s: float) -> float | None:
+    """Mean seconds that the device needs for one of `steps` if the host never keeps it waiting.
+
+    The device first sleeps for so long that the host can hand over all steps (`wall_s` each at most), then
+    runs them back to back between two events. Where a step makes the host wait, the host cannot get ahead;
+    then the device's activities in a trace are added up, which counts the pauses between kernels as idle.
+    None where neither works.
+    """
+    awake, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(round(2 * wall_s * len(steps) * _CYCLES_PER_S))
+    awake.record()
+    for step in steps:
+        step()
+    host_was_ahead = not awake.query()
+    done.record()
+    torch.cuda.synchronize()
+    if host_was_ahead:
+        milliseconds: float = awake.elapsed_time(done)
+        return milliseconds / 1e3 / len(steps)
+    return _traced_seconds(steps)
+
+
+def _traced_seconds(steps: Sequence[Callable[[], object]]) -> float | None:
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for step in steps:
+            step()
+        torch.cuda.synchronize()
+    spans = [
+        (e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type == DeviceType.CUDA
+    ]
+    return covered(spans) / 1e6 / len(steps) if spans else None
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals, some of which overlap."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def _elapsed(call: Callable[[], object]) -> float:

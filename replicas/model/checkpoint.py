@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
@@ -70,6 +70,31 @@ def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
     return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
+class WeightSource(Protocol):
+    """Where loading finds a whole model's tensors, by the names that checkpoints use."""
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder, for messages."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """The tensor's part at `index` (all of it by default), on any device and in any type."""
+
+    @property
+    def fingerprint(self) -> bytes:
+        """32 bytes that differ when the model or its weights differ."""
+
+
+def config_digest(folder: Path) -> hashlib.blake2b:
+    """A digest of 32 bytes, begun with what config.json says."""
+    config = json.loads((folder / "config.json").read_text())
+    return hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=32)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of all safetensors files of a folder. A context: files stay open inside it."""
@@ -120,8 +145,7 @@ class Checkpoint:
         The sample is the first 64 numbers along the last axis at three places: enough to tell one training
         run's checkpoints apart without reading every byte at every start.
         """
-        config = json.loads((self.folder / "config.json").read_text())
-        digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=32)
+        digest = config_digest(self.folder)
         for name in sorted(self.slices):
             shape = self.shape(name)
             digest.update(f"{name} {shape} {self.slices[name].get_dtype()}".encode())

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from quire.kernels.formats import Codes, LayerFormat, named_format
-from quire.replicas.model.checkpoint import Checkpoint
+from quire.replicas.model.checkpoint import WeightSource
 
 _LOG = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ _LIMITS = {Codes.INT8: 8.0, Codes.FP8: 8.0, Codes.INT4: 2.0}
 (int4, rotated) of the norm of what is stored, at head_dim 128: the limits keep it near a fifth of the key."""
 
 
-def bias_ratio(checkpoint: Checkpoint, layer: int, head_dim: int) -> float:
+def bias_ratio(checkpoint: WeightSource, layer: int, head_dim: int) -> float:
     """Largest norm of a kv head's K bias over the norm that its weights give a typical key; 0 without bias.
 
     Looks at the whole model's tensors, so that every rank comes to the same result. A typical input is one
@@ -41,7 +41,7 @@ def bias_ratio(checkpoint: Checkpoint, layer: int, head_dim: int) -> float:
 
 
 def risky_key_layers(
-    checkpoint: Checkpoint, formats: tuple[LayerFormat, ...], head_dim: int
+    checkpoint: WeightSource, formats: tuple[LayerFormat, ...], head_dim: int
 ) -> dict[int, float]:
     """Layers whose K format is too coarse for their bias, with `bias_ratio`."""
     ratios = {i: bias_ratio(checkpoint, i, head_dim) for i, f in enumerate(formats) if f.k.codes in _LIMITS}
@@ -49,7 +49,7 @@ def risky_key_layers(
 
 
 def with_safe_keys(
-    checkpoint: Checkpoint, formats: tuple[LayerFormat, ...], head_dim: int
+    checkpoint: WeightSource, formats: tuple[LayerFormat, ...], head_dim: int
 ) -> tuple[LayerFormat, ...]:
     """The formats with bf16 keys on the risky layers; says so in the log."""
     risky = risky_key_layers(checkpoint, formats, head_dim)

@@ -15,7 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 
 from quire.replicas.errors import ModelNotServable
 from quire.replicas.model.attention import ATTENTION, LayerHeads, probe_attention
-from quire.replicas.model.checkpoint import Checkpoint
+from quire.replicas.model.checkpoint import WeightSource
 from quire.replicas.model.invariance import EXPERTS, make_invariant
 from quire.replicas.model.tensor_parallel import (
     Joins,
@@ -49,7 +49,7 @@ class LoadedModel:
 
 
 def load_model(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     config: PreTrainedConfig,
     *,
     rank: int,
@@ -67,7 +67,7 @@ def load_model(
     shard._attn_implementation = ATTENTION
     if device.type == "cpu":
         shard._experts_implementation = EXPERTS
-    model = _meta_model(shard)
+    model = meta_model(shard)
     shrink_head(model, tp)
     plan = ShardPlan.of(model, config, rank, tp)
     _load_weights(model, checkpoint, plan, dtype, device, progress or (lambda done, total: None))
@@ -129,7 +129,8 @@ def _rope_problem(config: PreTrainedConfig, max_model_tokens: int) -> str:
     return ""
 
 
-def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without numbers. Raises ModelNotServable where transformers cannot build it."""
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         with torch.device("meta"):
@@ -143,7 +144,7 @@ def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def _load_weights(
     model: PreTrainedModel,
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     plan: ShardPlan,
     dtype: torch.dtype,
     device: torch.device,
@@ -167,7 +168,7 @@ def _load_weights(
     progress(len(wanted), len(wanted))
 
 
-def _read(checkpoint: Checkpoint, name: str, local: tuple[int, ...], plan: ShardPlan) -> Tensor:
+def _read(checkpoint: WeightSource, name: str, local: tuple[int, ...], plan: ShardPlan) -> Tensor:
     """This rank's part of one parameter, put together from where the checkpoint keeps it."""
     for known in (name, *(name.replace(ours, theirs) for ours, theirs in _OTHER_NAMES if ours in name)):
         if known in checkpoint:
@@ -186,7 +187,7 @@ def _read(checkpoint: Checkpoint, name: str, local: tuple[int, ...], plan: Shard
 
 
 def _read_tensor(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     tensor: str,
     parameter: str,
     local: tuple[int, ...],
@@ -202,7 +203,7 @@ def _read_tensor(
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
-def _expert_parts(checkpoint: Checkpoint, name: str) -> Iterator[list[str]]:
+def _expert_parts(checkpoint: WeightSource, name: str) -> Iterator[list[str]]:
     """For a parameter stacked over experts: the names of each expert's own tensors."""
     prefix, _, leaf = name.rpartition(".")
     for parts in _EXPERT_PARTS.get(leaf, ()):

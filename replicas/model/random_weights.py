@@ -1,0 +1,61 @@
+"""Weights made up where they are used: for timing a model of which only config.json is at hand.
+
+A source of weights like a checkpoint, and as tensor-parallel as one: a tensor's numbers depend on its name
+alone, so that all ranks cut the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from quire.replicas.model.checkpoint import config_digest
+from quire.replicas.model.loading import meta_model
+
+_STD = 0.02
+"""As models are initialized; activations and logits stay finite at any width and depth we serve."""
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """The tensors that the whole model's own code asks for."""
+
+    folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> RandomWeights:
+        """Raises ModelNotServable where transformers cannot build the model."""
+        shapes = {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items()}
+        return RandomWeights(folder, shapes, dtype, device)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """The part at `index`, on the device: normal numbers around 0, around 1 for the weights of norms."""
+        seed = hashlib.blake2b(name.encode(), digest_size=7).digest()
+        generator = torch.Generator(self.device).manual_seed(int.from_bytes(seed))
+        whole = torch.empty(self.shapes[name], dtype=self.dtype, device=self.device)
+        mean = 1.0 if whole.dim() == 1 and name.endswith("weight") else 0.0
+        whole.normal_(mean, _STD, generator=generator)
+        part = whole[index]
+        return part if part.numel() == whole.numel() else part.clone()  # or the rest would stay in memory
+
+    @property
+    def fingerprint(self) -> bytes:
+        """32 bytes that differ when the config or the device's random numbers differ."""
+        digest = config_digest(self.folder)
+        digest.update(f"random on {self.device.type}".encode())
+        return digest.digest()
