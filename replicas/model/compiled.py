@@ -53,7 +53,8 @@ class OpaqueAttention:
         self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int, softcap: float
     ) -> Tensor:
         assert self._step is not None, "a compiled model ran outside of a step"
-        return self._step.attend(layer, q, k, v, AttentionSpec(scale, window or None, softcap or None))
+        spec = AttentionSpec(scale, window or None, softcap or None)
+        return self._step.attend(layer, q, k, v, spec).contiguous()  # as `_like_queries` promises
 
 
 def _like_queries(

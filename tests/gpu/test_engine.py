@@ -1,0 +1,133 @@
+"""The engine on a GPU: the answers of the CPU, however a step runs, and no memory asked for later."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from recall import mixed_prompts, recall_prompt
+from tiny_models import Chunk, make_model, reference_logits, some_tokens, step_of
+
+from quire.replicas import LLM, GpuConfig, PoolConfig, SamplingParams, SchedulerConfig
+from quire.replicas.config import EngineConfig
+from quire.replicas.load import load_tokenizer
+from quire.replicas.shard import Shard
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+FORMATS = ["bf16", "fp8", "int8", "int4", "int4g32", "k8v4"]
+WAYS = [
+    GpuConfig(),
+    GpuConfig(graphs=False),
+    GpuConfig(compile=False),
+    GpuConfig(compile=False, graphs=False),
+]
+POOL = PoolConfig(bytes=256 << 20)
+TOKENIZER = load_tokenizer("demo")
+PROMPTS = [recall_prompt(TOKENIZER, seed=n, distance=n)[0] for n in (100, 400, 1000, 1500)] + mixed_prompts(
+    TOKENIZER, [5, 64, 700, 90, 1]
+)
+GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
+
+
+def answers(kv: str, device: str, gpu: GpuConfig | None = None, **scheduler: int) -> list[tuple[int, ...]]:
+    limits = SchedulerConfig(**scheduler)
+    with LLM("demo", kv=kv, device=device, dtype="float32", gpu=gpu, pool=POOL, scheduler=limits) as llm:
+        done = llm.generate(PROMPTS, GREEDY)
+        llm.check()
+        assert llm.stats().pages_used == 0
+    return [completion.outputs[0].token_ids for completion in done]
+
+
+def same(some: list[tuple[int, ...]], others: list[tuple[int, ...]]) -> float:
+    """Share of equal tokens."""
+    pairs = [a == b for x, y in zip(some, others, strict=True) for a, b in zip(x, y, strict=True)]
+    return sum(pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+def test_answers_are_those_of_the_cpu(kv):
+    """In fp32. A number between two codes may be rounded either way, and a near tie of logits turn: rarely."""
+    assert same(answers(kv, "cuda"), answers(kv, "cpu")) > 0.97
+
+
+@pytest.mark.parametrize("gpu", WAYS, ids=lambda g: f"compile={g.compile}-graphs={g.graphs}")
+def test_however_a_step_runs_the_answers_are_the_same(gpu):
+    assert same(answers("int8", "cuda", gpu), answers("int8", "cuda")) > 0.97
+
+
+def test_chunks_and_batches_of_any_size_give_the_same_answers():
+    whole = answers("int8", "cuda")
+    for limits in ({"max_step_tokens": 70, "max_running": 3}, {"max_step_tokens": 600}, {"max_running": 1}):
+        assert same(answers("int8", "cuda", **limits), whole) > 0.97
+
+
+def test_facts_are_recalled_through_cached_pages():
+    prompts, wanted = zip(*(recall_prompt(TOKENIZER, seed=n, distance=n) for n in (300, 900)), strict=True)
+    with LLM("demo", kv="int4", device="cuda", pool=POOL) as llm:
+        cold = llm.generate(list(prompts), SamplingParams(max_tokens=40))
+        warm = llm.generate(list(prompts), SamplingParams(max_tokens=40))
+    for completion, fact in zip([*cold, *warm], [*wanted, *wanted], strict=True):
+        assert fact in completion.text
+    assert all(c.usage.cached_tokens > 200 for c in warm)
+    assert [c.text for c in warm] == [c.text for c in cold]
+
+
+def test_requests_of_all_kinds_share_overlapped_steps():
+    asked = [
+        SamplingParams(max_tokens=40, temperature=0.8, seed=1, n=3),
+        SamplingParams(max_tokens=30, temperature=1.0, seed=2, top_p=0.9, top_k=50),
+        SamplingParams(max_tokens=30, repetition_penalty=1.2),
+        SamplingParams(max_tokens=30, logprobs=3, prompt_logprobs=1, min_tokens=10),
+        SamplingParams(max_tokens=50, stop=("the",)),
+    ]
+    pool = PoolConfig(bytes=24 * 110592)  # too few pages for all at once
+    with LLM("demo", kv="int8", device="cuda", dtype="float32", pool=pool) as llm:
+        prompts = mixed_prompts(TOKENIZER, [300, 200, 250, 130, 90])
+        first = llm.generate(prompts, asked)
+        again = llm.generate(prompts, asked)
+        llm.check()
+        assert llm.stats().preemptions > 0
+    for one, two, params in zip(first, again, asked, strict=True):
+        assert len(one.outputs) == params.n
+        assert all(o.finish_reason for o in one.outputs)
+        assert [o.token_ids for o in one.outputs] == [o.token_ids for o in two.outputs]
+    assert len(first[3].prompt_logprobs) == 129
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen3", "qwen3_moe"])
+def test_logits_of_other_architectures_are_transformers_own(name, tmp_path):
+    folder, ids = make_model(name, tmp_path), some_tokens(70)
+    shard = Shard(EngineConfig(model=str(folder), kv="bf16", device="cuda", dtype="float32", pool=POOL))
+    pages = list(range(3, 9))
+    outs = [shard.forward(step_of([Chunk(ids[:40], 0, pages)], 64)).clone()]
+    for at in range(40, 70):
+        outs.append(shard.forward(step_of([Chunk(ids[at : at + 1], at, pages)], 64)).clone())
+    expected = reference_logits(folder, ids)
+    assert (torch.cat(outs).cpu() - expected).abs().mean() < 0.02 * expected.abs().mean()  # K and V in bf16
+
+
+def test_a_captured_step_gives_the_same_bits_each_time_and_in_any_company():
+    shard = Shard(EngineConfig(model="demo", kv="int4", device="cuda", pool=POOL))
+    page_rows = np.arange(40 * 3).reshape(40, 3)
+    chunks = [Chunk([5 + i] * 130, 0, page_rows[i]) for i in range(40)]
+    shard.forward(step_of(chunks, 64, rows=[0]))
+    step = step_of([Chunk([9 + i], 130, page_rows[i]) for i in range(40)], 64)
+    first, second = shard.forward(step).clone(), shard.forward(step).clone()
+    assert torch.equal(first, second)
+    alone = torch.cat(
+        [shard.forward(step_of([Chunk([9 + i], 130, page_rows[i])], 64)).clone() for i in (0, 7)]
+    )
+    torch.testing.assert_close(alone, first[[0, 7]], atol=0.15, rtol=0.02)
+
+
+def test_a_pool_that_fills_the_card_leaves_room_for_every_step():
+    limits = SchedulerConfig(max_running=64)
+    with LLM("demo", kv="int8", device="cuda", scheduler=limits) as llm:
+        reserved = torch.cuda.memory_reserved()
+        prompts = [some_tokens(4000, seed=i) for i in range(64)]
+        asked = [SamplingParams(max_tokens=8, temperature=1.0, top_p=0.9, seed=i) for i in range(64)]
+        done = llm.generate(prompts, asked)
+        assert len(done) == 64
+        assert torch.cuda.memory_reserved() - reserved < 1 << 30
+        assert torch.cuda.mem_get_info()[0] > 0
