@@ -66,10 +66,16 @@ def device_seconds(steps: Sequence[Callable[[], object]], wall_s: float) -> floa
     """Mean seconds that the device needs for one of `steps` if the host never keeps it waiting.
 
     The device first sleeps for so long that the host can hand over all steps (`wall_s` each at most), then
-    runs them back to back between two events. Where a step makes the host wait, the host cannot get ahead;
-    then the device's activities in a trace are added up, which counts the pauses between kernels as idle.
-    None where neither works.
+    runs them back to back between two events. So many steps at once may need host memory that is not there
+    yet: there is a second try. Where a step makes the host wait, the host cannot get ahead; then the device's
+    activities in a trace are added up, which counts the pauses between kernels as idle. None where that does
+    not work either.
     """
+    return _slept_seconds(steps, wall_s) or _slept_seconds(steps, wall_s) or _traced_seconds(steps)
+
+
+def _slept_seconds(steps: Sequence[Callable[[], object]], wall_s: float) -> float | None:
+    """None where the device woke before the host had handed it all steps."""
     awake, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     torch.cuda._sleep(round(2 * wall_s * len(steps) * _CYCLES_PER_S))
@@ -79,10 +85,8 @@ def device_seconds(steps: Sequence[Callable[[], object]], wall_s: float) -> floa
     host_was_ahead = not awake.query()
     done.record()
     torch.cuda.synchronize()
-    if host_was_ahead:
-        milliseconds: float = awake.elapsed_time(done)
-        return milliseconds / 1e3 / len(steps)
-    return _traced_seconds(steps)
+    milliseconds: float = awake.elapsed_time(done)
+    return milliseconds / 1e3 / len(steps) if host_was_ahead else None
 
 
 def _traced_seconds(steps: Sequence[Callable[[], object]]) -> float | None:
