@@ -8,9 +8,12 @@ Names: T tokens, Q query heads, H kv heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,11 +69,18 @@ def _like_queries(
 def compile_model(model: PreTrainedModel) -> None:
     """Compile the decoder under the output head, at its first call; its code serves any number of tokens.
 
-    Compiled kernels are kept on disk by torch, for the next start.
+    Compiled kernels are kept on disk by torch, for the next start. Raises ModelNotServable.
     """
     decoder = getattr(model, model.base_model_prefix, None)
     if not isinstance(decoder, torch.nn.Module):
         raise ModelNotServable(
             f"{type(model).__name__} has no decoder of its own to compile; set gpu.compile to false"
         )
-    decoder.compile(fullgraph=True, dynamic=True)
+    # torch keeps few compiled versions of a code object, and every model of a process needs its own.
+    own = FunctionType(_call.__code__.replace(), globals())
+    compiled = torch.compile(own, fullgraph=True, dynamic=True)
+    decoder.forward = partial(compiled, decoder.forward)
+
+
+def _call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
