@@ -23,9 +23,14 @@ _MANY_ROWS = 1 << 15  # from here on programs abound, and wider tiles load the r
 _WIDE_TILE_ROWS = 64
 
 
+def changes_query(transform: SideTransform) -> bool:
+    """Whether there is anything for `transform_query` to do: a shift of K does not touch Q."""
+    return transform.rotate or transform.scale_HD is not None
+
+
 def transform_query(transform: SideTransform, q_TQD: Tensor) -> Tensor:
     """`transform.query` in one launch: fp32 [T, Q, D]; or q itself, where there is nothing to do."""
-    if not transform.rotate and transform.scale_HD is None:  # a shift of K does not touch Q
+    if not changes_query(transform):
         return q_TQD if q_TQD.stride(2) == 1 else q_TQD.contiguous()
     out_TQD = q_TQD.new_empty(q_TQD.shape, dtype=torch.float32)
     return transform_query_into(transform, q_TQD, out_TQD)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from paged_cases import Case, make_step, relative_error
 
+from quire.kernels._transform import transform_query
 from quire.kernels.decode import decode_attention
 from quire.kernels.decode_plan import decode_kind, items_capacity, plan_items
 from quire.kernels.formats import FORMATS, Codes, KVFormat, Scales
@@ -17,7 +18,7 @@ from quire.kernels.prefill import launch_prefill, prefill_attention
 from quire.kernels.ref.paged import write_kv_ref
 from quire.kernels.unpack import unpack_pages
 from quire.kernels.unpacked import suits_library
-from quire.kernels.write import write_kv
+from quire.kernels.write import write_kv, write_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -131,6 +132,47 @@ def test_write_agrees_with_the_reference(case):
         rows = slice(token, token + 500)
         write_kv(again.cache, again.k_LHD[rows], again.v_LHD[rows], again.slots_L[rows])
     assert torch.equal(again.cache.pool_NB, step.cache.pool_NB)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [33, 5000])
+def test_a_step_writes_and_transforms_queries_in_one_launch(name, tokens):
+    case = Case(name, name, [tokens], [tokens], head_dim=128, page_tokens=64, kv_heads=8, group=4)
+    apart, step = make_step(case, written=False).to("cuda"), make_step(case, written=False).to("cuda")
+    write_kv(apart.cache, apart.k_LHD, apart.v_LHD, apart.slots_L)
+    expected_TQD = transform_query(apart.cache.k_transform, apart.q_TQD)
+    out_TQD = write_step(step.cache, step.q_TQD, step.k_LHD, step.v_LHD, step.slots_L)
+    assert torch.equal(step.cache.pool_NB, apart.cache.pool_NB)
+    torch.testing.assert_close(out_TQD, expected_TQD, atol=1e-4, rtol=1e-5)
+    few_TQD = write_step(step.cache, step.q_TQD[:3], step.k_LHD, step.v_LHD, step.slots_L)
+    assert few_TQD.shape[0] == 3
+    torch.testing.assert_close(few_TQD, expected_TQD[:3], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decode_takes_the_queries_of_a_step(name):
+    step = make_step(Case(name, name, LENGTHS, [1, 2, 5, 3, 4], **LONG)).to("cuda")
+    skipped = torch.full_like(step.batch.slots_T, -1)
+    rows = slice(0, len(skipped))
+    q_TQD = write_step(step.cache, step.q_TQD, step.k_LHD[rows], step.v_LHD[rows], skipped)
+    out = decode_attention(step.cache, q_TQD, step.batch, step.spec, transformed=True, dtype=step.q_TQD.dtype)
+    expected = decode_attention(step.cache, step.q_TQD, step.batch, step.spec)
+    assert out.dtype == expected.dtype
+    assert relative_error(out, expected) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4g32"])
+def test_a_long_prompt_is_written_in_wide_tiles_with_the_same_codes(name):
+    """Another instruction rotates there: its sums may differ in their last bit, and a code with it."""
+    case = Case(name, name, [5000], [1], head_dim=128, page_tokens=64, kv_heads=8)
+    expected, step = make_step(case), make_step(case, written=False).to("cuda")
+    write_kv(step.cache, step.k_LHD, step.v_LHD, step.slots_L)
+    assert (step.cache.pool_NB.cpu() != expected.cache.pool_NB).float().mean() < 0.002
+    cut = make_step(case, written=False).to("cuda")
+    for token in range(0, 5000, 1000):
+        rows = slice(token, token + 1000)
+        write_kv(cut.cache, cut.k_LHD[rows], cut.v_LHD[rows], cut.slots_L[rows])
+    assert (cut.cache.pool_NB != step.cache.pool_NB).float().mean() < 1e-5
 
 
 def test_broken_numbers_are_stored_as_the_reference_stores_them():

@@ -168,13 +168,25 @@ def test_combining_does_not_spill_and_rotates_on_tensor_cores(rotate, items, seq
 
 
 @pytest.mark.parametrize(("name", "capability"), [("fp8", 80), ("int8", 90), ("int4", 90), ("int4g32", 80)])
-def test_write_does_not_spill_and_rotates_on_tensor_cores(capability, name):
+@pytest.mark.parametrize(("tokens", "warps", "group"), [(16, 4, 0), (16, 4, 4), (64, 8, 0), (64, 8, 4)])
+def test_write_does_not_spill_and_rotates_on_tensor_cores(capability, name, tokens, warps, group):
+    code = compiled_write(name, capability, warps, T=tokens, G=group)
+    assert code.spill_bytes == 0
+    assert any("HMMA" in op or "HGMMA" in op for op in code.all)
+
+
+def test_wide_tiles_write_a_token_in_fewer_instructions():
+    narrow, wide = compiled_write("int4", 90, 4, T=16), compiled_write("int4", 90, 8, T=64)
+    assert sum(wide.all.values()) * 8 / 64 < 0.85 * sum(narrow.all.values()) * 4 / 16
+
+
+def compiled_write(name: str, capability: int, warps: int, **constants: object) -> Compiled:
+    """K, V and queries in bf16, all of them rotated."""
     sides = {
         f"{s}_{part}": value
         for s in "KV"
         for part, value in (("ROTATE", 1), ("SHIFT", False), ("SCALE", False))
     }
-    pointers = {"k_shift_ptr": "*fp32:16", "v_shift_ptr": "*fp32:16"}
-    code = compiled(write_kernel, name, name, capability, warps=4, T=16, **sides, **pointers)
-    assert code.spill_bytes == 0
-    assert any("HMMA" in op for op in code.all)
+    others = {"k_shift_ptr": "*fp32:16", "v_shift_ptr": "*fp32:16", "q_out_ptr": "*fp32:16"}
+    others |= {"query_tokens": "i32", "Q_TERMS": 1, "G": 0}
+    return compiled(write_kernel, name, name, capability, warps, **{**others, **sides, **constants})

@@ -15,6 +15,7 @@ from quire.kernels.decode_plan import DecodePlan, decode_kind, items_capacity, p
 from quire.kernels.formats import Codes, FormatError, KVFormat, Scales, Transform
 from quire.kernels.ref.paged import write_kv_ref
 from quire.kernels.transform import SideTransform
+from quire.kernels.write import launch_write_step
 
 INT8_G32 = KVFormat(Codes.INT8, Scales.TOKEN, group=32)
 FP8_TOKEN = KVFormat(Codes.FP8, Scales.TOKEN)
@@ -80,6 +81,16 @@ def test_small_values_keep_their_precision():
     write_kv_ref(step.cache, step.k_LHD * 0.1, step.v_LHD * 0.03, step.slots_L)
     out = decode(step)
     assert relative_error(out, step.expected()) < 3e-3
+
+
+def test_takes_queries_that_the_write_has_transformed():
+    step = make_step(Case("int4", "int4", [50, 20], [2, 1]))
+    q_TQD = launch_write_step(
+        step.cache, step.q_TQD, *(x[-3:] for x in (step.k_LHD, step.v_LHD)), torch.full((3,), -1)
+    )
+    out = launch_decode(step.cache, q_TQD, step.batch, step.spec, plan_of(step, 4), torch.bfloat16)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, decode(step, 4))
 
 
 @pytest.mark.parametrize("name", ["bf16", "int4"])

@@ -8,10 +8,11 @@ import pytest
 import torch
 from paged_cases import Case, Step, make_step
 
+from quire.kernels.decode import decode_attention
 from quire.kernels.formats import Codes, KVFormat, Scales, Transform
 from quire.kernels.ref.paged import read_kv_ref, write_kv_ref
 from quire.kernels.transform import SideTransform
-from quire.kernels.write import launch_write
+from quire.kernels.write import launch_write, launch_write_step, write_step
 
 INT8_G32 = KVFormat(Codes.INT8, Scales.TOKEN, group=32)
 FP8_TOKEN = KVFormat(Codes.FP8, Scales.TOKEN, transform=Transform.HADAMARD)
@@ -56,6 +57,65 @@ def test_shift_scale_and_rotation_are_applied_in_the_reference_order(name):
     write_kv_ref(expected.cache, expected.k_LHD, expected.v_LHD, expected.slots_L)
     launch_write(step.cache, step.k_LHD, step.v_LHD, step.slots_L)
     assert differing_share(step, expected) < 0.002
+
+
+@pytest.mark.parametrize("case", [CASES[3], *CASES[7:9]], ids=str)
+def test_wide_tiles_write_the_same(case, monkeypatch):
+    """Long prompts take them; here a few tokens do."""
+    monkeypatch.setattr("quire.kernels.write._MANY_ROWS", 1)
+    expected, step = make_step(case), make_step(case, written=False)
+    launch_write(step.cache, step.k_LHD, step.v_LHD, step.slots_L)
+    assert differing_share(step, expected) < 0.002
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype"), [("int4", torch.bfloat16), ("int4g32", torch.float32), ("int8c", torch.float16)]
+)
+def test_a_step_returns_queries_in_the_space_of_the_keys(k, dtype):
+    case = Case(k, "int8", [33, 20], [20, 9], group=3, dtype=dtype)
+    expected, step = make_step(case), make_step(case, written=False)
+    q_TQD = step.q_TQD.transpose(0, 1).contiguous().transpose(0, 1)  # as attention layers hand them over
+    out_TQD = launch_write_step(step.cache, q_TQD, step.k_LHD, step.v_LHD, step.slots_L)
+    assert differing_share(step, expected) < 0.002
+    assert out_TQD.dtype == torch.float32
+    torch.testing.assert_close(out_TQD, step.cache.k_transform.query(step.q_TQD), atol=1e-5, rtol=1e-5)
+
+
+def test_scaled_and_rotated_queries_agree_with_the_reference():
+    step = make_step(Case("int4", "int4", [40], [7], group=4), written=False)
+    maps = SideTransform(True, torch.randn(2, 64), torch.rand(2, 64) + 0.5)
+    cache = replace(step.cache, k_transform=maps)
+    out_TQD = launch_write_step(cache, step.q_TQD, step.k_LHD, step.v_LHD, step.slots_L)
+    torch.testing.assert_close(out_TQD, maps.query(step.q_TQD), atol=1e-4, rtol=1e-5)
+
+
+def test_queries_of_padding_tokens_are_harmless():
+    step = make_step(Case("int4", "int4", [20], [20]), written=False)
+    slots = torch.full_like(step.slots_L, -1)
+    out_TQD = launch_write_step(step.cache, step.q_TQD, step.k_LHD, step.v_LHD, slots)
+    assert (step.cache.pool_NB == 0xFF).all()
+    assert torch.isfinite(out_TQD).all()
+
+
+@pytest.mark.parametrize(("k", "v"), [("int8", "int4"), ("bf16", "bf16"), ("fp8", "fp8")])
+def test_queries_of_plain_keys_come_back_as_they_are(k, v):
+    case = Case(k, v, [33], [3])
+    expected, step = make_step(case), make_step(case, written=False)
+    out_TQD = launch_write_step(step.cache, step.q_TQD, step.k_LHD, step.v_LHD, step.slots_L)
+    assert out_TQD is step.q_TQD
+    assert differing_share(step, expected) < 0.002
+
+
+def test_a_cpu_writes_and_leaves_queries_to_its_attention():
+    case = Case("int4", "int4", [33], [3])
+    expected, step = make_step(case), make_step(case, written=False)
+    out_TQD = write_step(step.cache, step.q_TQD, step.k_LHD, step.v_LHD, step.slots_L)
+    assert out_TQD is step.q_TQD
+    assert differing_share(step, expected) < 0.002
+    out = decode_attention(
+        step.cache, out_TQD, step.batch, step.spec, transformed=True, dtype=step.q_TQD.dtype
+    )
+    assert torch.equal(out, decode_attention(step.cache, step.q_TQD, step.batch, step.spec))
 
 
 def test_negative_slots_store_nothing():
