@@ -17,7 +17,7 @@ from quire.kernels.decode import decode_attention
 from quire.kernels.decode_plan import DecodeKind, DecodePlan, decode_kind, plan_items
 from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.prefill import prefill_attention
-from quire.kernels.write import write_kv
+from quire.kernels.write import write_kv, write_step
 from quire.replicas.model.attention import LayerHeads
 from quire.replicas.plan import Ints, StepBatch
 from quire.replicas.staging import Array, stage
@@ -47,18 +47,23 @@ class PagedStep:
 
     caches: tuple[LayerCache, ...]
     parts: tuple[StepPart, ...]
+    """Only the first may be one of decoding sequences."""
     slots_T: Tensor
 
     def attend(self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec) -> Tensor:
         """Write the new tokens' K and V, then attend to them too. Rows of no sequence are undefined."""
         cache = self.caches[layer]
-        write_kv(cache, k_THD, v_THD, self.slots_T)
-        outs = [
-            decode_attention(cache, q_TQD[part.rows], part.batch, spec, part.plans[layer])
-            if part.decode
-            else prefill_attention(cache, q_TQD[part.rows], part.batch, spec)
-            for part in self.parts
-        ]
+        first, *others = self.parts
+        if first.decode:
+            queries = write_step(cache, q_TQD[first.rows], k_THD, v_THD, self.slots_T)
+            plan = first.plans[layer]
+            outs = [
+                decode_attention(cache, queries, first.batch, spec, plan, transformed=True, dtype=q_TQD.dtype)
+            ]
+        else:
+            write_kv(cache, k_THD, v_THD, self.slots_T)
+            outs = [prefill_attention(cache, q_TQD[first.rows], first.batch, spec)]
+        outs += [prefill_attention(cache, q_TQD[part.rows], part.batch, spec) for part in others]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
