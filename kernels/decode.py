@@ -199,19 +199,17 @@ def decode_kernel(
     new_tokens = tl.load(query_start_ptr + seq + 1) - first_token
     kv_tokens = tl.load(kv_tokens_ptr + seq)
     first_row = tl.program_id(0) * R
+    if WINDOW:
+        first_seen = kv_tokens - new_tokens + first_row // G - window + 1
+        first_page = tl.maximum(first_page, tl.maximum(first_seen, 0) // P)
+    # Asked for before the lengths have arrived. Where nothing is left to walk it is a page of the item still.
+    page = tl.load(page_table_ptr + tl.minimum(first_page, end_page - 1)).to(tl.int64)
     if first_row >= new_tokens * G:
         return
     row_R = first_row + tl.arange(0, R)
     token_R, q_head_R = row_R // G, head * G + row_R % G
     used_R = token_R < new_tokens
     seen_to_R = kv_tokens - new_tokens + token_R  # the row's own position, the last it sees
-
-    # Of the item's pages those that any of this tile's rows sees.
-    if WINDOW:
-        first_seen = kv_tokens - new_tokens + first_row // G - window + 1
-        first_page = tl.maximum(first_page, tl.maximum(first_seen, 0) // P)
-    # No mask, so as not to wait for the lengths: even where nothing is left, this is a page of the sequence.
-    page = tl.load(page_table_ptr + first_page).to(tl.int64)
     last_token = tl.minimum((first_row + R - 1) // G, new_tokens - 1)
     end_page = tl.minimum(end_page, (kv_tokens - new_tokens + last_token) // P + 1)
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from quire.kernels.decode import decode_attention, plan_batch
+from quire.kernels.decode_plan import DecodePlan
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.transform import default_transform
-from quire.kernels.write import write_kv
+from quire.kernels.write import write_kv, write_step
 
 _COLD_BYTES = 512 << 20
 _MOST_LAYERS = 64
@@ -77,15 +78,42 @@ class Paged:
     q_TQD: Tensor
 
     def decode_calls(self) -> list[Callable[[], Tensor]]:
-        """One call a layer; the plan is made before, once for all of them, as an engine does."""
-        multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-        spec = self.shape.spec
-        plan = plan_batch(self.caches[0], self.q_TQD.shape[1], self.batch, spec, multiprocessors)
+        """One call a layer."""
+        plan = self._plan()
 
         def call(cache: LayerCache) -> Callable[[], Tensor]:
-            return lambda: decode_attention(cache, self.q_TQD, self.batch, spec, plan)
+            return lambda: decode_attention(cache, self.q_TQD, self.batch, self.shape.spec, plan)
 
         return [call(cache) for cache in self.caches]
+
+    def step_calls(self, *, together: bool) -> list[Callable[[], Tensor]]:
+        """One call a layer, which writes a token of each sequence and attends.
+
+        together: Q is transformed in the launch of the write.
+        """
+        plan, shape, q_TQD = self._plan(), self.shape, self.q_TQD
+        k_THD, v_THD = torch.randn(2, shape.B, shape.H, shape.D, dtype=torch.bfloat16, device="cuda")
+        slots_T = self.batch.page_table_SM[:, 0].long() * shape.page_tokens + 5
+
+        def call(cache: LayerCache) -> Callable[[], Tensor]:
+            def step() -> Tensor:
+                q = write_step(cache, q_TQD, k_THD, v_THD, slots_T)
+                return decode_attention(
+                    cache, q, self.batch, shape.spec, plan, transformed=True, dtype=q_TQD.dtype
+                )
+
+            def step_apart() -> Tensor:
+                write_kv(cache, k_THD, v_THD, slots_T)
+                return decode_attention(cache, q_TQD, self.batch, shape.spec, plan)
+
+            return step if together else step_apart
+
+        return [call(cache) for cache in self.caches]
+
+    def _plan(self) -> DecodePlan:
+        """Made before, once for all layers, as an engine does."""
+        multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+        return plan_batch(self.caches[0], self.q_TQD.shape[1], self.batch, self.shape.spec, multiprocessors)
 
     @classmethod
     def random(

@@ -1,4 +1,5 @@
-"""Writing a step's K and V into pages: time, and its share of the decode step it belongs to.
+"""Writing a step's K and V into pages: time, its share of the decode step it belongs to, and what Q's
+transform costs in a launch of its own.
 
 python -m benchmarks.gpu write --date 2026-01-31
 """
@@ -17,6 +18,7 @@ from quire.kernels.write import write_kv
 POLICIES = ("bf16", "fp8", "int8", "int4")
 _DECODE = Shape(B=64, L=8192)
 _PROMPT_TOKENS = 8192
+_STEPS = (Shape(B=1, L=8192), Shape(B=32, L=1024), Shape(B=32, L=8192))
 _WEIGHT_BYTES_A_LAYER = 2 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
 """bf16 weights that a decode step of an 8B model (Llama-3.1-8B's shape) reads in each layer."""
 
@@ -40,7 +42,19 @@ def measure(ceilings: Ceilings) -> list[Row]:
             f"layer's decode step, {_PROMPT_TOKENS} tokens {large_s * 1e6:.1f} us = {share:.0%} of copy",
             flush=True,
         )
-    return rows
+    return rows + [step_row("int4", shape) for shape in _STEPS]
+
+
+def step_row(policy: str, shape: Shape) -> Row:
+    """One layer's write and attention with the queries transformed by the write, against by themselves."""
+    paged = Paged.random(shape, policy, shape.layers(policy))
+    apart_s, together_s = (graph_seconds(paged.step_calls(together=t)) for t in (False, True))
+    print(
+        f"write and decode {policy} {shape}: {together_s * 1e6:.1f} us, {apart_s * 1e6:.1f} with Q apart",
+        flush=True,
+    )
+    case = f"write and decode {policy} {shape}"
+    return Row(case, "time", together_s * 1e3, "ms", "Q in a launch of its own", together_s / apart_s)
 
 
 def write_seconds(policy: str, tokens: int) -> float:

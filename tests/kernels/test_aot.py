@@ -107,6 +107,23 @@ def test_decode_of_256_channels_needs_two_warps():
     assert compiled(decode_kernel, "int4", "int4", 90, warps=1, head_dim=256).spill_bytes > 0
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("name", "limit"), [("bf16", 3.3), ("int8", 3.5), ("int4", 4.2), ("int4g32", 6.2)])
+def test_sixteen_rows_cost_less_than_eight_twice(capability, name, limit):
+    code = compiled(decode_kernel, name, name, capability, warps=2, R=16, WINDOW=True)
+    assert code.spill_bytes == 0
+    assert code.count("HGMMA", "WGMMA") == 0
+    assert per_number(code, 2) <= limit
+
+
+@pytest.mark.parametrize(("name", "spill_bytes"), [("bf16", 128), ("fp8", 0)])
+def test_formats_without_scales_take_32_rows(name, spill_bytes):
+    code = compiled(decode_kernel, name, name, 90, warps=2, R=32)
+    assert code.spill_bytes <= spill_bytes  # Triton 3.9: 8 reloads among 1071 instructions a page; 3.6: none
+    assert code.count("HGMMA", "WGMMA") == 0
+    assert per_number(code, 2) <= 4.8
+
+
 def test_windows_and_soft_caps_cost_little():
     code = compiled(decode_kernel, "int8", "int8", 90, warps=1, WINDOW=True, SOFTCAP=True)
     assert code.spill_bytes == 0

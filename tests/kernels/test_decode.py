@@ -47,6 +47,8 @@ CASES = [
     Case("int8", "int8", [200, 9, 17], [1, 1, 1], page_tokens=16, window=17),
     Case("int4", "int4", [200, 9, 65], [4, 1, 3], page_tokens=16, window=30, softcap=20.0),
     Case("int8c", "int8c", [100, 9], [2, 1], page_tokens=32, softcap=5.0),
+    Case("int8", "int8", [100, 9, 64], [20, 1, 7], page_tokens=16, window=20),
+    Case("bf16", "bf16", [90, 9], [40, 1], page_tokens=16, window=12),
 ]
 
 

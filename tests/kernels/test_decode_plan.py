@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from paged_cases import Case, make_step
 
-from quire.kernels.decode_plan import DecodeKind, DecodePlan, decode_kind, items_capacity, plan_items
+from quire.kernels.decode_plan import (
+    DecodeKind,
+    DecodePlan,
+    DecodeTile,
+    decode_kind,
+    decode_tile,
+    items_capacity,
+    plan_items,
+)
 from quire.kernels.paged import AttentionSpec
 
 RNG = np.random.default_rng(0)
@@ -109,6 +117,26 @@ def test_the_device_is_busy_to_the_end(batch, limit):
         if sequence >= 0:
             busy_until[busy_until.argmin()] += end - first
     assert busy_until.max() <= limit * busy_until.mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "rows", "tile"),
+    [
+        ("int4", 128, 1, DecodeTile(8, 1)),
+        ("bf16", 128, 1, DecodeTile(8, 2)),
+        ("int4", 256, 1, DecodeTile(8, 2)),
+        ("int4", 128, 4, DecodeTile(16, 2)),
+        ("int4", 64, 4, DecodeTile(16, 1)),
+        ("int8", 128, 8, DecodeTile(16, 2)),
+        ("bf16", 128, 4, DecodeTile(16, 2)),
+        ("bf16", 128, 8, DecodeTile(32, 2)),
+        ("fp8", 128, 8, DecodeTile(32, 2)),
+        ("bf16", 256, 8, DecodeTile(8, 2)),
+    ],
+)
+def test_tiles_are_as_wide_as_the_rows_and_the_registers(name, head_dim, rows, tile):
+    step = make_step(Case(name, name, [1], [1], page_tokens=64, head_dim=head_dim))
+    assert decode_tile(step.cache, 8, rows) == tile
 
 
 def test_kinds_differ_by_what_changes_a_plan():
