@@ -26,8 +26,10 @@ _IGNORED = frozenset({"dropout", "position_ids", "is_causal"})
 class AttentionStep(Protocol):
     """What `paged_attention` asks of the `step` it is handed."""
 
-    def attend(self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec) -> Tensor:
-        """Attention outputs [T, Q, D] of one layer."""
+    def attend(
+        self, module: nn.Module, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """Attention outputs [T, Q, D] of the layer that `module` belongs to (`layer_index`)."""
 
 
 def paged_attention(
@@ -61,10 +63,11 @@ def paged_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q_TQD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     spec = AttentionSpec(scale, sliding_window, softcap)
-    return step.attend(_layer_index(module), q_TQD, k_THD, v_THD, spec)[None], None
+    return step.attend(module, q_TQD, k_THD, v_THD, spec)[None], None
 
 
-def _layer_index(module: nn.Module) -> int:
+def layer_index(module: nn.Module) -> int:
+    """Which of the model's layers a layer's attention module is."""
     index = module.layer_idx
     assert isinstance(index, int)
     return index
@@ -90,7 +93,10 @@ class Probe:
     def __init__(self) -> None:
         self.layers: dict[int, LayerHeads] = {}
 
-    def attend(self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec) -> Tensor:
+    def attend(
+        self, module: nn.Module, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        layer = layer_index(module)
         if layer in self.layers:
             raise ModelNotServable(
                 f"layer {layer} calls attention more than once a step; pages hold one K and V of a layer"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quire.replicas.model.compiled import OpaqueAttention, compile_model
+from quire.replicas.model.compiled import OpaqueAttention, compile_layers
 from quire.replicas.model.step import ModelInputs
 
 
@@ -19,17 +19,17 @@ class ForwardPass:
         self._model = model
         self._opaque = OpaqueAttention() if compiled else None
         if compiled:
-            compile_model(model)
+            compile_layers(model)
 
     @torch.inference_mode()
     def __call__(self, inputs: ModelInputs) -> Tensor:
         """fp32 logits [R, vocabulary] of the wanted rows; the step's K and V are in the pages afterwards."""
-        token_ids_T, positions_T = inputs.token_ids_T, inputs.positions_T
-        if self._opaque:  # copied, because torch would compile anew for every place in a tensor's memory
-            token_ids_T, positions_T = token_ids_T.clone(), positions_T.clone()
+        positions_T = inputs.positions_T
+        if self._opaque:  # a copy, because torch would compile anew for every place in a tensor's memory
+            positions_T = positions_T.clone()
         with self._opaque.bound(inputs.step) if self._opaque else nullcontext(inputs.step) as step:
             logits_1RV: Tensor = self._model(
-                input_ids=token_ids_T[None],
+                input_ids=inputs.token_ids_T[None],
                 position_ids=positions_T[None],
                 use_cache=False,
                 step=step,

@@ -11,14 +11,14 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quire.kernels.decode import decode_attention
 from quire.kernels.decode_plan import DecodeKind, DecodePlan, decode_kind, plan_items
 from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.prefill import prefill_attention
 from quire.kernels.write import write_kv, write_step
-from quire.replicas.model.attention import LayerHeads
+from quire.replicas.model.attention import LayerHeads, layer_index
 from quire.replicas.plan import Ints, StepBatch
 from quire.replicas.staging import Array, stage
 
@@ -50,7 +50,15 @@ class PagedStep:
     """Only the first may be one of decoding sequences."""
     slots_T: Tensor
 
-    def attend(self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec) -> Tensor:
+    def attend(
+        self, module: nn.Module, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """`attend_layer` of the layer that `module` belongs to."""
+        return self.attend_layer(layer_index(module), q_TQD, k_THD, v_THD, spec)
+
+    def attend_layer(
+        self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec
+    ) -> Tensor:
         """Write the new tokens' K and V, then attend to them too. Rows of no sequence are undefined."""
         cache = self.caches[layer]
         first, *others = self.parts

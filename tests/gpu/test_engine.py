@@ -57,7 +57,8 @@ def test_answers_are_those_of_the_cpu(kv):
 def test_every_tokens_probability_is_that_of_the_cpu(kv):
     on_gpu, on_cpu = prompt_logprobs(kv, "cuda"), prompt_logprobs(kv, "cpu")
     exact = prompt_logprobs("fp32", "cpu")
-    assert (on_gpu - on_cpu).abs().mean() < 0.5 * (on_cpu - exact).abs().mean()
+    share = 1.0 if kv == "bf16" else 0.5  # a GPU multiplies what is stored in bf16 in bf16
+    assert (on_gpu - on_cpu).abs().mean() < share * (on_cpu - exact).abs().mean()
 
 
 @pytest.mark.parametrize("gpu", WAYS[1:], ids=lambda g: f"compile={g.compile}-graphs={g.graphs}")
