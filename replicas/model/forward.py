@@ -16,7 +16,7 @@ class ForwardPass:
     """Calls the model, compiled or as transformers wrote it."""
 
     def __init__(self, model: PreTrainedModel, *, compiled: bool) -> None:
-        self._model = model
+        self.model = model
         self._opaque = OpaqueAttention() if compiled else None
         if compiled:
             compile_layers(model)
@@ -28,7 +28,7 @@ class ForwardPass:
         if self._opaque:  # a copy, because torch would compile anew for every place in a tensor's memory
             positions_T = positions_T.clone()
         with self._opaque.bound(inputs.step) if self._opaque else nullcontext(inputs.step) as step:
-            logits_1RV: Tensor = self._model(
+            logits_1RV: Tensor = self.model(
                 input_ids=inputs.token_ids_T[None],
                 position_ids=positions_T[None],
                 use_cache=False,

@@ -27,7 +27,7 @@ def test_compiled_code_serves_every_step_of_a_model(name, tmp_path):
 
 def _plain(shard: Shard) -> torch.nn.Module:
     """The model without what makes a CPU's arithmetic invariant, which depends on the number of tokens."""
-    model = shard._forward._model
+    model = shard._forward.model
     for module in list(model.modules()):
         for child_name, child in list(module.named_children()):
             if type(child).__name__ == "OneThreadAtATime":

@@ -97,7 +97,7 @@ def test_an_activation_has_the_same_bits_however_many_threads_share_it(activatio
 
 def test_the_activations_of_a_model_are_wrapped(tmp_path):
     with Ranks(tiny_config(make_model("mixtral", tmp_path))) as ranks:
-        wrapped = [m for m in ranks.shards[0]._model.modules() if isinstance(m, OneThreadAtATime)]
+        wrapped = [m for m in ranks.shards[0]._forward.model.modules() if isinstance(m, OneThreadAtATime)]
     assert len(wrapped) == 2
 
 
