@@ -1,24 +1,20 @@
 """Sessions of 128K tokens that fit one card beside an 8B model with random weights, and how fast they decode.
 
-    python -m benchmarks.gpu capacity --date 2026-01-31
-
 The engine sizes its pool itself. As many sessions as that holds then decode together, at the level of the
 shard and over random pages: no prompt is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.models import LLAMA_8B
-from benchmarks.gpu.shards import in_fresh_process, random_shard
 from benchmarks.gpu.step import StepTime, floor_seconds, step_time
 from benchmarks.rows import Row
+from quire.replicas.shard import Shard
 
 MODEL = LLAMA_8B
-POLICIES = ("bf16", "int8", "int4")
 CONTEXT_TOKENS = 131072
 _STEPS = 8
 
@@ -32,21 +28,12 @@ class Capacity:
     """Of a step of all sessions that fit."""
 
 
-def measure(ceilings: Ceilings) -> Iterator[Row]:
-    bf16_tokens = 0
-    for policy in POLICIES:
-        held = in_fresh_process(_capacity, policy)
-        bf16_tokens = held.pool_tokens if policy == "bf16" else bf16_tokens
-        yield from _rows(policy, held, bf16_tokens, ceilings)
-
-
-def _capacity(policy: str) -> Capacity:
-    shard = random_shard(MODEL, policy)
+def capacity(shard: Shard) -> Capacity:
     tokens = shard.num_pages * shard.layout.page_tokens
     return Capacity(tokens, step_time(shard, tokens // CONTEXT_TOKENS, CONTEXT_TOKENS, _STEPS))
 
 
-def _rows(policy: str, held: Capacity, bf16_tokens: int, ceilings: Ceilings) -> list[Row]:
+def capacity_rows(policy: str, held: Capacity, bf16_tokens: int, ceilings: Ceilings) -> list[Row]:
     sessions = held.time.sequences
     rate = sessions / held.time.wall_s
     of_floor = floor_seconds(policy, held.time, ceilings) / held.time.wall_s

@@ -1,7 +1,5 @@
 """Output tokens per second of the whole engine on an 8B model with random weights, by KV format.
 
-    python -m benchmarks.gpu engine --date 2026-01-31
-
 All requests arrive at once and are continued greedily by as many tokens. Rates are of everything, prompts
 included, and of decoding alone: the same prompts once more, found in the cache, as many as fit at once. In
 bf16 fewer sessions may fit than are asked for; the others wait their turn, and the line says how many ran.
@@ -13,14 +11,12 @@ steps at copy bandwidth. Its first part is the same in all formats, and so bound
 from __future__ import annotations
 
 import random
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.models import LLAMA_8B
-from benchmarks.gpu.shards import in_fresh_process
 from benchmarks.rows import Row
 from quire.replicas.config import SchedulerConfig
 from quire.replicas.llm import LLM, Completion
@@ -29,7 +25,7 @@ from quire.replicas.request import SamplingParams
 MODEL = LLAMA_8B
 _DECODE_TOKENS = 256
 """New tokens of each request when decoding is timed alone."""
-_STEP_TOKENS = 8192
+_WARM_UP_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +48,7 @@ LOADS = (
         16384,
         1024,
         64,
-        ("bf16", "int8", "int4"),
+        ("bf16", "int4"),
         "SAW-INT4 (Qwen3-8B, H100): bf16 471, int4 663 tokens/s = 1.41 x",
     ),
     Load(
@@ -84,16 +80,7 @@ class Floor:
         return self.prefill_s + self.decode_s
 
 
-def measure(ceilings: Ceilings) -> Iterator[Row]:
-    bf16: dict[Load, Speed] = {}
-    policies = dict.fromkeys(policy for load in LOADS for policy in load.policies)
-    for policy in policies:
-        loads = [load for load in LOADS if policy in load.policies]
-        for load, speed in zip(loads, in_fresh_process(_speeds, policy, loads), strict=True):
-            bf16.setdefault(load, speed)
-            yield from _rows(policy, load, speed, bf16[load], ceilings)
-    for load, speed in bf16.items():
-        _print_bound(load, speed, ceilings)
+SCHEDULER = SchedulerConfig(max_running=max(load.requests for load in LOADS))
 
 
 def floor(policy: str, load: Load, at_once: int, ceilings: Ceilings) -> Floor:
@@ -112,18 +99,7 @@ def decode_rate(done: Sequence[Completion]) -> float:
     return sum(c.usage.output_tokens - 1 for c in done) / (last_s - first_s)
 
 
-def _speeds(policy: str, loads: Sequence[Load]) -> list[Speed]:
-    scheduler = SchedulerConfig(
-        max_running=max(load.requests for load in loads), max_step_tokens=_STEP_TOKENS
-    )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        LLM(MODEL.save(folder), kv=policy, weights="random", scheduler=scheduler) as llm,
-    ):
-        return [_speed(llm, load) for load in loads]
-
-
-def _speed(llm: LLM, load: Load) -> Speed:
+def speed(llm: LLM, load: Load) -> Speed:
     _warm_up(llm, load)
     prompts = _prompts(load, load.requests)
     preempted = llm.stats().preemptions
@@ -145,7 +121,7 @@ def _decoding_alone(load: Load, at_once: int) -> Load:
 
 def _warm_up(llm: LLM, load: Load) -> None:
     """Kernels and library plans for such prompts; no prompt of the load is cached by it."""
-    requests = min(load.requests, max(2, _STEP_TOKENS // load.prompt_tokens))
+    requests = min(load.requests, max(2, _WARM_UP_TOKENS // load.prompt_tokens))
     _generate(llm, _prompts(load, requests, seed=1), 8, tenant="warm-up")
 
 
@@ -161,7 +137,7 @@ def _generate(llm: LLM, prompts: list[list[int]], new_tokens: int, tenant: str =
     return llm.generate(prompts, SamplingParams(max_tokens=new_tokens, ignore_eos=True), tenant=tenant)
 
 
-def _rows(policy: str, load: Load, speed: Speed, bf16: Speed, ceilings: Ceilings) -> list[Row]:
+def engine_rows(policy: str, load: Load, speed: Speed, bf16: Speed, ceilings: Ceilings) -> list[Row]:
     least = floor(policy, load, speed.at_once, ceilings)
     new_tokens = load.requests * load.new_tokens
     of_floor = speed.tokens_s * least.all_s / new_tokens
@@ -188,7 +164,7 @@ def _rows(policy: str, load: Load, speed: Speed, bf16: Speed, ceilings: Ceilings
     ]
 
 
-def _print_bound(load: Load, bf16: Speed, ceilings: Ceilings) -> None:
+def print_bound(load: Load, bf16: Speed, ceilings: Ceilings) -> None:
     """What the floors allow at most, on this card."""
     slow = floor("bf16", load, bf16.at_once, ceilings)
     fast = floor("int4", load, load.requests, ceilings)

@@ -1,4 +1,4 @@
-"""One shard of a model with random weights, its whole pool full of random pages, and decode steps over it.
+"""An engine of a model with random weights, its whole pool full of random pages, and decode steps over it.
 
 Legend: S sequences, M pages of each, N pages in the pool, B bytes, T tokens.
 """
@@ -21,8 +21,8 @@ from quire.kernels.layout import PageLayout
 from quire.kernels.paged import LayerCache
 from quire.kernels.transform import default_transform
 from quire.kernels.write import write_kv
-from quire.replicas.config import EngineConfig
-from quire.replicas.model.loading import Progress
+from quire.replicas.config import SchedulerConfig
+from quire.replicas.llm import LLM
 from quire.replicas.plan import Ints, StepBatch
 from quire.replicas.shard import Shard
 
@@ -53,12 +53,18 @@ def _set_environment(environment: dict[str, str]) -> None:
     os.environ.update(environment)
 
 
-def random_shard(model: Model, kv: str, progress: Progress | None = None) -> Shard:
-    """Ready to step, with a pool sized by itself and full of finite numbers."""
+def random_engine(model: Model, kv: str, scheduler: SchedulerConfig | None = None) -> LLM:
+    """Ready to step, with a pool sized by itself and full of finite numbers. Nothing is cached in it."""
     with tempfile.TemporaryDirectory() as folder:
-        shard = Shard(EngineConfig(model=model.save(folder), weights="random", kv=kv), progress=progress)
+        llm = LLM(model.save(folder), kv=kv, weights="random", scheduler=scheduler)
+    shard = shard_of(llm)
     fill_pages(shard.pool, shard.layout)
-    return shard
+    return llm
+
+
+def shard_of(llm: LLM) -> Shard:
+    """The one shard of an engine, to be stepped while the engine does nothing."""
+    return llm._executor.shard
 
 
 def fill_pages(pool_NB: Tensor, layout: PageLayout) -> None:

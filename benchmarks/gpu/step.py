@@ -1,7 +1,5 @@
 """A shard's decode step of an 8B model with random weights, against the time its bytes take.
 
-    python -m benchmarks.gpu step --date 2026-01-31
-
 The floor is what must be read, weights and K and V, at the device's copy bandwidth. Steps follow each other
 as an engine makes them, each one token further, page tables at random over the whole pool; the host's part is
 in the time. `host` compares that with the device's own time for the same steps: what is above 1 is waiting.
@@ -9,18 +7,16 @@ in the time. `host` compares that with the device's own time for the same steps:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.models import LLAMA_8B
-from benchmarks.gpu.shards import decode_steps, forwards, in_fresh_process, random_shard
+from benchmarks.gpu.shards import decode_steps, forwards
 from benchmarks.gpu.timing import device_seconds, wall_seconds
 from benchmarks.rows import Row
 from quire.replicas.shard import Shard
 
 MODEL = LLAMA_8B
-POLICIES = ("bf16", "int8", "int4")
 CASES = ((64, 8192), (32, 512), (32, 8192), (1, 8192))
 """Sequences, and tokens of each."""
 _STEPS = 24
@@ -43,12 +39,6 @@ class StepTime:
         return round(self.sequences * (self.tokens - (self.steps - 1) / 2))
 
 
-def measure(ceilings: Ceilings) -> Iterator[Row]:
-    for policy in POLICIES:
-        for time in in_fresh_process(_times, policy):
-            yield from _rows(policy, time, ceilings)
-
-
 def step_time(shard: Shard, sequences: int, tokens: int, steps: int = _STEPS) -> StepTime:
     """Of decode steps that end at `tokens` a sequence. Raises ValueError where the pool cannot hold them."""
     batches = decode_steps(
@@ -64,17 +54,18 @@ def floor_seconds(policy: str, time: StepTime, ceilings: Ceilings) -> float:
     return read_bytes / ceilings.copy_bytes_s
 
 
-def _times(policy: str) -> list[StepTime]:
-    shard, times = random_shard(MODEL, policy), []
+def step_times(shard: Shard) -> list[StepTime]:
+    """Of all cases that the pool can hold."""
+    times = []
     for sequences, tokens in CASES:
         try:
             times.append(step_time(shard, sequences, tokens))
         except ValueError as error:
-            print(f"step {policy} B={sequences} L={tokens} is left out: {error}", flush=True)
+            print(f"step B={sequences} L={tokens} is left out: {error}", flush=True)
     return times
 
 
-def _rows(policy: str, time: StepTime, ceilings: Ceilings) -> list[Row]:
+def step_rows(policy: str, time: StepTime, ceilings: Ceilings) -> list[Row]:
     floor_s = floor_seconds(policy, time, ceilings)
     case = f"step {policy} {MODEL} B={time.sequences} L={time.tokens}"
     rows = [Row(case, "time", time.wall_s * 1e3, "ms", "floor", time.wall_s / floor_s)]
