@@ -20,9 +20,7 @@ from quire.kernels.paged import LayerCache
 from quire.kernels.transform import SideTransform
 
 _TILE_TOKENS = 16  # the least that keeps a rotation's tensor cores busy
-_MANY_ROWS = (
-    1 << 15
-)  # (tokens * kv heads) from here on programs abound, and wider tiles load the rotation less
+_MANY_ROWS = 1 << 15  # tokens * kv heads: programs abound, and wider tiles load the rotation less often
 _WIDE_TILE_TOKENS = 64
 _FOUR_WARPS_HEAD_DIM = 128  # more channels spill
 

@@ -108,18 +108,16 @@ def test_decode_of_256_channels_needs_two_warps():
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("name", "limit"), [("bf16", 3.3), ("int8", 3.5), ("int4", 4.2), ("int4g32", 6.2)])
-def test_sixteen_rows_cost_less_than_eight_twice(capability, name, limit):
-    code = compiled(decode_kernel, name, name, capability, warps=2, R=16, WINDOW=True)
+def test_bf16_rows_cost_less_in_wide_tiles(capability):
+    code = compiled(decode_kernel, "bf16", "bf16", capability, warps=2, R=16, WINDOW=True)
     assert code.spill_bytes == 0
     assert code.count("HGMMA", "WGMMA") == 0
-    assert per_number(code, 2) <= limit
+    assert per_number(code, 2) <= 3.3
 
 
-@pytest.mark.parametrize(("name", "spill_bytes"), [("bf16", 128), ("fp8", 0)])
-def test_formats_without_scales_take_32_rows(name, spill_bytes):
-    code = compiled(decode_kernel, name, name, 90, warps=2, R=32)
-    assert code.spill_bytes <= spill_bytes  # Triton 3.9: 8 reloads among 1071 instructions a page; 3.6: none
+def test_bf16_takes_32_rows():
+    code = compiled(decode_kernel, "bf16", "bf16", 90, warps=2, R=32)
+    assert code.spill_bytes <= 128  # Triton 3.9: 8 reloads among 1071 instructions a page; 3.6: none
     assert code.count("HGMMA", "WGMMA") == 0
     assert per_number(code, 2) <= 4.8
 
