@@ -139,7 +139,7 @@ class PagePool:
         return lease
 
     def end_lease(self, lease_id: LeaseId) -> bool:
-        """Unpin. False if what was read meanwhile is not to be trusted: the lease was over, a block damaged."""
+        """Unpin. False if what was read meanwhile is not to be trusted: the lease was over, a block bad."""
         lease = self._leases.pop(lease_id, None)
         if lease is None:
             return False
