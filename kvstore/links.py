@@ -3,7 +3,8 @@
 A link leads from one sender to one receiver and meets in the receiver's store, under the sender's name:
 
     generation        counts the link's groups: a group that saw an error is never used again
-    starts            queue of "<ticket> <generation>": the sender says what it sends next, and in which group
+    starts            queue of "<ticket> <generation> <sizes>": what the sender sends next, in which group.
+                      A chunk of another size than it expects would end the receiver's process (gloo)
     dropped/<g>       the receiver has given up group g: the sender opens another one
 
 Any error or deadline drops the group and fails the stream; the next stream opens the next generation.
@@ -11,6 +12,7 @@ Any error or deadline drops the group and fails the stream; the next stream open
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import socket
 import threading
@@ -228,7 +230,7 @@ class _OutLink(_Link[Source]):
             self._generation = self._store.add("generation", 1)
             for key in ("gloo/0/0", "gloo/0/1"):  # what the last group left behind
                 self._store.delete_key(f"{self._generation - 1}/{key}")
-        self._store.queue_push("starts", f"{stream.ticket} {self._generation}")
+        self._store.queue_push("starts", f"{stream.ticket} {self._generation} {_digest(stream.body.sizes)}")
         if fresh:
             self._connect(self._store, self._generation, 0)
         return stream
@@ -265,19 +267,21 @@ class _InLink(_Link[Sink]):
         start = self._start(self._store)
         if start is None:
             return None
-        ticket, generation = start
+        ticket, generation, sizes = start
         if generation != self._generation:
             self._drop_pair()
             self._store.delete_key(f"dropped/{self._generation}")
             self._generation = generation
         if self._current is None:
             raise TransferFailed(Cause.DEADLINE, f"stream {ticket} came when nobody waited for it any more")
+        if sizes != _digest(self._current.body.sizes):
+            raise TransferFailed(Cause.HEADER, f"stream {ticket} has chunks of other sizes than were agreed")
         if self._pair is None:
             self._connect(self._store, generation, 1)
         return self._current
 
-    def _start(self, store: Store) -> tuple[Ticket, int] | None:
-        """What the sender sends now, and in which group. Its stream becomes the current one, if there is one.
+    def _start(self, store: Store) -> tuple[Ticket, int, str] | None:
+        """What the sender sends now: ticket, generation, sizes. Its stream, if any, becomes the current one.
 
         A sender may be faster than the message that announces it, so that its stream is waited for; but
         where it has started another one since, the first is over.
@@ -290,9 +294,9 @@ class _InLink(_Link[Sink]):
         while True:
             while store.queue_len("starts"):
                 start = store.queue_pop("starts")
-            ticket, generation = map(int, start.split())
-            if self._begin(Ticket(ticket)) or self._closed or time.monotonic() > end_s:
-                return Ticket(ticket), generation
+            ticket, generation, sizes = start.decode().split()
+            if self._begin(Ticket(int(ticket))) or self._closed or time.monotonic() > end_s:
+                return Ticket(int(ticket)), int(generation), sizes
 
     def _begin(self, ticket: Ticket) -> bool:
         with self._changed:
@@ -321,6 +325,10 @@ class _InLink(_Link[Sink]):
             with suppress(RuntimeError):  # our own store: where it is gone, so is the transport
                 self._store.set(f"dropped/{self._generation}", "")
         self._drop_pair()
+
+
+def _digest(sizes: tuple[int, ...]) -> str:
+    return hashlib.blake2b(repr(sizes).encode(), digest_size=8).hexdigest()
 
 
 class _Table(Generic[Body]):

@@ -50,7 +50,7 @@ class PagePool:
         self._references = [0] * num_pages
         self._generations = [0] * num_pages
         self._leases: dict[LeaseId, Lease] = {}
-        self._leased = 0
+        self._leases_given = 0
         self._free = [PageId(page) for page in reversed(range(num_pages))]
         self._index = PrefixIndex()
 
@@ -69,6 +69,11 @@ class PagePool:
     @property
     def used(self) -> int:
         return self.total - self.free - self.cached
+
+    @property
+    def leased(self) -> int:
+        """Pages under leases; one that is under several counts as often."""
+        return sum(len(lease.pages) for lease in self._leases.values())
 
     @property
     def available(self) -> int:
@@ -133,8 +138,8 @@ class PagePool:
     def lease(self, keys: Sequence[BlockKey], until_s: float) -> Lease:
         """Pin the leading blocks of `keys` that are here (perhaps none) for a peer that reads them."""
         pages = tuple(self.share(keys))
-        self._leased += 1
-        lease = Lease(LeaseId(self._leased), pages, tuple(map(self.generation, pages)), until_s)
+        self._leases_given += 1
+        lease = Lease(LeaseId(self._leases_given), pages, tuple(map(self.generation, pages)), until_s)
         self._leases[lease.id] = lease
         return lease
 

@@ -26,12 +26,17 @@ class PageSlice:
     size_bytes: int
 
 
+def fits(tp: int, kv_heads: int) -> bool:
+    """Whether `tp` shards can hold a model of so many kv heads."""
+    return tp > 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
+
+
 def shard_heads(rank: int, tp: int, kv_heads: int) -> range:
     """The kv heads in a shard's pages. Where there are fewer heads than shards, several hold the same one.
 
     Raises: ValueError where neither of `tp` and `kv_heads` divides the other.
     """
-    if kv_heads % tp and tp % kv_heads:
+    if not fits(tp, kv_heads):
         raise ValueError(f"tp={tp} neither divides {kv_heads} kv heads nor is a multiple of them")
     per_shard = max(kv_heads // tp, 1)
     first = rank * kv_heads // tp

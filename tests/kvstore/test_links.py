@@ -136,6 +136,15 @@ def test_a_sink_that_refuses_a_chunk_ends_the_stream_and_the_next_generation_wor
     assert sink.holds(2)
 
 
+def test_chunks_of_other_sizes_than_were_agreed_are_not_received(ends):
+    received = ends[1].receive(ends[0].endpoint, Ticket(1), Collect(SIZES), 5)
+    ends[0].send(ends[1].endpoint, Ticket(1), Numbers((*SIZES[:-1], 30_002)), 5)
+    assert cause(received) is Cause.HEADER
+    _, received, sink = move(*ends, 2)
+    received.result(5)
+    assert sink.holds(2)
+
+
 def test_nothing_is_taken_once_a_stream_has_ended(ends):
     sink = Collect(SIZES)
     received = ends[1].receive(ends[0].endpoint, Ticket(1), sink, 0.3)
