@@ -100,7 +100,7 @@ class _Pages:
         self._bytes_NB = pool.pool_NB[:, at : at + piece.size_bytes]
         self._order, self._piece, self._layout = order, piece, pool.layout.fingerprint
         self._pages_M = torch.tensor(order.pages, device=pool.pool_NB.device)
-        self._step = max(chunk_bytes // piece.size_bytes, 1)
+        self._step = max(round(chunk_bytes / piece.size_bytes), 1)
         counts = [min(self._step, len(order.pages) - at) for at in range(0, len(order.pages), self._step)]
         self.sizes = tuple(count * (HEADER_BYTES + piece.size_bytes) for count in counts)
 
