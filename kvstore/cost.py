@@ -3,8 +3,8 @@
 Pure: observations and times are passed in. There are no guessed constants, so before the first measurement
 there is nothing to compare. The rule then is to try: a link that was never used is measured by one fetch (one
 at a time), and again after a while if it was too slow, because a fetch that disappoints costs at most one
-deadline, and a link that is never tried would never be used. Before the first prefill was measured, recomputing is tried, which measures that.
-`docs/decisions/0006` says more.
+deadline, and a link that is never tried would never be used. Before the first prefill was measured,
+recomputing is tried, which measures that. `docs/decisions/0005` says more.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class DirectoryActor:
 
 
 class RayDirectory:
-    """A `Channel`, and lookups. Raises ChannelLost where the actor is silent, or dead: then another is made."""
+    """A `Channel`, and lookups. Raises ChannelLost where the actor is silent or dead: it makes another."""
 
     def __init__(
         self, deployment: str, *, max_entries: int, silence_s: float = 30.0, timeout_s: float = 5.0

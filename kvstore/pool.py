@@ -7,7 +7,7 @@ bytes lie in each shard's pool tensor under the same page ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NewType
 
@@ -44,9 +44,13 @@ class IntegrityError(Exception):
 class PagePool:
     """Allocates, shares and takes back the pages of one replica."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(
+        self, num_pages: int, evicted: Callable[[Sequence[tuple[BlockKey, PageId]]], None] | None = None
+    ) -> None:
+        """`evicted` hears of blocks that make room, before their pages are handed out."""
         if num_pages < 1:
             raise ValueError(f"a pool has at least one page, got {num_pages}")
+        self._evicted = evicted
         self._references = [0] * num_pages
         self._generations = [0] * num_pages
         self._leases: dict[LeaseId, Lease] = {}
@@ -84,7 +88,10 @@ class PagePool:
         """`count` pages with one reference each; evicts cached blocks if it must. Raises PoolFull."""
         if count > self.available:
             raise PoolFull(count, self.available, self.total)
-        self._free += self._index.evict(count - self.free)
+        evicted = self._index.evict(count - self.free)
+        if evicted and self._evicted is not None:
+            self._evicted(evicted)
+        self._free += [page for _, page in evicted]
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
