@@ -55,7 +55,7 @@ class HostTier:
         return len(self._slot_of)
 
     def demote(self, evicted: Sequence[tuple[BlockKey, PageId]]) -> Copies:
-        """Keep what the pool evicts (`PagePool`'s `evicted`): copies that are due before the pages are written.
+        """Keep what the pool evicts (`PagePool`'s `evicted`): copies due before the pages are written.
 
         A block that is here already is not copied: its bytes are the same.
         """
