@@ -183,9 +183,10 @@ class _Link(ABC, Generic[Body]):
             self._current = None
 
     def _drop_pair(self) -> None:
+        """The chunks' memory goes with it: what is still under way may write there."""
         if self._pair is not None:
             self._pair.drop()
-            self._pair = None
+            self._pair, self._chunks = None, []
 
     def _give_up(self, error: TransferFailed) -> None:
         self._drop()
@@ -220,7 +221,8 @@ class _OutLink(_Link[Source]):
                 return None
             _, self._current = self._waiting.popitem(last=False)
         stream = self._current
-        stream.check()
+        if stream.ended:
+            return None
         if self._store is None:
             self._store = self._here.meeting(self._peer, self._here.endpoint)
         if self._pair is not None and self._store.check([f"dropped/{self._generation}"]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from store_peers import HEADS, StorePeer, fetch, keys_of, run
 from torch import Tensor
 
-from quire.kvstore.failures import Cause
+from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.messages import HEADER_BYTES, ReplicaId
 
 KEYS = keys_of(12)
@@ -189,3 +191,49 @@ def test_pages_are_taken_only_while_the_fetch_lives(peers):
     receiver.shards[0].pool_NB.fill_(7)
     time.sleep(1.5)
     assert torch.equal(receiver.shards[0].pool_NB, torch.full_like(receiver.shards[0].pool_NB, 7))
+
+
+def test_sixty_faults_in_a_row_cost_sixty_transfers():
+    """Of random kinds, on either side; after each, the books are right and the next transfer works."""
+    peers = owner, receiver = (
+        StorePeer(ReplicaId("owner"), patience_s=0.25),
+        StorePeer(ReplicaId("receiver"), patience_s=0.25),
+    )
+    owner.cache(KEYS)
+    rng, causes = random.Random(0), Counter[Cause | None]()
+
+    def refuse(index: int, chunk: Tensor) -> None:
+        raise TransferFailed(Cause.CLOSED, "as if")
+
+    def rewrite(index: int, chunk: Tensor) -> None:
+        owner.pool.expire_leases(time.monotonic() + 100)
+
+    def give_up(index: int, chunk: Tensor) -> None:
+        receiver.exchange.peer_gone(owner.name, time.monotonic())
+
+    faults = {
+        "byte": ("fill", lambda: flip(rng.randrange(-1000, 0))),
+        "header": ("fill", lambda: flip(rng.choice([3, 40, 64, 72, 80]))),
+        "sender": ("fill", lambda: refuse),
+        "receiver": ("take", lambda: refuse),
+        "lease": ("fill", lambda: rewrite),
+        "news": ("take", lambda: give_up),
+    }
+    for _ in range(60):
+        side, make = faults[rng.choice(list(faults))]
+        transport = (owner if side == "fill" else receiver).transports[0]
+        setattr(transport, side, make())
+        done = fetch(receiver, owner, KEYS)
+        causes[done.failure] += 1
+        assert receiver.pool.lookup(KEYS) == (0, 0)
+        settled(*peers)
+        setattr(transport, side, None)
+        if rng.random() < 0.3:
+            assert fetch(receiver, owner, KEYS).failure is None
+            assert receiver.holds(KEYS)
+            receiver.pool.release(receiver.pool.allocate(receiver.pages))
+    assert causes.keys() == {
+        *(Cause.CHECKSUM, Cause.HEADER, Cause.PEER, Cause.CLOSED, Cause.LEASE),
+    }
+    owner.close()
+    receiver.close()

@@ -98,13 +98,15 @@ class StorePeer:
     kv: str = "int8"
     pages: int = 64
     timeout_s: float = 2.0
+    patience_s: float = 0.5
+    """Of its links."""
     claims: str | None = None
     """The format that it says it has."""
     transports: list[Meddled] = field(init=False)
     fetched: list[Fetched] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        links = LinkConfig(operation_timeout_s=0.5)
+        links = LinkConfig(operation_timeout_s=self.patience_s)
         self.transports = [Meddled(LinkTransport(HOST, CPU, links)) for _ in range(self.tp)]
         self.pool = PagePool(self.pages)
         self.shards: list[ShardPool] = []
