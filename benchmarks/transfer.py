@@ -32,7 +32,8 @@ from quire.kernels.layout import PageLayout
 from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
 from quire.kvstore.groups import Pair, host_store, join_store
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
-from quire.kvstore.links import LinkConfig, LinkTransport
+from quire.kvstore.link_transport import LinkTransport
+from quire.kvstore.links import LinkConfig
 from quire.kvstore.messages import Message, Moved, ReplicaId, from_bytes, to_bytes
 from quire.kvstore.mover import CHUNK_BYTES, PageMover, ShardPool
 from quire.kvstore.pool import PagePool

@@ -1,4 +1,4 @@
-"""Links: `Transport` over one-way 2-rank groups, built on demand, bounded in number, one thread each.
+"""The two ends of a link: a one-way 2-rank group, opened on demand, with a thread of its own.
 
 A link leads from one sender to one receiver and meets in the receiver's store, under the sender's name:
 
@@ -13,13 +13,11 @@ Any error or deadline drops the group and fails the stream; the next stream open
 from __future__ import annotations
 
 import hashlib
-import secrets
 import socket
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -31,14 +29,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from quire.kvstore.failures import Cause, TransferFailed
-from quire.kvstore.groups import Pair, host_store, join_store, reason_of
+from quire.kvstore.groups import Pair, join_store, reason_of
 from quire.kvstore.transport import Endpoint, Sink, Source, Ticket
-from quire.kvstore.watch import Watch
 
 Body = TypeVar("Body", Source, Sink)
 
-_LOOK_S = 0.02
-"""How often a receiver that waits for a stream asks whether the sender has gone on to another."""
+_SOON_S, _LOOK_S = 0.0002, 0.01
+"""How long a receiver waits between two looks at what its peer has started: at first, and at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +55,7 @@ class LinkConfig:
 
 
 @dataclass(eq=False)
-class _Stream(Generic[Body]):
+class Stream(Generic[Body]):
     """One send or receive, and the promise of its end. What ends it first, counts."""
 
     ticket: Ticket
@@ -85,7 +82,7 @@ class _Stream(Generic[Body]):
 
 
 @dataclass(frozen=True)
-class _Here:
+class Site:
     """What all links of a transport share."""
 
     endpoint: Endpoint
@@ -103,19 +100,19 @@ class _Here:
         return PrefixStore(f"link/{sender.name}", join_store(*address, patience_s))
 
 
-class _Link(ABC, Generic[Body]):
+class Link(ABC, Generic[Body]):
     """One end of a link: streams in, moved one after another by a thread of its own."""
 
-    def __init__(self, here: _Here, peer: Endpoint) -> None:
+    def __init__(self, here: Site, peer: Endpoint) -> None:
         self._here, self._peer, self._patience_s = here, peer, here.config.operation_timeout_s
         self._store: Store | None = None
         self._pair: Pair | None = None
         self._generation = 0
         self._chunks: list[Tensor] = []
-        self._waiting: OrderedDict[Ticket, _Stream[Body]] = OrderedDict()
+        self._waiting: OrderedDict[Ticket, Stream[Body]] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
-        self._current: _Stream[Body] | None = None
+        self._current: Stream[Body] | None = None
         self._thread = threading.Thread(target=self._run, name=f"quire-link-{peer.name}", daemon=True)
         self._thread.start()
 
@@ -127,12 +124,12 @@ class _Link(ABC, Generic[Body]):
     def usable(self) -> bool:
         return not self._closed and self._thread.is_alive()
 
-    def put(self, stream: _Stream[Body]) -> None:
+    def put(self, stream: Stream[Body]) -> None:
         with self._changed:
             self._waiting[stream.ticket] = stream
             self._changed.notify_all()
 
-    def overdue(self, stream: _Stream[Body]) -> bool:
+    def overdue(self, stream: Stream[Body]) -> bool:
         """Whether the thread is stuck with `stream`: the link is then given up, whatever the thread does."""
         with self._changed:
             self._waiting.pop(stream.ticket, None)
@@ -148,12 +145,16 @@ class _Link(ABC, Generic[Body]):
         for stream in left:
             stream.end(error)
 
+    def join(self, until_s: float) -> None:
+        """Wait for the thread of a closed link, unless it hangs."""
+        self._thread.join(max(until_s - time.monotonic(), 0.0))
+
     @abstractmethod
-    def _next(self) -> _Stream[Body] | None:
+    def _next(self) -> Stream[Body] | None:
         """Wait for the next stream and make the group ready for it; None when there was none for a while."""
 
     @abstractmethod
-    def _move(self, stream: _Stream[Body], pair: Pair) -> None:
+    def _move(self, stream: Stream[Body], pair: Pair) -> None:
         """All its chunks."""
 
     @abstractmethod
@@ -210,10 +211,10 @@ class _Link(ABC, Generic[Body]):
         return self._chunks[index % depth][:size]
 
 
-class _OutLink(_Link[Source]):
+class OutLink(Link[Source]):
     """The sender's end."""
 
-    def _next(self) -> _Stream[Source] | None:
+    def _next(self) -> Stream[Source] | None:
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
@@ -232,12 +233,15 @@ class _OutLink(_Link[Source]):
             self._generation = self._store.add("generation", 1)
             for key in ("gloo/0/0", "gloo/0/1"):  # what the last group left behind
                 self._store.delete_key(f"{self._generation - 1}/{key}")
+        if stream.ended:  # the store's answers came too late: another link may have taken over
+            self._drop()
+            return None
         self._store.queue_push("starts", f"{stream.ticket} {self._generation} {_digest(stream.body.sizes)}")
         if fresh:
             self._connect(self._store, self._generation, 0)
         return stream
 
-    def _move(self, stream: _Stream[Source], pair: Pair) -> None:
+    def _move(self, stream: Stream[Source], pair: Pair) -> None:
         sizes, under_way = stream.body.sizes, deque[dist.Work]()
         self._chunk(0, max(sizes))
         for index, size in enumerate(sizes):
@@ -255,10 +259,10 @@ class _OutLink(_Link[Source]):
         self._store = None  # its connection may be the one that broke
 
 
-class _InLink(_Link[Sink]):
+class InLink(Link[Sink]):
     """The receiver's end. It follows the order in which the sender starts."""
 
-    def _next(self) -> _Stream[Sink] | None:
+    def _next(self) -> Stream[Sink] | None:
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
@@ -270,6 +274,9 @@ class _InLink(_Link[Sink]):
         if start is None:
             return None
         ticket, generation, sizes = start
+        if generation < self._generation:  # from a thread that the sender had given up
+            self._put_back()
+            return None
         if generation != self._generation:
             self._drop_pair()
             self._store.delete_key(f"dropped/{self._generation}")
@@ -288,9 +295,8 @@ class _InLink(_Link[Sink]):
         A sender may be faster than the message that announces it, so that its stream is waited for; but
         where it has started another one since, the first is over.
         """
-        try:
-            start = store.queue_pop("starts")
-        except dist.DistStoreError:  # nothing came for a while; deadlines are the transport's to watch
+        start = self._pop(store)
+        if start is None:
             return None
         end_s = time.monotonic() + self._patience_s / 2
         while True:
@@ -300,13 +306,33 @@ class _InLink(_Link[Sink]):
             if self._begin(Ticket(int(ticket))) or self._closed or time.monotonic() > end_s:
                 return Ticket(int(ticket)), int(generation), sizes
 
+    def _pop(self, store: Store) -> bytes | None:
+        """The next start, as long as a stream waits for one. Asks often at first, then less."""
+        pause_s = _SOON_S
+        while not self._closed:
+            if store.queue_len("starts"):
+                start: bytes = store.queue_pop("starts")
+                return start
+            with self._changed:
+                if not self._waiting:
+                    break
+                self._changed.wait(pause_s)
+            pause_s = min(1.5 * pause_s, _LOOK_S)
+        return None
+
+    def _put_back(self) -> None:
+        with self._changed:
+            if self._current is not None and not self._current.ended:
+                self._waiting[self._current.ticket] = self._current
+            self._current = None
+
     def _begin(self, ticket: Ticket) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: ticket in self._waiting or self._closed, _LOOK_S)
             self._current = self._waiting.pop(ticket, None)
             return self._current is not None
 
-    def _move(self, stream: _Stream[Sink], pair: Pair) -> None:
+    def _move(self, stream: Stream[Sink], pair: Pair) -> None:
         sizes, depth, under_way = stream.body.sizes, self._here.config.depth, deque[dist.Work]()
         self._chunk(0, max(sizes))
         for index in range(min(depth, len(sizes))):
@@ -331,89 +357,3 @@ class _InLink(_Link[Sink]):
 
 def _digest(sizes: tuple[int, ...]) -> str:
     return hashlib.blake2b(repr(sizes).encode(), digest_size=8).hexdigest()
-
-
-class _Table(Generic[Body]):
-    """The links of one direction, by peer; the least recently used first."""
-
-    def __init__(self, open_link: Callable[[Endpoint], _Link[Body]], most: int) -> None:
-        self._open: Callable[[Endpoint], _Link[Body]] = open_link
-        self._most = most
-        self._links: OrderedDict[str, _Link[Body]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def put(self, peer: Endpoint, stream: _Stream[Body]) -> _Link[Body]:
-        """Onto the peer's link. Raises TransferFailed if there is none and no other can make room."""
-        with self._lock:
-            link = self._links.get(peer.name)
-            if link is None or not link.usable:
-                self._make_room()
-                link = self._links[peer.name] = self._open(peer)
-            self._links.move_to_end(peer.name)
-            link.put(stream)
-            return link
-
-    def overdue(self, peer: Endpoint, link: _Link[Body], stream: _Stream[Body]) -> None:
-        """Ends the stream, and its link with it if that hangs: the next stream gets another one."""
-        stream.end(
-            TransferFailed(Cause.DEADLINE, f"{peer.host}: stream {stream.ticket} was not done in time")
-        )
-        if link.overdue(stream):
-            with self._lock:
-                if self._links.get(peer.name) is link:
-                    del self._links[peer.name]
-            link.close(TransferFailed(Cause.PEER, f"{peer.host}: the link hung and was given up"))
-
-    def close(self) -> None:
-        with self._lock:
-            for link in self._links.values():
-                link.close(TransferFailed(Cause.CLOSED, "the transport was closed"))
-            self._links.clear()
-
-    def _make_room(self) -> None:
-        if len(self._links) < self._most:
-            return
-        for name, link in self._links.items():
-            if link.idle or not link.usable:
-                del self._links[name]
-                link.close(TransferFailed(Cause.CLOSED, "the link made room for another one"))
-                return
-        raise TransferFailed(Cause.BUSY, f"all {self._most} links are in use; raise max_links to allow more")
-
-
-class LinkTransport:
-    """The `Transport` of one shard's process."""
-
-    def __init__(self, host: str, device: torch.device, config: LinkConfig | None = None) -> None:
-        """`host`: the address at which peers reach this process, and the only one it listens at."""
-        config = config or LinkConfig()
-        self._meeting = host_store(host, config.operation_timeout_s)
-        self._endpoint = Endpoint(secrets.token_hex(8), host, self._meeting.port)
-        here = _Here(self._endpoint, device, config)
-        self._out: _Table[Source] = _Table(lambda peer: _OutLink(here, peer), config.max_links)
-        self._in: _Table[Sink] = _Table(lambda peer: _InLink(here, peer), config.max_links)
-        self._watch = Watch()
-
-    @property
-    def endpoint(self) -> Endpoint:
-        return self._endpoint
-
-    def send(self, peer: Endpoint, ticket: Ticket, source: Source, timeout_s: float) -> Future[None]:
-        return self._start(self._out, peer, _Stream(ticket, source, time.monotonic() + timeout_s))
-
-    def receive(self, peer: Endpoint, ticket: Ticket, sink: Sink, timeout_s: float) -> Future[None]:
-        return self._start(self._in, peer, _Stream(ticket, sink, time.monotonic() + timeout_s))
-
-    def close(self) -> None:
-        self._watch.close()
-        self._out.close()
-        self._in.close()
-
-    def _start(self, table: _Table[Body], peer: Endpoint, stream: _Stream[Body]) -> Future[None]:
-        try:
-            link = table.put(peer, stream)
-        except TransferFailed as error:
-            stream.end(error)
-        else:
-            self._watch.at(stream.deadline_s, lambda: table.overdue(peer, link, stream))
-        return stream.future

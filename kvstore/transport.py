@@ -1,6 +1,6 @@
 """Moves chunks of bytes between two shards. The seam between what a transfer says and how bytes travel.
 
-Knows no pages: a `Source` fills chunks, a `Sink` takes them. `links.py` is the implementation.
+Knows no pages: a `Source` fills chunks, a `Sink` takes them. `link_transport.py` is the implementation.
 """
 
 from __future__ import annotations
@@ -61,4 +61,4 @@ class Transport(Protocol):
     def receive(self, peer: Endpoint, ticket: Ticket, sink: Sink, timeout_s: float) -> Future[None]: ...
 
     def close(self) -> None:
-        """All open streams fail. Does not wait for peers."""
+        """All open streams fail. Waits for peers no longer than an operation may take."""

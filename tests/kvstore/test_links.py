@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,13 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import psutil
 import pytest
 from byte_streams import CPU, HOST, QUICK, SIGNALS, Collect, Numbers, stream_process
 
 from quire.kvstore.failures import Cause, TransferFailed
-from quire.kvstore.links import LinkConfig, LinkTransport
+from quire.kvstore.link_transport import LinkTransport
+from quire.kvstore.links import LinkConfig
 from quire.kvstore.transport import Endpoint, Ticket
 
 SIZES = (70_000, 70_000, 70_000, 70_000, 30_001)
@@ -159,7 +163,7 @@ def test_many_failures_leave_nothing_behind(ends):
     def refuse(index: int, chunk: object) -> None:
         raise TransferFailed(Cause.CHECKSUM, "no")
 
-    for ticket in range(12):
+    for ticket in range(60):
         sink = Collect(SIZES)
         if ticket % 2:
             sink.take = refuse
@@ -167,10 +171,10 @@ def test_many_failures_leave_nothing_behind(ends):
         sent = ends[0].send(ends[1].endpoint, Ticket(ticket), Numbers(SIZES, ticket), 5)
         received.exception(5)
         sent.exception(5)
-        if ticket == 3:
+        if ticket == 9:
             before = (len(os.listdir("/proc/self/fd")), ends[1]._meeting.num_keys())
     after = (len(os.listdir("/proc/self/fd")), ends[1]._meeting.num_keys())
-    assert after[0] <= before[0] + 3
+    assert after[0] <= before[0] + 12  # sockets close a little later
     assert after[1] <= before[1] + 2
 
 
@@ -196,6 +200,24 @@ def test_more_busy_links_than_allowed_are_refused():
     assert cause(hub.receive(nobody[1], Ticket(2), Collect(SIZES), 0.5)) is Cause.BUSY
     assert cause(first) is Cause.DEADLINE
     hub.close()
+
+
+def test_a_process_that_closes_its_links_ends_cleanly():
+    code = (
+        "from byte_streams import *\n"
+        "a, b = (LinkTransport(HOST, CPU, QUICK) for _ in range(2))\n"
+        "b.receive(a.endpoint, Ticket(1), Collect((9,)), 5)\n"
+        "a.send(b.endpoint, Ticket(1), Numbers((9,)), 5).result(5)\n"
+        "b.receive(a.endpoint, Ticket(2), Collect((9,)), 5)\n"
+        "a.close(), b.close()"
+    )
+    support = str(Path(__file__).parents[1] / "support")
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {support!r})\n" + code],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_closing_fails_what_is_open_and_waits_for_nobody(ends):
@@ -250,10 +272,7 @@ def test_a_peer_that_was_stopped_and_goes_on_is_linked_again(ends):
         assert cause(sent) in (Cause.PEER, Cause.DEADLINE)  # its store answers no call: the watch ended it
         assert time.monotonic() - started < 1
         os.kill(peer.process.pid, signal.SIGCONT)
-        for ticket in (2, 3):
+        for ticket in (2, 3, 4):
             peer.order("receive", ends[0].endpoint, ticket, SIZES, None, 3)
             sent = ends[0].send(peer.endpoint, Ticket(ticket), Numbers(SIZES, ticket), 3)
-            error = sent.exception(5)
-            reply = peer.reply()
-        assert error is None
-        assert reply is None
+            assert (sent.exception(5), peer.reply()) == (None, None)

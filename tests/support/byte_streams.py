@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from quire.kvstore.links import LinkConfig, LinkTransport
+from quire.kvstore.link_transport import LinkTransport
+from quire.kvstore.links import LinkConfig
 from quire.kvstore.transport import Endpoint, Ticket
 
 HOST, CPU = "127.0.0.1", torch.device("cpu")

@@ -20,7 +20,8 @@ from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
-from quire.kvstore.links import LinkConfig, LinkTransport
+from quire.kvstore.link_transport import LinkTransport
+from quire.kvstore.links import LinkConfig
 from quire.kvstore.messages import Message, Moved, ReplicaId, from_bytes, to_bytes
 from quire.kvstore.mover import PageMover, ShardPool
 from quire.kvstore.pool import PagePool
