@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu_cells.h"
+#include "cpu_pages.h"
 
 // ---- what cpu.py passes: keep in step with its ctypes structures ----------------------------------------
 

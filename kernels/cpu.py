@@ -31,7 +31,7 @@ from quire.kernels.ref.paged import attend_ref, write_kv_ref
 from quire.kernels.transform import SideTransform
 
 _LOG = logging.getLogger(__name__)
-_SOURCES = ("cpu.cpp", "cpu_cells.h", "cpu_vectors.h")
+_SOURCES = ("cpu.cpp", "cpu_cells.h", "cpu_pages.h", "cpu_vectors.h")
 _FLAGS = (
     *("-std=gnu++17", "-O3", "-march=native", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),  # change no result; never -ffast-math
@@ -107,6 +107,37 @@ def attend(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionS
             "query rows as tokens in its pages, and its page table names a page for each of these"
         )
     return out_TQD.to(q_TQD.dtype)
+
+
+def copy_pages(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor, *, scatter: bool) -> bool:
+    """Between pages of a pool, whose rows may lie apart, and contiguous bytes, by the calling thread alone.
+
+    False where no C++ compiler is found: nothing was done.
+    """
+    library = _library()
+    if library is None:
+        return False
+    pages_M = pages_M.to(torch.int64).contiguous()
+    if pages_M.numel() and not 0 <= int(pages_M.min()) <= int(pages_M.max()) < pool_NB.shape[0]:
+        raise IndexError(f"pages {pages_M.tolist()} do not all lie in a pool of {pool_NB.shape[0]}")
+    library.quire_copy_pages(
+        pool_NB.data_ptr(), pool_NB.stride(0), pages_M.data_ptr(), len(pages_M), bytes_MB.shape[1],
+        bytes_MB.data_ptr(), scatter,
+    )  # fmt: skip
+    return True
+
+
+def checksum_pages(bytes_MB: Tensor, within_K: Tensor, before_C: Tensor) -> Tensor | None:
+    """`pages.checksum_pages` by the calling thread alone; None where no C++ compiler is found."""
+    library = _library()
+    if library is None:
+        return None
+    sum_M = torch.empty(bytes_MB.shape[0], dtype=torch.int64)
+    library.quire_checksum_pages(
+        bytes_MB.data_ptr(), bytes_MB.shape[0], bytes_MB.shape[1] // 4, within_K.data_ptr(),
+        before_C.data_ptr(), within_K.shape[0], sum_M.data_ptr(),
+    )  # fmt: skip
+    return sum_M
 
 
 def _dense_rows(x_THD: Tensor) -> Tensor:
@@ -244,7 +275,12 @@ def _library() -> ctypes.CDLL | None:
     library.quire_attend.argtypes = [
         POINTER(_Cache), POINTER(_Rows), c_void_p, POINTER(_Batch), POINTER(_Spec), c_int,
     ]  # fmt: skip
+    library.quire_copy_pages.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_bool]
+    library.quire_checksum_pages.argtypes = [
+        c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p,
+    ]  # fmt: skip
     library.quire_write.restype = library.quire_attend.restype = c_bool
+    library.quire_copy_pages.restype = library.quire_checksum_pages.restype = None
     return library
 
 

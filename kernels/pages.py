@@ -12,32 +12,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.kernels import cpu
+
 _WORD = 4
 _COPY_WORDS = 1024  # 64-bit words a program copies
 _CHUNK_WORDS = 1024  # 32-bit words a program sums
 _BASE = 0x5851F42D4C957F2D  # odd; base**k - 1 holds 2**3 times what k holds of 2, at most
 
 
-def gather_pages(pool_NB: Tensor, pages_M: Tensor) -> Tensor:
-    """The bytes of the given pages, one after the other: uint8 [M, page_bytes], a copy."""
-    if pool_NB.device.type == "cpu":
-        return pool_NB[pages_M.long()]
-    out_MB = pool_NB.new_empty((pages_M.shape[0], pool_NB.shape[1]))
-    launch_copy(pool_NB, out_MB, pages_M, scatter=False)
+def gather_pages(pool_NB: Tensor, pages_M: Tensor, out_MB: Tensor | None = None) -> Tensor:
+    """The bytes of the given pages, one after the other: uint8 [M, B], a copy, in `out_MB` if given.
+
+    The pool may be a range of columns of a larger one: the bytes of some heads of every page.
+    """
+    if out_MB is None:
+        out_MB = pool_NB.new_empty((pages_M.shape[0], pool_NB.shape[1]))
+    _check(pool_NB, pages_M, out_MB)
+    if pool_NB.device.type != "cpu":
+        launch_copy(pool_NB, out_MB, pages_M, scatter=False)
+    elif not cpu.copy_pages(pool_NB, pages_M, out_MB, scatter=False):
+        torch.index_select(pool_NB, 0, pages_M.long(), out=out_MB)
     return out_MB
 
 
 def scatter_pages(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor) -> None:
     """Write what `gather_pages` returned into the given pages, which must be distinct."""
-    if bytes_MB.shape != (pages_M.shape[0], pool_NB.shape[1]) or bytes_MB.dtype != torch.uint8:
-        raise ValueError(
-            f"{pages_M.shape[0]} pages of {pool_NB.shape[1]} bytes are uint8 "
-            f"[{pages_M.shape[0]}, {pool_NB.shape[1]}], got {bytes_MB.dtype} {tuple(bytes_MB.shape)}"
-        )
-    if pool_NB.device.type == "cpu":
+    bytes_MB = bytes_MB.contiguous()
+    _check(pool_NB, pages_M, bytes_MB)
+    if pool_NB.device.type != "cpu":
+        launch_copy(pool_NB, bytes_MB, pages_M, scatter=True)
+    elif not cpu.copy_pages(pool_NB, pages_M, bytes_MB, scatter=True):
         pool_NB[pages_M.long()] = bytes_MB
-    else:
-        launch_copy(pool_NB, bytes_MB.contiguous(), pages_M, scatter=True)
+
+
+def _check(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor) -> None:
+    expected = (pages_M.shape[0], pool_NB.shape[1])
+    if bytes_MB.shape != expected or bytes_MB.dtype != torch.uint8 or not bytes_MB.is_contiguous():
+        raise ValueError(
+            f"{expected[0]} pages of {expected[1]} bytes are contiguous uint8 {list(expected)}, "
+            f"got {bytes_MB.dtype} {tuple(bytes_MB.shape)}"
+        )
 
 
 def checksum_pages(bytes_MB: Tensor) -> Tensor:
@@ -57,10 +71,12 @@ def checksum_pages(bytes_MB: Tensor) -> Tensor:
 
 
 def launch_copy(pool_NB: Tensor, bytes_MB: Tensor, pages_M: Tensor, *, scatter: bool) -> None:
-    """Between pool and `bytes_MB`, both contiguous with pages of a multiple of 8 bytes."""
-    words = pool_NB.shape[1] // 8
+    """Between pool and contiguous `bytes_MB`; sizes, strides and offsets are multiples of 8 bytes."""
+    words, stride = pool_NB.shape[1] // 8, pool_NB.stride(0) // 8
     _copy_kernel[(pages_M.shape[0], triton.cdiv(words, _COPY_WORDS))](
-        pool_NB.view(torch.int64), bytes_MB.view(torch.int64), pages_M, words, SCATTER=scatter, W=_COPY_WORDS
+        *(pool_NB.view(torch.int64), bytes_MB.view(torch.int64), pages_M, words, stride),
+        SCATTER=scatter,
+        W=_COPY_WORDS,
     )
 
 
@@ -77,9 +93,12 @@ def launch_checksum(bytes_MB: Tensor) -> Tensor:
 
 
 def _checksum_cpu(bytes_MB: Tensor) -> Tensor:
-    """Chunk by chunk, so that the 64-bit products stay in the cache."""
+    """Without a compiler: chunk by chunk, so that the 64-bit products stay in the cache."""
     words_MW = bytes_MB.view(torch.int32)
     within_K, before_C = _weights(triton.cdiv(words_MW.shape[1], _CHUNK_WORDS), bytes_MB.device)
+    compiled_M = cpu.checksum_pages(bytes_MB, within_K, before_C)
+    if compiled_M is not None:
+        return compiled_M
     sum_M = torch.zeros(bytes_MB.shape[0], dtype=torch.int64)
     for c, words_MK in enumerate(words_MW.split(_CHUNK_WORDS, dim=1)):
         terms_MK = ((words_MK.long() & 0xFFFFFFFF) + 1) * within_K[: words_MK.shape[1]]
@@ -101,12 +120,12 @@ def _powers(base: int, count: int) -> Tensor:
 
 
 @triton.jit
-def _copy_kernel(pool_ptr, bytes_ptr, pages_ptr, words, SCATTER: tl.constexpr, W: tl.constexpr):
+def _copy_kernel(pool_ptr, bytes_ptr, pages_ptr, words, stride, SCATTER: tl.constexpr, W: tl.constexpr):
     """Grid (pages, chunks); words of 64 bits."""
     i = tl.program_id(0).to(tl.int64)
     page = tl.load(pages_ptr + i).to(tl.int64)
     word_W = tl.program_id(1) * W + tl.arange(0, W)
-    pool_ptr_W, bytes_ptr_W = pool_ptr + page * words + word_W, bytes_ptr + i * words + word_W
+    pool_ptr_W, bytes_ptr_W = pool_ptr + page * stride + word_W, bytes_ptr + i * words + word_W
     if SCATTER:
         tl.store(pool_ptr_W, tl.load(bytes_ptr_W, mask=word_W < words), mask=word_W < words)
     else:

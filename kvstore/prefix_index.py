@@ -64,14 +64,15 @@ class PrefixIndex:
         """Somebody uses the block: it cannot be evicted."""
         self._idle.pop(page, None)
 
-    def evict(self, count: int) -> list[PageId]:
+    def evict(self, count: int) -> list[tuple[BlockKey, PageId]]:
         """Forget the `count` least recently used unused blocks and hand over their pages."""
-        pages = []
+        evicted = []
         for _ in range(min(count, len(self._idle))):
             page, _ = self._idle.popitem(last=False)
-            del self._page_of[self._key_of.pop(page)]
-            pages.append(page)
-        return pages
+            key = self._key_of.pop(page)
+            del self._page_of[key]
+            evicted.append((key, page))
+        return evicted
 
     def forget(self, page: PageId) -> None:
         """The block in `page`, if any, must not be found again."""

@@ -1,22 +1,17 @@
 """The communicator of one replica's shards: sums, gathers, and steps from rank 0 to the others.
 
-Built directly on process groups over a key-value store; torch's default group is never touched, so several
-replicas fit in one process and a dead one leaves nothing behind.
+Built on process groups of its own (`kvstore/groups.py`), so that several replicas fit in one process.
 """
 
 from __future__ import annotations
-
-import re
-import socket
-from datetime import timedelta
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import Store
 
+from quire.kvstore.groups import gloo_group, nccl_group, reason_of
 from quire.replicas.errors import ReplicaDied
 
 _FIRST_BYTES = 32 * 1024
@@ -34,15 +29,13 @@ class TensorParallelGroup:
     ) -> None:
         """Connect. `host` is the address this rank's sockets are bound to."""
         self.rank, self.size, self._timeout_s = rank, size, timeout_s
-        options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        options._timeout = timedelta(seconds=timeout_s)
-        options._threads = 1
         try:
-            self._gloo: Any = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, size, options)
+            self._gloo = gloo_group(store, rank=rank, size=size, host=host, timeout_s=timeout_s)
         except RuntimeError as error:
             raise self._died("connect", error) from error
-        self._nccl = _nccl_group(store, rank, size, timeout_s) if device.type == "cuda" else None
+        self._nccl = None
+        if device.type == "cuda":
+            self._nccl = nccl_group(store, rank=rank, size=size, timeout_s=timeout_s)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, in x's type.
@@ -109,37 +102,7 @@ class TensorParallelGroup:
             raise self._died(what, error) from error
 
     def _died(self, what: str, error: RuntimeError) -> ReplicaDied:
-        # Without gloo's source lines and advice.
-        reason = re.sub(r"\[/\S+\] |\. This is typically.*", "", str(error).splitlines()[0])
         return ReplicaDied(
             f"rank {self.rank} of {self.size} shards lost another one ({what}, limit {self._timeout_s:g} s): "
-            f"{reason}"
+            f"{reason_of(error)}"
         )
-
-
-def host_store(host: str, patience_s: float) -> TCPStore:
-    """Rank 0's end of a new store, at `host` and a free port. It ends with the object.
-
-    The socket is ours because a store that opens its own listens on every address of the machine.
-    """
-    listener = socket.create_server((host, 0))
-    port = listener.getsockname()[1]
-    return TCPStore(
-        host,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=patience_s),
-        master_listen_fd=listener.detach(),
-    )
-
-
-def join_store(host: str, port: int, patience_s: float) -> Store:
-    """Another rank's end. Its waits end after `patience_s`, or when rank 0 is gone, with a RuntimeError."""
-    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=patience_s))
-
-
-def _nccl_group(store: Store, rank: int, size: int, timeout_s: float) -> Any:
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=timeout_s)
-    return dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)

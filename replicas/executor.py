@@ -15,7 +15,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from quire.replicas.collectives import TensorParallelGroup, host_store
+from quire.kvstore.groups import host_store
+from quire.replicas.collectives import TensorParallelGroup
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import ReplicaDied
 from quire.replicas.local_processes import LocalProcesses

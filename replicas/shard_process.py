@@ -16,7 +16,8 @@ from enum import IntEnum
 import torch
 from torch._C._distributed_c10d import Store
 
-from quire.replicas.collectives import TensorParallelGroup, join_store
+from quire.kvstore.groups import join_store
+from quire.replicas.collectives import TensorParallelGroup
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import QuireError, ReplicaDied
 from quire.replicas.plan import StepBatch

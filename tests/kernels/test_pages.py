@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quire.kernels import cpu
 from quire.kernels.pages import (
     checksum_pages,
     gather_pages,
@@ -41,6 +42,35 @@ def test_the_copy_kernel_moves_every_byte_both_ways(page_bytes):
     other = torch.zeros_like(pool)
     launch_copy(other, packed, pages, scatter=True)
     assert torch.equal(other, pool * torch.isin(torch.arange(6), pages)[:, None])
+
+
+def test_a_range_of_columns_is_gathered_and_scattered_alone():
+    pool, pages, columns = random_pages(6), torch.tensor([4, 1, 5]), slice(4096, 8192)
+    out = torch.empty(3, 4096, dtype=torch.uint8)
+    assert gather_pages(pool[:, columns], pages, out) is out
+    assert torch.equal(out, pool[pages, columns])
+    for scatter in (scatter_pages, lambda *a: launch_copy(a[0], a[2], a[1], scatter=True)):
+        other = torch.zeros_like(pool)
+        scatter(other[:, columns], pages, out)
+        assert torch.equal(other[pages, columns], out)
+        other[pages, columns] = 0
+        assert not other.any()
+
+
+def test_without_a_compiler_the_bytes_are_the_same(monkeypatch):
+    pool, pages = random_pages(6), torch.tensor([4, 1, 5])
+    packed, sums = gather_pages(pool, pages), checksum_pages(pool)
+    monkeypatch.setattr(cpu, "_library", lambda: None)
+    assert torch.equal(gather_pages(pool, pages), packed)
+    assert torch.equal(checksum_pages(pool), sums)
+    other = torch.zeros_like(pool)
+    scatter_pages(other, pages, packed)
+    assert torch.equal(other[pages], packed)
+
+
+def test_pages_outside_the_pool_are_refused():
+    with pytest.raises(IndexError):
+        gather_pages(random_pages(3), torch.tensor([0, 3]))
 
 
 def test_scatter_refuses_bytes_of_another_page_size():

@@ -139,3 +139,98 @@ def test_random_use_keeps_the_books_right():
         pool.release(pages)
     pool.check()
     assert pool.used == 0
+
+
+def _cached(pool: PagePool, keys: list[BlockKey]) -> list[int]:
+    pages = pool.allocate(len(keys))
+    for key, page in zip(keys, pages, strict=True):
+        pool.publish(key, page)
+    pool.release(pages)
+    return pages
+
+
+def test_leased_pages_keep_their_blocks_until_the_lease_ends():
+    pool, keys = PagePool(4), _keys(3)
+    pages = _cached(pool, keys)
+    lease = pool.lease(keys, until_s=5)
+    assert (list(lease.pages), pool.used, pool.available) == (pages, 3, 1)
+    with pytest.raises(PoolFull):
+        pool.allocate(2)
+    pool.check()
+    assert pool.end_lease(lease.id)
+    pool.check()
+    assert pool.cached == 3
+    assert not pool.end_lease(lease.id)
+
+
+def test_a_lease_covers_the_leading_blocks_that_are_here():
+    pool, keys = PagePool(4), _keys(3)
+    pages = _cached(pool, keys[:2])
+    assert list(pool.lease(keys, 5).pages) == pages
+    nothing = pool.lease(_keys(2, seed=1), 5)
+    assert nothing.pages == ()
+    assert pool.end_lease(nothing.id)
+
+
+def test_leases_expire_and_what_was_read_under_them_is_not_to_be_trusted():
+    pool, keys = PagePool(4), _keys(3)
+    _cached(pool, keys)
+    early, late = pool.lease(keys[:1], 5), pool.lease(keys, 6)
+    assert pool.expire_leases(5.0) == []
+    assert pool.expire_leases(5.1) == [early.id]
+    assert not pool.end_lease(early.id)
+    assert pool.end_lease(late.id)
+    pool.check()
+    assert pool.cached == 3
+
+
+def test_a_page_that_is_handed_out_again_has_another_generation():
+    pool, keys = PagePool(2), _keys(2)
+    _cached(pool, keys)
+    before = pool.lease(keys, 5)
+    pool.end_lease(before.id)
+    held = pool.allocate(2)  # evicts both
+    assert all(pool.generation(p) > g for p, g in zip(before.pages, before.generations, strict=True))
+    pool.check(held)
+
+
+def test_a_block_withdrawn_under_a_lease_is_not_to_be_trusted():
+    pool, keys = PagePool(3), _keys(2)
+    pages = pool.allocate(2)
+    for key, page in zip(keys, pages, strict=True):
+        pool.publish(key, page)
+    lease = pool.lease(keys, 5)
+    pool.withdraw(pages)
+    pool.release(pages)
+    assert pool.used == 2
+    assert not pool.end_lease(lease.id)
+    pool.check()
+    assert pool.free == 3
+
+
+def test_random_leases_keep_the_books_right():
+    rng = random.Random(1)
+    pool, sequences, leases = PagePool(30), [], []
+    for turn in range(2000):
+        keys = _keys(rng.randint(1, 5), rng.randint(0, 9))
+        what = rng.random()
+        if what < 0.3:
+            leases.append(pool.lease(keys, turn + rng.randint(0, 30)).id)
+        elif what < 0.5 and leases:
+            pool.end_lease(leases.pop(rng.randrange(len(leases))))
+        elif sequences and (what < 0.75 or pool.available < 5):
+            pool.release(sequences.pop(rng.randrange(len(sequences))))
+        elif pool.available >= 5:
+            pages = pool.share(keys)
+            pages += pool.allocate(len(keys) - len(pages))
+            for key, page in zip(keys, pages, strict=True):
+                pool.publish(key, page)
+            sequences.append(pages)
+        pool.expire_leases(turn)
+        if turn % 100 == 0:
+            pool.check([page for pages in sequences for page in pages])
+    pool.expire_leases(10_000)
+    for pages in sequences:
+        pool.release(pages)
+    pool.check()
+    assert pool.used == 0

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quire.replicas.collectives import TensorParallelGroup, host_store, join_store
+from quire.kvstore.groups import host_store, join_store
+from quire.replicas.collectives import TensorParallelGroup
 from quire.replicas.config import EngineConfig, PoolConfig
 from quire.replicas.plan import Ints, StepBatch
 from quire.replicas.shard import Shard

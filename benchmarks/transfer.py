@@ -1,0 +1,219 @@
+"""Throughput of a whole transfer, offer to publication, beside raw sends of its bytes; bytes on the wire.
+
+    scripts/loopback python benchmarks/transfer.py [--json FILE]
+    scripts/loopback sh -c 'tc qdisc add dev lo root tbf rate 10gbit burst 4mb limit 64mb && python ...'
+
+Owner and receiver are processes of their own; pages as an 8B model's shard has them (32 layers, 8 kv heads
+of 128). Raw is gloo alone in the same two processes: a group of two, chunks of the same size, as many under
+way. Bytes are counted by the loopback interface, TCP and IP headers included, which means something only
+where nothing else uses it: under scripts/loopback. The second form shapes the link; without it, both
+processes' copies and checksums compete for cores with the loopback's own copies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import queue
+import sys
+import time
+from collections import deque
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+from rows import Row, alternate, median, report
+from torch._C._distributed_c10d import PrefixStore
+
+from quire.kernels.formats import layer_formats
+from quire.kernels.layout import PageLayout
+from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
+from quire.kvstore.groups import Pair, host_store, join_store
+from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
+from quire.kvstore.link_transport import LinkTransport
+from quire.kvstore.links import LinkConfig
+from quire.kvstore.messages import Message, Moved, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.mover import CHUNK_BYTES, PageMover, ShardPool
+from quire.kvstore.pool import PagePool
+
+HOST, CPU = "127.0.0.1", torch.device("cpu")
+LAYERS, HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
+BLOCKS = 32  # 2,048 tokens
+OWNER, RECEIVER = ReplicaId("owner"), ReplicaId("receiver")
+TARGET = 0.85
+PATIENCE_S = 10.0
+
+
+class Node:
+    """One replica of one shard; `peer` carries its messages."""
+
+    def __init__(self, kv: str, me: ReplicaId, peer: Connection) -> None:
+        self.layout = PageLayout(layer_formats(kv, LAYERS), HEADS, HEAD_DIM, PAGE_TOKENS)
+        self.pool = PagePool(BLOCKS)
+        self.pool_NB = torch.zeros(BLOCKS, self.layout.page_bytes, dtype=torch.uint8)
+        transport = LinkTransport(HOST, CPU, LinkConfig(operation_timeout_s=PATIENCE_S))
+        self.mover = PageMover(ShardPool(self.pool_NB, self.layout, 0, 1, HEADS), transport)
+        config = ExchangeConfig(timeout_s=PATIENCE_S, max_lent_share=1.0)
+        self.exchange = Exchange(
+            self.pool, self.layout.fingerprint, [transport.endpoint], config, kv_heads=HEADS
+        )
+        self.control_bytes = 0
+        self._peer, self._peer_name = peer, OWNER if me == RECEIVER else RECEIVER
+        self._reports: queue.SimpleQueue[Moved] = queue.SimpleQueue()
+        self._woken, self._wake = os.pipe()
+
+    def turn(self) -> list[Fetched]:
+        """Wait for something to happen, do what follows from it, and return the fetches that are over."""
+        for source in wait([self._peer, self._woken], 1.0):
+            if source is self._peer:
+                data = self._peer.recv_bytes()
+                self._hear(from_bytes(data))
+            else:
+                os.read(self._woken, 1)
+                self.exchange.moved(self._reports.get(), time.monotonic())
+        return self.act()
+
+    def act(self) -> list[Fetched]:
+        done = []
+        for effect in self.exchange.take():
+            match effect:
+                case Say(_, message):
+                    data = to_bytes(message)
+                    self.control_bytes += len(data)
+                    self._peer.send_bytes(data)
+                case Tell(order):
+                    self.mover.carry_out(order, self._report)
+                case Fetched():
+                    done.append(effect)
+        return done
+
+    def _hear(self, message: Message) -> None:
+        self.exchange.handle(self._peer_name, message, time.monotonic())
+
+    def _report(self, moved: Moved) -> None:
+        self._reports.put(moved)
+        os.write(self._wake, b"\0")
+
+
+def keys_of_blocks() -> list[BlockKey]:
+    return extend_chain(KeySpace(b"l", b"m", b"t").root(), range(PAGE_TOKENS * BLOCKS), PAGE_TOKENS)
+
+
+def owner_process(kv: str, control: Connection, messages: Connection) -> None:
+    """Holds the blocks, and sends the same number of bytes raw when told "raw <port> <number>"."""
+    torch.set_num_threads(1)
+    node = Node(kv, OWNER, messages)
+    pages = node.pool.allocate(BLOCKS)
+    node.pool_NB.random_(0, 256)
+    for key, page in zip(keys_of_blocks(), pages, strict=True):
+        node.pool.publish(key, page)
+    node.pool.release(pages)
+    control.send(node.pool_NB[0, :64].tolist())
+    pair: Pair | None = None
+    while True:
+        if control in wait([control, messages, node._woken]):
+            order = control.recv()
+            if order is None:
+                return
+            if pair is None:
+                pair = raw_pair(order, 0)
+            control.send(node.control_bytes)
+            raw(pair, node.pool_NB)
+        else:
+            node.turn()
+
+
+def raw_pair(port: int, rank: int) -> Pair:
+    store = PrefixStore("raw", join_store(HOST, port, PATIENCE_S))
+    return Pair(store, rank=rank, host=HOST, device=CPU, timeout_s=PATIENCE_S)
+
+
+def raw(pair: Pair, pool_NB: torch.Tensor) -> None:
+    """All bytes of the pool, in chunks as links send them: no copies, no checksums, no headers."""
+    under_way, depth = deque[object](), LinkConfig().depth
+    for index, chunk in enumerate(pool_NB.view(-1).split(CHUNK_BYTES)):
+        if len(under_way) == depth:
+            pair.wait(under_way.popleft(), PATIENCE_S)  # type: ignore[arg-type]
+        under_way.append(pair.post(chunk, index))
+    for work in under_way:
+        pair.wait(work, PATIENCE_S)  # type: ignore[arg-type]
+
+
+def loopback_bytes() -> int:
+    """Received by the loopback interface since its start."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        if line.strip().startswith("lo:"):
+            return int(line.split(":")[1].split()[0])
+    raise RuntimeError("/proc/net/dev names no loopback interface")
+
+
+def rows_of(kv: str, rounds: int) -> list[Row]:
+    context = multiprocessing.get_context("spawn")
+    (ours, theirs), (mine, other) = context.Pipe(), context.Pipe()
+    process = context.Process(target=owner_process, args=(kv, theirs, other), daemon=True)
+    process.start()
+    node, keys, store = Node(kv, RECEIVER, mine), keys_of_blocks(), host_store(HOST, PATIENCE_S)
+    first_bytes = ours.recv()
+    ours.send(store.port)
+    pair = raw_pair(store.port, 1)
+    ours.recv()
+    target_NB = torch.zeros_like(node.pool_NB)
+    raw(pair, target_NB)
+
+    def raw_s(_: int) -> float:
+        ours.send(store.port)
+        ours.recv()
+        started = time.perf_counter()
+        raw(pair, target_NB)
+        return time.perf_counter() - started
+
+    wire: list[int] = []
+
+    def fetch_s(_: int) -> float:
+        node.pool.release(node.pool.allocate(BLOCKS))  # forget what the last round fetched
+        before, started = loopback_bytes(), time.perf_counter()
+        node.exchange.fetch(OWNER, keys, time.monotonic())
+        done = node.act()
+        while not done:
+            done = node.turn()
+        seconds = time.perf_counter() - started
+        wire.append(loopback_bytes() - before)
+        assert (done[0].failure, done[0].blocks) == (None, BLOCKS), done[0].reason
+        return seconds
+
+    fetch_s(0)  # opens the link
+    assert node.pool_NB[node.pool.share(keys[:1])[0], :64].tolist() == first_bytes
+    node.pool.release(node.pool.share(keys[:1]) * 2)
+    seconds = alternate({"transfer": fetch_s, "raw": raw_s}, rounds)
+    ours.send(None)
+    process.join()
+    size, page_bytes = BLOCKS * node.layout.page_bytes, node.layout.page_bytes
+    bf16 = replace(node.layout, layers=layer_formats("bf16", LAYERS)).page_bytes
+    transfer, alone = median(seconds["transfer"]), median(seconds["raw"])
+    case = f"{kv}, {BLOCKS} blocks of {page_bytes / 1e6:.1f} MB"
+    sent = median(wire) + 2 * node.control_bytes / (rounds + 1)  # the peer says about as much
+    return [
+        Row(case, "transfer_gb_per_s", size / transfer / 1e9, "GB/s", "raw gloo", alone / transfer),
+        Row(case, "wire_bytes", sent, "bytes", "page bytes", sent / size),
+        Row(case, "wire_bytes", sent, "bytes", "bf16 pages", sent / size * page_bytes / bf16),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Transfers beside raw sends, and bytes on the wire.")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row for kv in ("bf16", "int8", "int4") for row in rows_of(kv, args.rounds)]
+    report(rows, args.json)
+    slow = [row.case for row in rows if row.baseline == "raw gloo" and row.ratio < TARGET]
+    if slow:
+        print(f"below {TARGET:.0%} of raw: {'; '.join(slow)}")
+    return bool(slow)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

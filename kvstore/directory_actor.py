@@ -1,0 +1,92 @@
+"""The directory as a Ray actor, one per deployment, and the way to it. The room's only file that knows Ray.
+
+The actor belongs to nobody and holds nothing that cannot be announced again: whoever finds it dead makes a
+new one, and the announcers fill it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from quire.kvstore.announcer import ChannelLost
+from quire.kvstore.directory import Announcement, Directory, DirectoryStats, Holder
+from quire.kvstore.keys import BlockKey
+
+NAMESPACE = "quire"
+
+
+class DirectoryActor:
+    """`Directory`, with the actor's own clock."""
+
+    def __init__(self, max_entries: int, silence_s: float) -> None:
+        self._directory = Directory(max_entries, silence_s)
+
+    def announce(self, said: Announcement) -> bool:
+        return self._directory.announce(said, time.monotonic())
+
+    def lookup(self, chain: Sequence[BlockKey]) -> tuple[Holder, ...]:
+        return self._directory.lookup(chain)
+
+    def stats(self) -> DirectoryStats:
+        return self._directory.stats()
+
+
+class RayDirectory:
+    """A `Channel`, and lookups. Raises ChannelLost where the actor is silent or dead: it makes another."""
+
+    def __init__(
+        self, deployment: str, *, max_entries: int, silence_s: float = 30.0, timeout_s: float = 5.0
+    ) -> None:
+        self._name, self._timeout_s = f"{deployment}-directory", timeout_s
+        self._arguments = (max_entries, silence_s)
+        self._actor = self._find()
+
+    def announce(self, said: Announcement) -> bool:
+        taken: bool = self._ask(self._actor.announce.remote(said))
+        return taken
+
+    def lookup(self, chain: Sequence[BlockKey]) -> tuple[Holder, ...]:
+        holders: tuple[Holder, ...] = self._ask(self._actor.lookup.remote(chain))
+        return holders
+
+    def stats(self) -> DirectoryStats:
+        stats: DirectoryStats = self._ask(self._actor.stats.remote())
+        return stats
+
+    def _ask(self, answer: Any) -> Any:
+        try:
+            return ray.get(answer, timeout=self._timeout_s)
+        except RayActorError as error:
+            self._actor = self._find()
+            raise ChannelLost(str(error).splitlines()[0]) from error
+        except GetTimeoutError as error:
+            raise ChannelLost(f"the directory did not answer in {self._timeout_s:g} s") from error
+
+    def _find(self) -> Any:
+        """The deployment's actor, made if there is none. Detached: it outlives whoever made it."""
+        actor: Any = (
+            ray.remote(DirectoryActor)
+            .options(
+                name=self._name,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=0,
+                max_restarts=0,
+            )
+            .remote(*self._arguments)
+        )
+        return actor
+
+
+def end_directory(deployment: str) -> None:
+    """With the deployment. Does nothing if there is none."""
+    try:
+        ray.kill(ray.get_actor(f"{deployment}-directory", namespace=NAMESPACE))
+    except ValueError:
+        return

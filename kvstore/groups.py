@@ -1,0 +1,103 @@
+"""Process groups built directly on a key-value store, which listens at one address and nowhere else.
+
+torch's default group is never touched, so many groups fit in one process and a dead one leaves nothing
+behind. Knows torch.distributed; not what is sent.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+
+def host_store(host: str, patience_s: float) -> TCPStore:
+    """The first end of a new store, at `host` and a free port. It ends with the object.
+
+    The socket is ours because a store that opens its own listens on every address of the machine.
+    """
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=patience_s),
+        master_listen_fd=listener.detach(),
+    )
+
+
+def join_store(host: str, port: int, patience_s: float) -> Store:
+    """Another end. Its waits end after `patience_s`, or when the first end is gone, with a RuntimeError.
+
+    While the process of the first end is stopped (SIGSTOP), every call blocks.
+    """
+    return TCPStore(
+        host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience_s)
+    )
+
+
+def gloo_group(store: Store, *, rank: int, size: int, host: str, timeout_s: float) -> Any:
+    """All ranks call it within `timeout_s`, or it raises RuntimeError. Its sockets are bound to `host`."""
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = timedelta(seconds=timeout_s)
+    options._threads = 1
+    return dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, size, options)
+
+
+def nccl_group(store: Store, *, rank: int, size: int, timeout_s: float) -> Any:
+    """Connects with its first operation."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    return dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)
+
+
+class Pair:
+    """A group of two, in which rank 0 sends and rank 1 receives. Errors and late peers raise RuntimeError."""
+
+    def __init__(self, store: Store, *, rank: int, host: str, device: torch.device, timeout_s: float) -> None:
+        """Connect: both ends construct it within `timeout_s`."""
+        self._rank, self._cuda = rank, device.type == "cuda"
+        if self._cuda:
+            self._group = nccl_group(store, rank=rank, size=2, timeout_s=timeout_s)
+        else:
+            self._group = gloo_group(store, rank=rank, size=2, host=host, timeout_s=timeout_s)
+
+    def post(self, chunk: Tensor, tag: int) -> dist.Work:
+        """Begin to send `chunk`, or to receive into it. Its memory is in use until `wait` has returned."""
+        move = self._group.send if self._rank == 0 else self._group.recv
+        work: dist.Work = move([chunk], 1 - self._rank, tag)
+        return work
+
+    def wait(self, work: dist.Work, timeout_s: float) -> None:
+        """gloo notices a dead peer by `timeout_s` alone, or at once where its socket was reset."""
+        if not self._cuda:
+            work.wait(timedelta(seconds=max(timeout_s, 0.001)))  # 0 would mean for ever
+            return
+        end_s = time.monotonic() + timeout_s
+        while not work.is_completed():  # NCCL's own wait would only make the stream wait
+            if time.monotonic() > end_s:
+                raise RuntimeError(f"the other end was silent for {timeout_s:.3g} s")
+            time.sleep(_POLL_S)
+
+    def drop(self) -> None:
+        """No further call is made. NCCL's operations are aborted; gloo's end with their sockets."""
+        if self._cuda:
+            self._group.abort()
+
+
+_POLL_S = 50e-6
+
+
+def reason_of(error: RuntimeError) -> str:
+    """What torch's error says, without its source lines and advice."""
+    return re.sub(r"\[/\S+\] |\. This is typically.*", "", str(error).splitlines()[0])

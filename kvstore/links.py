@@ -1,0 +1,359 @@
+"""The two ends of a link: a one-way 2-rank group, opened on demand, with a thread of its own.
+
+A link leads from one sender to one receiver and meets in the receiver's store, under the sender's name:
+
+    generation        counts the link's groups: a group that saw an error is never used again
+    starts            queue of "<ticket> <generation> <sizes>": what the sender sends next, in which group.
+                      A chunk of another size than it expects would end the receiver's process (gloo)
+    dropped/<g>       the receiver has given up group g: the sender opens another one
+
+Any error or deadline drops the group and fails the stream; the next stream opens the next generation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict, deque
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from quire.kvstore.failures import Cause, TransferFailed
+from quire.kvstore.groups import Pair, join_store, reason_of
+from quire.kvstore.transport import Endpoint, Sink, Source, Ticket
+
+Body = TypeVar("Body", Source, Sink)
+
+_SOON_S, _LOOK_S = 0.0002, 0.01
+"""How long a receiver waits between two looks at what its peer has started: at first, and at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkConfig:
+    """How links behave; the same on all replicas of a deployment."""
+
+    operation_timeout_s: float = 1.0
+    """A peer that lets one chunk wait longer is given up."""
+    max_links: int = 64
+    """Links of each direction; the one that was idle longest makes room."""
+    depth: int = 3
+    """Chunks of a link under way at once."""
+
+    def __post_init__(self) -> None:
+        if self.operation_timeout_s <= 0 or self.max_links < 1 or self.depth < 1:
+            raise ValueError(f"all numbers of a LinkConfig are positive, got {self}")
+
+
+@dataclass(eq=False)
+class Stream(Generic[Body]):
+    """One send or receive, and the promise of its end. What ends it first, counts."""
+
+    ticket: Ticket
+    body: Body
+    deadline_s: float
+    future: Future[None] = field(default_factory=Future)
+    ended: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def end(self, error: TransferFailed | None = None) -> None:
+        """Waits for a chunk that is being taken; afterwards none is."""
+        with self.lock:
+            if self.ended:
+                return
+            self.ended = True
+        if error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(error.with_traceback(None))  # whose frames would keep groups alive
+
+    def check(self) -> None:
+        if self.ended or time.monotonic() > self.deadline_s:
+            raise TransferFailed(Cause.DEADLINE, f"stream {self.ticket} was not done in time")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What all links of a transport share."""
+
+    endpoint: Endpoint
+    device: torch.device
+    config: LinkConfig
+
+    def meeting(self, receiver: Endpoint, sender: Endpoint) -> Store:
+        """The part of the receiver's store that belongs to the link; a connection of its own."""
+        patience_s = self.config.operation_timeout_s
+        address = (receiver.host, receiver.port)
+        try:
+            socket.create_connection(address, patience_s).close()  # a refusal would cost the store a second
+        except OSError as error:
+            raise TransferFailed(Cause.PEER, f"{receiver.host}:{receiver.port}: {error.strerror}") from error
+        return PrefixStore(f"link/{sender.name}", join_store(*address, patience_s))
+
+
+class Link(ABC, Generic[Body]):
+    """One end of a link: streams in, moved one after another by a thread of its own."""
+
+    def __init__(self, here: Site, peer: Endpoint) -> None:
+        self._here, self._peer, self._patience_s = here, peer, here.config.operation_timeout_s
+        self._store: Store | None = None
+        self._pair: Pair | None = None
+        self._generation = 0
+        self._chunks: list[Tensor] = []
+        self._waiting: OrderedDict[Ticket, Stream[Body]] = OrderedDict()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._current: Stream[Body] | None = None
+        self._thread = threading.Thread(target=self._run, name=f"quire-link-{peer.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def idle(self) -> bool:
+        return self._current is None and not self._waiting
+
+    @property
+    def usable(self) -> bool:
+        return not self._closed and self._thread.is_alive()
+
+    def put(self, stream: Stream[Body]) -> None:
+        with self._changed:
+            self._waiting[stream.ticket] = stream
+            self._changed.notify_all()
+
+    def overdue(self, stream: Stream[Body]) -> bool:
+        """Whether the thread is stuck with `stream`: the link is then given up, whatever the thread does."""
+        with self._changed:
+            self._waiting.pop(stream.ticket, None)
+            return self._current is stream
+
+    def close(self, error: TransferFailed) -> None:
+        """Does not wait for the thread, which may hang in a call until its peer is gone."""
+        with self._changed:
+            self._closed = True
+            left = [*self._waiting.values(), *([self._current] if self._current else [])]
+            self._waiting.clear()
+            self._changed.notify_all()
+        for stream in left:
+            stream.end(error)
+
+    def join(self, until_s: float) -> None:
+        """Wait for the thread of a closed link, unless it hangs."""
+        self._thread.join(max(until_s - time.monotonic(), 0.0))
+
+    @abstractmethod
+    def _next(self) -> Stream[Body] | None:
+        """Wait for the next stream and make the group ready for it; None when there was none for a while."""
+
+    @abstractmethod
+    def _move(self, stream: Stream[Body], pair: Pair) -> None:
+        """All its chunks."""
+
+    @abstractmethod
+    def _drop(self) -> None:
+        """The group is not used again."""
+
+    def _run(self) -> None:
+        with ExitStack() as stack:
+            stack.callback(self._drop)
+            if self._here.device.type == "cuda":  # beside the steps, not between them
+                stack.enter_context(torch.cuda.device(self._here.device))
+                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self._here.device)))
+            while not self._closed:
+                self._turn()
+
+    def _turn(self) -> None:
+        try:
+            stream = self._next()
+            if stream is not None and self._pair is not None:
+                self._move(stream, self._pair)
+                stream.end()
+        except TransferFailed as error:
+            self._give_up(error)
+        except RuntimeError as error:  # torch's own, whatever happened
+            self._give_up(TransferFailed(Cause.PEER, f"{self._peer.host}: {reason_of(error)}"))
+        finally:
+            self._current = None
+
+    def _drop_pair(self) -> None:
+        """The chunks' memory goes with it: what is still under way may write there."""
+        if self._pair is not None:
+            self._pair.drop()
+            self._pair, self._chunks = None, []
+
+    def _give_up(self, error: TransferFailed) -> None:
+        self._drop()
+        if self._current is not None:
+            self._current.end(error)
+
+    def _connect(self, store: Store, generation: int, rank: int) -> None:
+        here, group = self._here, PrefixStore(str(generation), store)
+        self._generation = generation
+        self._pair = Pair(
+            group, rank=rank, host=here.endpoint.host, device=here.device, timeout_s=self._patience_s
+        )
+
+    def _chunk(self, index: int, size: int) -> Tensor:
+        """Memory for one of the `depth` chunks under way."""
+        depth = self._here.config.depth
+        if not self._chunks or self._chunks[0].numel() < size:
+            self._chunks = [
+                torch.empty(size, dtype=torch.uint8, device=self._here.device) for _ in range(depth)
+            ]
+        return self._chunks[index % depth][:size]
+
+
+class OutLink(Link[Source]):
+    """The sender's end."""
+
+    def _next(self) -> Stream[Source] | None:
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                return None
+            _, self._current = self._waiting.popitem(last=False)
+        stream = self._current
+        if stream.ended:
+            return None
+        if self._store is None:
+            self._store = self._here.meeting(self._peer, self._here.endpoint)
+        if self._pair is not None and self._store.check([f"dropped/{self._generation}"]):
+            self._drop_pair()
+        fresh = self._pair is None
+        if fresh:
+            self._generation = self._store.add("generation", 1)
+            for key in ("gloo/0/0", "gloo/0/1"):  # what the last group left behind
+                self._store.delete_key(f"{self._generation - 1}/{key}")
+        if stream.ended:  # the store's answers came too late: another link may have taken over
+            self._drop()
+            return None
+        self._store.queue_push("starts", f"{stream.ticket} {self._generation} {_digest(stream.body.sizes)}")
+        if fresh:
+            self._connect(self._store, self._generation, 0)
+        return stream
+
+    def _move(self, stream: Stream[Source], pair: Pair) -> None:
+        sizes, under_way = stream.body.sizes, deque[dist.Work]()
+        self._chunk(0, max(sizes))
+        for index, size in enumerate(sizes):
+            if len(under_way) == self._here.config.depth:
+                pair.wait(under_way.popleft(), self._patience_s)
+            stream.check()
+            chunk = self._chunk(index, size)
+            stream.body.fill(index, chunk)
+            under_way.append(pair.post(chunk, index))
+        for work in under_way:
+            pair.wait(work, self._patience_s)
+
+    def _drop(self) -> None:
+        self._drop_pair()
+        self._store = None  # its connection may be the one that broke
+
+
+class InLink(Link[Sink]):
+    """The receiver's end. It follows the order in which the sender starts."""
+
+    def _next(self) -> Stream[Sink] | None:
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+        if self._closed:
+            return None
+        if self._store is None:
+            self._store = self._here.meeting(self._here.endpoint, self._peer)
+        start = self._start(self._store)
+        if start is None:
+            return None
+        ticket, generation, sizes = start
+        if generation < self._generation:  # from a thread that the sender had given up
+            self._put_back()
+            return None
+        if generation != self._generation:
+            self._drop_pair()
+            self._store.delete_key(f"dropped/{self._generation}")
+            self._generation = generation
+        if self._current is None:
+            raise TransferFailed(Cause.DEADLINE, f"stream {ticket} came when nobody waited for it any more")
+        if sizes != _digest(self._current.body.sizes):
+            raise TransferFailed(Cause.HEADER, f"stream {ticket} has chunks of other sizes than were agreed")
+        if self._pair is None:
+            self._connect(self._store, generation, 1)
+        return self._current
+
+    def _start(self, store: Store) -> tuple[Ticket, int, str] | None:
+        """What the sender sends now: ticket, generation, sizes. Its stream, if any, becomes the current one.
+
+        A sender may be faster than the message that announces it, so that its stream is waited for; but
+        where it has started another one since, the first is over.
+        """
+        start = self._pop(store)
+        if start is None:
+            return None
+        end_s = time.monotonic() + self._patience_s / 2
+        while True:
+            while store.queue_len("starts"):
+                start = store.queue_pop("starts")
+            ticket, generation, sizes = start.decode().split()
+            if self._begin(Ticket(int(ticket))) or self._closed or time.monotonic() > end_s:
+                return Ticket(int(ticket)), int(generation), sizes
+
+    def _pop(self, store: Store) -> bytes | None:
+        """The next start, as long as a stream waits for one. Asks often at first, then less."""
+        pause_s = _SOON_S
+        while not self._closed:
+            if store.queue_len("starts"):
+                start: bytes = store.queue_pop("starts")
+                return start
+            with self._changed:
+                if not self._waiting:
+                    break
+                self._changed.wait(pause_s)
+            pause_s = min(1.5 * pause_s, _LOOK_S)
+        return None
+
+    def _put_back(self) -> None:
+        with self._changed:
+            if self._current is not None and not self._current.ended:
+                self._waiting[self._current.ticket] = self._current
+            self._current = None
+
+    def _begin(self, ticket: Ticket) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: ticket in self._waiting or self._closed, _LOOK_S)
+            self._current = self._waiting.pop(ticket, None)
+            return self._current is not None
+
+    def _move(self, stream: Stream[Sink], pair: Pair) -> None:
+        sizes, depth, under_way = stream.body.sizes, self._here.config.depth, deque[dist.Work]()
+        self._chunk(0, max(sizes))
+        for index in range(min(depth, len(sizes))):
+            under_way.append(pair.post(self._chunk(index, sizes[index]), index))
+        for index, size in enumerate(sizes):
+            pair.wait(under_way.popleft(), self._patience_s)
+            with stream.lock:
+                stream.check()
+                stream.body.take(index, self._chunk(index, size))
+            ahead = index + depth
+            if ahead < len(sizes):
+                under_way.append(pair.post(self._chunk(ahead, sizes[ahead]), ahead))
+        if self._here.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+    def _drop(self) -> None:
+        if self._store is not None:
+            with suppress(RuntimeError):  # our own store: where it is gone, so is the transport
+                self._store.set(f"dropped/{self._generation}", "")
+        self._drop_pair()
+
+
+def _digest(sizes: tuple[int, ...]) -> str:
+    return hashlib.blake2b(repr(sizes).encode(), digest_size=8).hexdigest()

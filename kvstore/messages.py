@@ -1,0 +1,214 @@
+"""What replicas say to each other about blocks, and what a replica tells its shards. Values, and their bytes.
+
+The conversation, receiver on the left:
+
+    Offer     →            I would take these blocks
+              ←  Accept    the leading ones are pinned for you (or Refuse)
+              ←  pages     from shard to shard, over links
+    Done      →            all arrived, or I gave up: unpin
+              ←  Released  whether they stayed pinned all the time: only then are they what their keys say
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from types import UnionType
+from typing import Any, NewType, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.kvstore.failures import Cause
+from quire.kvstore.keys import KEY_BYTES, BlockKey
+from quire.kvstore.prefix_index import PageId
+from quire.kvstore.transport import Endpoint
+
+TransferId = NewType("TransferId", int)
+"""Chosen by the receiver, never used twice by it. Also the ticket of the transfer's streams."""
+
+ReplicaId = NewType("ReplicaId", str)
+"""One incarnation of a replica: a restarted one has another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    transfer: TransferId
+    keys: tuple[BlockKey, ...]
+    """Successive blocks of one chain."""
+    layout: bytes
+    """`PageLayout.fingerprint`."""
+    endpoints: tuple[Endpoint, ...]
+    """Of the receiver's shards, by rank."""
+    timeout_s: float
+    """The receiver will have given up by then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    transfer: TransferId
+    generations: tuple[int, ...]
+    """Of the pages that hold the leading blocks; so many blocks come."""
+    endpoints: tuple[Endpoint, ...]
+    """Of the owner's shards, by rank."""
+    lease_s: float
+    """The pages are pinned for so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    transfer: TransferId
+    cause: Cause
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    transfer: TransferId
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    transfer: TransferId
+    held: bool
+    """The pages were pinned, and sound, until now."""
+
+
+Message = Offer | Accept | Refuse | Done | Released
+"""Between replicas."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendPages:
+    """For every shard of the owner; each finds its own part."""
+
+    receiver: ReplicaId
+    transfer: TransferId
+    keys: tuple[BlockKey, ...]
+    pages: tuple[PageId, ...]
+    generations: tuple[int, ...]
+    peers: tuple[Endpoint, ...]
+    """The receiver's shards, by rank."""
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivePages:
+    """For every shard of the receiver."""
+
+    transfer: TransferId
+    keys: tuple[BlockKey, ...]
+    pages: tuple[PageId, ...]
+    generations: tuple[int, ...]
+    """The owner's."""
+    peers: tuple[Endpoint, ...]
+    """The owner's shards, by rank."""
+    timeout_s: float
+
+
+Order = SendPages | ReceivePages
+"""From a replica to its shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A shard's report: its part of an order is over, and it touches those pages no more."""
+
+    transfer: TransferId
+    rank: int
+    received: bool
+    """Whether it was a `ReceivePages`."""
+    seconds: float
+    bytes_moved: int
+    """Page bytes: headers not counted; 0 after a failure."""
+    failure: Cause | None = None
+    reason: str = ""
+
+
+# ---- page headers ---------------------------------------------------------------------------------------
+
+PageHeaders = npt.NDArray[np.void]
+"""One per page, see `_HEADER`."""
+
+_HEADER = np.dtype(
+    [
+        ("key", f"V{KEY_BYTES}"),
+        ("layout", "V32"),
+        ("first_head", "<u2"),
+        ("heads", "<u2"),
+        ("version", "<u4"),
+        ("generation", "<u8"),
+        ("checksum", "<i8"),
+        ("unused", "<u8"),
+    ]
+)
+HEADER_BYTES = _HEADER.itemsize
+_VERSION = 1
+
+
+def page_headers(
+    keys: tuple[BlockKey, ...],
+    layout: bytes,
+    heads: tuple[int, int],
+    generations: tuple[int, ...],
+    checksums: npt.NDArray[np.int64],
+) -> PageHeaders:
+    """What travels in front of these pages. `heads`: the first one, and how many."""
+    headers = np.zeros(len(keys), dtype=_HEADER)
+    headers["key"] = np.frombuffer(b"".join(keys), dtype=f"V{KEY_BYTES}")
+    headers["layout"] = np.void(layout)
+    headers["first_head"], headers["heads"] = heads
+    headers["version"] = _VERSION
+    headers["generation"] = generations
+    headers["checksum"] = checksums
+    return headers
+
+
+def headers_from(data: npt.NDArray[np.uint8]) -> PageHeaders:
+    return data.view(_HEADER)
+
+
+# ---- bytes ----------------------------------------------------------------------------------------------
+
+_KINDS = {
+    kind.__name__: kind for kind in (Offer, Accept, Refuse, Done, Released, SendPages, ReceivePages, Moved)
+}
+
+
+def to_bytes(value: Message | Order | Moved) -> bytes:
+    """JSON, bytes as hex."""
+    return json.dumps({"kind": type(value).__name__, **asdict(value)}, default=bytes.hex).encode()
+
+
+def from_bytes(data: bytes) -> Any:
+    """What `to_bytes` was given. Raises ValueError for anything else."""
+    try:
+        fields_of = json.loads(data)
+        return _build(_KINDS[fields_of.pop("kind")], fields_of)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a message of the store: {data[:80]!r}") from error
+
+
+def _build(kind: Any, raw: dict[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    values = {f.name: _value(hints[f.name], raw.pop(f.name)) for f in fields(kind)}
+    if raw:
+        raise TypeError(f"{kind.__name__} has no {', '.join(raw)}")
+    return kind(**values)
+
+
+def _value(hint: Any, raw: Any) -> Any:
+    hint = getattr(hint, "__supertype__", hint)  # of a NewType
+    if get_origin(hint) is tuple:
+        return tuple(_value(get_args(hint)[0], item) for item in raw)
+    if get_origin(hint) in (Union, UnionType):
+        return None if raw is None else _value(get_args(hint)[0], raw)
+    if is_dataclass(hint):
+        return _build(hint, raw)
+    if hint is bytes:
+        return bytes.fromhex(raw)
+    if hint is Cause:
+        return Cause(raw)
+    if not isinstance(raw, (int, float) if hint is float else hint):
+        raise TypeError(f"{raw!r} is not {hint.__name__}")
+    return raw

@@ -1,0 +1,201 @@
+"""A shard's hands: gathers pages for the transfers of its replica, verifies and stores what arrives.
+
+Knows the pool's tensor and no books: which pages, and who may read them, is `exchange.py`'s to say. Pages
+that are received belong to nobody else until the exchange has published them.
+
+A chunk on a link: the headers of its pages, then the pages' bytes, packed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quire.kernels.layout import PageLayout
+from quire.kernels.pages import checksum_pages, gather_pages, scatter_pages
+from quire.kvstore.bandwidth import Bandwidth
+from quire.kvstore.failures import Cause, TransferFailed
+from quire.kvstore.messages import (
+    HEADER_BYTES,
+    Moved,
+    Order,
+    PageHeaders,
+    ReceivePages,
+    SendPages,
+    headers_from,
+    page_headers,
+)
+from quire.kvstore.slices import PageSlice, page_slices
+from quire.kvstore.transport import Ticket, Transport
+
+CHUNK_BYTES = 4 << 20
+"""Small enough that a dead peer is noticed soon and that stages overlap, large enough for full speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPool:
+    """One shard's pages and where they stand among the model's."""
+
+    pool_NB: Tensor
+    layout: PageLayout
+    rank: int
+    tp: int
+    kv_heads: int
+    """Of the whole model."""
+
+
+class PageMover:
+    """Carries out the orders of a replica's exchange on one shard."""
+
+    def __init__(
+        self,
+        pool: ShardPool,
+        transport: Transport,
+        *,
+        limit: Bandwidth | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        """`chunk_bytes`, pages of a chunk: the same on all replicas. `limit`: of what is sent."""
+        self._pool, self._transport, self._limit, self._chunk_bytes = pool, transport, limit, chunk_bytes
+
+    def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None:
+        """Begin, and report from some other thread when this shard's part is over.
+
+        The report comes by the order's deadline, whatever the peer does. Once it has come, nothing of the
+        order touches the pool any more.
+        """
+        streams = [self._start(order, piece) for piece in self._pieces(order)]
+        _Tally(order, self._pool.rank, streams, report).begin()
+
+    def _pieces(self, order: Order) -> list[PageSlice]:
+        pool, peers = self._pool, len(order.peers)
+        receives = isinstance(order, ReceivePages)
+        source_tp, destination_tp = (peers, pool.tp) if receives else (pool.tp, peers)
+        slices = page_slices(source_tp, destination_tp, pool.kv_heads, pool.layout.head_bytes)
+        return [s for s in slices if (s.destination if receives else s.source) == pool.rank]
+
+    def _start(self, order: Order, piece: PageSlice) -> tuple[int, Future[None]]:
+        ticket, timeout_s = Ticket(order.transfer), order.timeout_s
+        if isinstance(order, SendPages):
+            outgoing = Outgoing(self._pool, order, piece, self._chunk_bytes, self._limit)
+            future = self._transport.send(order.peers[piece.destination], ticket, outgoing, timeout_s)
+        else:
+            incoming = Incoming(self._pool, order, piece, self._chunk_bytes)
+            future = self._transport.receive(order.peers[piece.source], ticket, incoming, timeout_s)
+        return len(order.pages) * piece.size_bytes, future
+
+
+class _Pages:
+    """The pages of one order, as far as one slice goes, cut into chunks."""
+
+    def __init__(self, pool: ShardPool, order: Order, piece: PageSlice, chunk_bytes: int) -> None:
+        receives = isinstance(order, ReceivePages)
+        at = piece.destination_at if receives else piece.source_at
+        self._bytes_NB = pool.pool_NB[:, at : at + piece.size_bytes]
+        self._order, self._piece, self._layout = order, piece, pool.layout.fingerprint
+        self._pages_M = torch.tensor(order.pages, device=pool.pool_NB.device)
+        self._step = max(round(chunk_bytes / piece.size_bytes), 1)
+        counts = [min(self._step, len(order.pages) - at) for at in range(0, len(order.pages), self._step)]
+        self.sizes = tuple(count * (HEADER_BYTES + piece.size_bytes) for count in counts)
+
+    def _part(self, index: int) -> slice:
+        return slice(index * self._step, (index + 1) * self._step)
+
+    def _split(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        """The chunk's headers, and its pages [count, bytes]."""
+        count = chunk.numel() // (HEADER_BYTES + self._piece.size_bytes)
+        return chunk[: count * HEADER_BYTES], chunk[count * HEADER_BYTES :].view(count, -1)
+
+    def _headers(self, part: slice, body_MB: Tensor) -> PageHeaders:
+        order, piece = self._order, self._piece
+        return page_headers(
+            order.keys[part],
+            self._layout,
+            (piece.first_head, piece.heads),
+            order.generations[part],
+            checksum_pages(body_MB).cpu().numpy(),
+        )
+
+
+class Outgoing(_Pages):
+    """A `Source` of pages."""
+
+    def __init__(
+        self, pool: ShardPool, order: SendPages, piece: PageSlice, chunk_bytes: int, limit: Bandwidth | None
+    ) -> None:
+        super().__init__(pool, order, piece, chunk_bytes)
+        self._limit = limit
+
+    def fill(self, index: int, chunk: Tensor) -> None:
+        if self._limit is not None:
+            self._limit.wait(chunk.numel())
+        part = self._part(index)
+        headers, body_MB = self._split(chunk)
+        gather_pages(self._bytes_NB, self._pages_M[part], body_MB)
+        headers.copy_(torch.from_numpy(self._headers(part, body_MB).view("u1")))
+
+
+class Incoming(_Pages):
+    """A `Sink` for pages. What it refuses has not touched the pool."""
+
+    def take(self, index: int, chunk: Tensor) -> None:
+        part = self._part(index)
+        headers, body_MB = self._split(chunk)
+        got, want = headers_from(headers.cpu().numpy()), self._headers(part, body_MB)
+        for name in ("version", "layout", "key", "first_head", "heads", "generation", "checksum"):
+            wrong = got[name] != want[name]
+            if wrong.any():
+                cause = Cause.CHECKSUM if name == "checksum" else Cause.HEADER
+                block = self._order.keys[part][int(wrong.argmax())].hex()[:12]
+                raise TransferFailed(cause, f"block {block} arrived with another {name} than was agreed")
+        scatter_pages(self._bytes_NB, self._pages_M[part], body_MB)
+
+
+class _Tally:
+    """Counts the ends of an order's streams and makes one report of them."""
+
+    def __init__(
+        self,
+        order: Order,
+        rank: int,
+        streams: Sequence[tuple[int, Future[None]]],
+        report: Callable[[Moved], None],
+    ) -> None:
+        self._order, self._rank, self._streams, self._report = order, rank, streams, report
+        self._started_s = time.monotonic()
+        self._open = len(streams)
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        if not self._streams:  # another shard that holds the same heads sends them
+            self._finish()
+        for _, future in self._streams:
+            future.add_done_callback(self._one_more)
+
+    def _one_more(self, future: Future[None]) -> None:
+        with self._lock:
+            self._open -= 1
+            last = self._open == 0
+        if last:
+            self._finish()
+
+    def _finish(self) -> None:
+        errors = [error for _, future in self._streams if (error := future.exception()) is not None]
+        failure = errors[0] if errors else None
+        self._report(
+            Moved(
+                transfer=self._order.transfer,
+                rank=self._rank,
+                received=isinstance(self._order, ReceivePages),
+                seconds=time.monotonic() - self._started_s,
+                bytes_moved=0 if errors else sum(size for size, _ in self._streams),
+                failure=failure.cause if isinstance(failure, TransferFailed) else None,
+                reason="" if failure is None else str(failure),
+            )
+        )

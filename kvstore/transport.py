@@ -1,0 +1,64 @@
+"""Moves chunks of bytes between two shards. The seam between what a transfer says and how bytes travel.
+
+Knows no pages: a `Source` fills chunks, a `Sink` takes them. `link_transport.py` is the implementation.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import NewType, Protocol
+
+from torch import Tensor
+
+Ticket = NewType("Ticket", int)
+"""Names one stream of chunks from a sender to a receiver. Chosen by the receiver, never used twice by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where one process's transport is met."""
+
+    name: str
+    """Drawn at its start: a restarted process has another."""
+    host: str
+    port: int
+
+
+class Source(Protocol):
+    """What a send reads."""
+
+    sizes: tuple[int, ...]
+    """Bytes of each chunk; the receiver's sink has the same."""
+
+    def fill(self, index: int, chunk: Tensor) -> None:
+        """Write the chunk, uint8 [sizes[index]]. Raises TransferFailed to end the stream here."""
+
+
+class Sink(Protocol):
+    """What a receive writes."""
+
+    sizes: tuple[int, ...]
+
+    def take(self, index: int, chunk: Tensor) -> None:
+        """Use the chunk before returning: its memory is used again. Raises TransferFailed to refuse it.
+
+        Called in order, by one thread, and never once the stream's future is done.
+        """
+
+
+class Transport(Protocol):
+    """Streams to and from other shards. A future ends at its deadline at the latest, whatever the peer does.
+
+    Its exception is always a TransferFailed.
+    """
+
+    @property
+    def endpoint(self) -> Endpoint: ...
+
+    def send(self, peer: Endpoint, ticket: Ticket, source: Source, timeout_s: float) -> Future[None]: ...
+
+    def receive(self, peer: Endpoint, ticket: Ticket, sink: Sink, timeout_s: float) -> Future[None]: ...
+
+    def close(self) -> None:
+        """All open streams fail. Waits for peers no longer than an operation may take."""

@@ -1,0 +1,278 @@
+"""Links move chunks between shards; a peer that dies, stops or never comes costs one link and no more."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import psutil
+import pytest
+from byte_streams import CPU, HOST, QUICK, SIGNALS, Collect, Numbers, stream_process
+
+from quire.kvstore.failures import Cause, TransferFailed
+from quire.kvstore.link_transport import LinkTransport
+from quire.kvstore.links import LinkConfig
+from quire.kvstore.transport import Endpoint, Ticket
+
+SIZES = (70_000, 70_000, 70_000, 70_000, 30_001)
+LARGE = (4 << 20,) * 12
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[LinkTransport, LinkTransport]]:
+    one, other = LinkTransport(HOST, CPU, QUICK), LinkTransport(HOST, CPU, QUICK)
+    yield one, other
+    one.close()
+    other.close()
+
+
+def move(
+    sender: LinkTransport, receiver: LinkTransport, ticket: int, sizes: tuple[int, ...] = SIZES
+) -> tuple[Future[None], Future[None], Collect]:
+    sink = Collect(sizes)
+    received = receiver.receive(sender.endpoint, Ticket(ticket), sink, 5)
+    sent = sender.send(receiver.endpoint, Ticket(ticket), Numbers(sizes, ticket), 5)
+    return sent, received, sink
+
+
+def cause(future: Future[None]) -> Cause:
+    error = future.exception(10)
+    assert isinstance(error, TransferFailed)
+    return error.cause
+
+
+@dataclass
+class Process:
+    """A transport in a process of its own."""
+
+    process: BaseProcess
+    control: Connection
+    endpoint: Endpoint
+
+    def order(self, *what: object) -> None:
+        self.control.send(what)
+
+    def reply(self) -> object:
+        assert self.control.poll(10)
+        return self.control.recv()
+
+
+@contextmanager
+def process() -> Iterator[Process]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["byte_streams"])
+    ours, theirs = context.Pipe()
+    child = context.Process(target=stream_process, args=(theirs,), daemon=True)
+    child.start()
+    assert ours.poll(60)
+    try:
+        yield Process(child, ours, ours.recv())
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_what_is_filled_is_what_is_taken_in_order(ends):
+    sent, received, sink = move(*ends, 7)
+    received.result(5)
+    sent.result(5)
+    assert sink.holds(7)
+
+
+def test_streams_one_after_another_share_a_link_in_each_direction(ends):
+    for ticket in range(4):
+        sent, received, sink = move(*(ends if ticket % 2 else ends[::-1]), ticket)
+        received.result(5)
+        sent.result(5)
+        assert sink.holds(ticket)
+    links = [t.name for t in threading.enumerate() if ends[0].endpoint.name in t.name]
+    assert len(links) == 2  # at the other end: one each way
+
+
+def test_the_receiver_follows_the_order_in_which_the_sender_starts(ends):
+    sinks = {t: Collect(SIZES) for t in (1, 2, 3)}
+    received = [ends[1].receive(ends[0].endpoint, Ticket(t), sinks[t], 5) for t in (3, 1, 2)]
+    sent = [ends[0].send(ends[1].endpoint, Ticket(t), Numbers(SIZES, t), 5) for t in (1, 2, 3)]
+    for future in received + sent:
+        future.result(5)
+    assert all(sink.holds(ticket) for ticket, sink in sinks.items())
+
+
+def test_it_listens_nowhere_but_at_its_host(ends):
+    move(*ends, 1)[1].result(5)
+    listening = {c.laddr.ip for c in psutil.Process().net_connections() if c.status == "LISTEN"}
+    assert listening == {HOST}
+
+
+def test_a_receiver_that_never_comes_ends_at_the_deadline_and_the_next_stream_works(ends):
+    started = time.monotonic()
+    future = ends[0].send(ends[1].endpoint, Ticket(1), Numbers(SIZES), 0.4)
+    assert cause(future) in (Cause.DEADLINE, Cause.PEER)
+    assert time.monotonic() - started < 1
+    _, received, sink = move(*ends, 2)
+    received.result(5)
+    assert sink.holds(2)
+
+
+def test_a_sink_that_refuses_a_chunk_ends_the_stream_and_the_next_generation_works(ends):
+    class Refuses(Collect):
+        def take(self, index, chunk):
+            raise TransferFailed(Cause.CHECKSUM, "not what was promised")
+
+    received = ends[1].receive(ends[0].endpoint, Ticket(1), Refuses(LARGE), 5)
+    sent = ends[0].send(ends[1].endpoint, Ticket(1), Numbers(LARGE), 5)
+    assert cause(received) is Cause.CHECKSUM
+    assert cause(sent) is Cause.PEER
+    sent, received, sink = move(*ends, 2)
+    received.result(5)
+    assert sink.holds(2)
+
+
+def test_chunks_of_other_sizes_than_were_agreed_are_not_received(ends):
+    received = ends[1].receive(ends[0].endpoint, Ticket(1), Collect(SIZES), 5)
+    ends[0].send(ends[1].endpoint, Ticket(1), Numbers((*SIZES[:-1], 30_002)), 5)
+    assert cause(received) is Cause.HEADER
+    _, received, sink = move(*ends, 2)
+    received.result(5)
+    assert sink.holds(2)
+
+
+def test_nothing_is_taken_once_a_stream_has_ended(ends):
+    sink = Collect(SIZES)
+    received = ends[1].receive(ends[0].endpoint, Ticket(1), sink, 0.3)
+    ends[0].send(ends[1].endpoint, Ticket(1), Numbers(SIZES, pause_s=0.2), 5)
+    assert cause(received) in (Cause.DEADLINE, Cause.PEER)
+    taken = len(sink.chunks)
+    time.sleep(1)
+    assert len(sink.chunks) == taken < len(SIZES)
+
+
+def test_many_failures_leave_nothing_behind(ends):
+    def refuse(index: int, chunk: object) -> None:
+        raise TransferFailed(Cause.CHECKSUM, "no")
+
+    for ticket in range(60):
+        sink = Collect(SIZES)
+        if ticket % 2:
+            sink.take = refuse
+        received = ends[1].receive(ends[0].endpoint, Ticket(ticket), sink, 5)
+        sent = ends[0].send(ends[1].endpoint, Ticket(ticket), Numbers(SIZES, ticket), 5)
+        received.exception(5)
+        sent.exception(5)
+        if ticket == 9:
+            before = (len(os.listdir("/proc/self/fd")), ends[1]._meeting.num_keys())
+    after = (len(os.listdir("/proc/self/fd")), ends[1]._meeting.num_keys())
+    assert after[0] <= before[0] + 12  # sockets close a little later
+    assert after[1] <= before[1] + 2
+
+
+def test_the_least_recently_used_link_makes_room():
+    hub = LinkTransport(HOST, CPU, LinkConfig(operation_timeout_s=0.5, max_links=2))
+    spokes = [LinkTransport(HOST, CPU, QUICK) for _ in range(3)]
+    for ticket, spoke in enumerate([*spokes, *spokes]):
+        sent, received, sink = move(hub, spoke, ticket)
+        received.result(5)
+        sent.result(5)
+        assert sink.holds(ticket)
+    time.sleep(0.1)
+    names = [t.name for t in threading.enumerate()]
+    assert sum(f"quire-link-{spoke.endpoint.name}" in names for spoke in spokes) == 2
+    for transport in (hub, *spokes):
+        transport.close()
+
+
+def test_more_busy_links_than_allowed_are_refused():
+    hub = LinkTransport(HOST, CPU, LinkConfig(operation_timeout_s=0.5, max_links=1))
+    nobody = [Endpoint(name, HOST, 1) for name in "ab"]
+    first = hub.receive(nobody[0], Ticket(1), Collect(SIZES), 0.5)
+    assert cause(hub.receive(nobody[1], Ticket(2), Collect(SIZES), 0.5)) is Cause.BUSY
+    assert cause(first) is Cause.DEADLINE
+    hub.close()
+
+
+def test_a_process_that_closes_its_links_ends_cleanly():
+    code = (
+        "from byte_streams import *\n"
+        "a, b = (LinkTransport(HOST, CPU, QUICK) for _ in range(2))\n"
+        "b.receive(a.endpoint, Ticket(1), Collect((9,)), 5)\n"
+        "a.send(b.endpoint, Ticket(1), Numbers((9,)), 5).result(5)\n"
+        "b.receive(a.endpoint, Ticket(2), Collect((9,)), 5)\n"
+        "a.close(), b.close()"
+    )
+    support = str(Path(__file__).parents[1] / "support")
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {support!r})\n" + code],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_closing_fails_what_is_open_and_waits_for_nobody(ends):
+    future = ends[1].receive(ends[0].endpoint, Ticket(1), Collect(SIZES), 30)
+    started = time.monotonic()
+    ends[1].close()
+    assert cause(future) is Cause.CLOSED
+    assert time.monotonic() - started < 0.2
+
+
+def test_a_peer_that_is_not_there_is_noticed_at_once(ends):
+    started = time.monotonic()
+    future = ends[0].send(Endpoint("gone", HOST, 1), Ticket(1), Numbers(SIZES), 5)
+    assert cause(future) is Cause.PEER
+    assert time.monotonic() - started < 0.3
+
+
+@pytest.mark.parametrize("how", SIGNALS)
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_a_sender_that_dies_or_stops_costs_one_link(ends, how, chunk):
+    with process() as peer:
+        sink, started = Collect(LARGE), time.monotonic()
+        received = ends[0].receive(peer.endpoint, Ticket(1), sink, 2)
+        peer.order("send", ends[0].endpoint, 1, LARGE, (chunk, SIGNALS[how]), 2)
+        beside = move(ends[1], ends[0], 9)
+        assert cause(received) in (Cause.PEER, Cause.DEADLINE)
+        assert time.monotonic() - started < 2.5
+        beside[1].result(5)
+        assert beside[2].holds(9)
+
+
+@pytest.mark.parametrize("how", SIGNALS)
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_a_receiver_that_dies_or_stops_costs_one_link(ends, how, chunk):
+    with process() as peer:
+        started = time.monotonic()
+        peer.order("receive", ends[0].endpoint, 1, LARGE, (chunk, SIGNALS[how]), 2)
+        sent = ends[0].send(peer.endpoint, Ticket(1), Numbers(LARGE, 1), 2)
+        beside = move(ends[0], ends[1], 9)
+        assert cause(sent) in (Cause.PEER, Cause.DEADLINE)
+        assert time.monotonic() - started < 2.5
+        beside[1].result(5)
+        assert beside[2].holds(9)
+
+
+def test_a_peer_that_was_stopped_and_goes_on_is_linked_again(ends):
+    with process() as peer:
+        assert peer.process.pid is not None
+        os.kill(peer.process.pid, signal.SIGSTOP)
+        started = time.monotonic()
+        sent = ends[0].send(peer.endpoint, Ticket(1), Numbers(SIZES, 1), 0.5)
+        assert cause(sent) in (Cause.PEER, Cause.DEADLINE)  # its store answers no call: the watch ended it
+        assert time.monotonic() - started < 1
+        os.kill(peer.process.pid, signal.SIGCONT)
+        for ticket in (2, 3, 4):
+            peer.order("receive", ends[0].endpoint, ticket, SIZES, None, 3)
+            sent = ends[0].send(peer.endpoint, Ticket(ticket), Numbers(SIZES, ticket), 3)
+            assert (sent.exception(5), peer.reply()) == (None, None)

@@ -1,0 +1,239 @@
+"""Blocks between replicas of one process: every pairing of sizes, every kind of damage."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from store_peers import HEADS, StorePeer, fetch, keys_of, run
+from torch import Tensor
+
+from quire.kvstore.failures import Cause, TransferFailed
+from quire.kvstore.messages import HEADER_BYTES, ReplicaId
+
+KEYS = keys_of(12)
+
+
+@pytest.fixture
+def peers() -> Iterator[tuple[StorePeer, StorePeer]]:
+    owner, receiver = StorePeer(ReplicaId("owner")), StorePeer(ReplicaId("receiver"))
+    owner.cache(KEYS)
+    yield owner, receiver
+    owner.close()
+    receiver.close()
+
+
+def settled(*peers: StorePeer) -> None:
+    """No page is held or pinned any more, and the books are right."""
+    run(peers, lambda: all(peer.pool.used == 0 for peer in peers), 5)
+    for peer in peers:
+        peer.check()
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8", "int4", "k8v4"])
+def test_a_block_arrives_byte_for_byte_in_every_format(kv):
+    owner, receiver = StorePeer(ReplicaId("owner"), kv=kv), StorePeer(ReplicaId("receiver"), kv=kv)
+    owner.cache(KEYS)
+    done = fetch(receiver, owner, KEYS)
+    assert (done.failure, done.blocks) == (None, len(KEYS))
+    assert receiver.holds(KEYS)
+    page_bytes = owner.shards[0].layout.page_bytes
+    assert done.bytes_moved == len(KEYS) * page_bytes
+    settled(owner, receiver)
+    owner.close()
+    receiver.close()
+
+
+@pytest.mark.parametrize("source_tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("destination_tp", [1, 2, 4, 8])
+def test_blocks_move_between_any_two_tensor_parallel_sizes(source_tp, destination_tp):
+    """4 kv heads: with 8 shards, every head lies on two of them."""
+    owner = StorePeer(ReplicaId("owner"), tp=source_tp, timeout_s=5)
+    receiver = StorePeer(ReplicaId("receiver"), tp=destination_tp, timeout_s=5)
+    owner.cache(KEYS)
+    done = fetch(receiver, owner, KEYS)
+    assert done.failure is None, done.reason
+    assert receiver.holds(KEYS)
+    copies = max(destination_tp // HEADS, 1)
+    assert done.bytes_moved == len(KEYS) * HEADS * owner.shards[0].layout.head_bytes * copies
+    settled(owner, receiver)
+    owner.close()
+    receiver.close()
+
+
+def test_what_the_receiver_has_already_keeps_its_page(peers):
+    owner, receiver = peers
+    pages = receiver.cache(KEYS[:3])
+    assert fetch(receiver, owner, KEYS).failure is None
+    assert receiver.pool.share(KEYS[:3]) == pages
+    assert receiver.holds(KEYS)
+
+
+def test_several_transfers_are_under_way_at_once_in_both_directions(peers):
+    owner, receiver = peers
+    theirs = [keys_of(5, seed) for seed in range(1, 4)]
+    for keys in theirs:
+        receiver.cache(keys)
+        owner.exchange.fetch(receiver.name, keys, time.monotonic())
+    receiver.exchange.fetch(owner.name, KEYS[:5], time.monotonic())
+    receiver.exchange.fetch(owner.name, KEYS, time.monotonic())
+    run(peers, lambda: len(owner.fetched) == 3 and len(receiver.fetched) == 2)
+    assert receiver.holds(KEYS)
+    assert all(owner.holds(keys) for keys in theirs)
+    settled(*peers)
+
+
+def flip(at: int) -> object:
+    def change(index: int, chunk: Tensor) -> None:
+        if index == 1:
+            chunk[at] ^= 1
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("at", "cause"),
+    [(-1, Cause.CHECKSUM), (3, Cause.HEADER), (40, Cause.HEADER), (64, Cause.HEADER), (72, Cause.HEADER)],
+    ids=["page", "key", "layout", "head", "generation"],
+)
+def test_a_damaged_byte_is_noticed_before_anybody_can_read_it(peers, at, cause):
+    owner, receiver = peers
+    owner.transports[0].fill = flip(at)
+    done = fetch(receiver, owner, KEYS)
+    assert (done.failure, done.blocks) == (cause, 0)
+    assert receiver.pool.lookup(KEYS) == (0, 0)
+    settled(*peers)
+    owner.transports[0].fill = None
+    assert fetch(receiver, owner, KEYS).failure is None
+    assert receiver.holds(KEYS)
+
+
+def test_a_damaged_checksum_is_noticed(peers):
+    owner, receiver = peers
+    owner.transports[0].fill = flip(80)
+    assert fetch(receiver, owner, KEYS).failure is Cause.CHECKSUM
+    settled(*peers)
+
+
+def test_an_owner_that_lies_about_its_layout_is_noticed(peers):
+    liar = StorePeer(ReplicaId("liar"), kv="int4", claims="int8")
+    liar.cache(KEYS)
+    done = fetch(peers[1], liar, KEYS)
+    assert done.failure is Cause.HEADER
+    settled(peers[1], liar)
+    liar.close()
+
+
+def test_another_layout_is_refused(peers):
+    other = StorePeer(ReplicaId("other"), kv="int4")
+    assert fetch(other, peers[0], KEYS).failure is Cause.REFUSED
+    other.close()
+
+
+def test_pages_rewritten_after_the_lease_ended_are_not_believed(peers):
+    """The owner was stopped for so long that its lease ended; its shard sends what is in the pages now."""
+    owner, receiver = peers
+
+    def rewrite(index: int, chunk: Tensor) -> None:
+        if index == 0:
+            owner.pool.expire_leases(time.monotonic() + 100)
+            owner.pool.release(owner.pool.allocate(owner.pages))
+            owner.shards[0].pool_NB.zero_()
+
+    owner.transports[0].fill = rewrite
+    assert fetch(receiver, owner, KEYS).failure is Cause.LEASE
+    assert receiver.pool.lookup(KEYS) == (0, 0)
+    settled(*peers)
+
+
+def test_a_block_evicted_before_the_offer_comes_is_not_sent(peers):
+    owner, receiver = peers
+    receiver.exchange.fetch(owner.name, KEYS, time.monotonic())
+    owner.pool.release(owner.pool.allocate(owner.pages - 4))  # a directory that is out of date
+    run(peers, lambda: bool(receiver.fetched))
+    assert receiver.fetched[0].blocks == 4
+    assert receiver.holds(KEYS[:4])
+    settled(*peers)
+
+
+def test_a_lost_offer_ends_at_the_deadline(peers):
+    owner, receiver = peers
+    started = time.monotonic()
+    receiver.exchange.fetch(owner.name, KEYS, started)
+    receiver.turn(lambda to, message: None)
+    run(peers, lambda: bool(receiver.fetched))
+    assert 1.9 < time.monotonic() - started < 2.5
+    assert receiver.fetched[0].failure is Cause.DEADLINE
+    assert fetch(receiver, owner, KEYS).failure is None
+
+
+def test_headers_are_less_than_a_hundredth_of_what_moves():
+    """At the demo model's page: 6 layers, 2 heads of 64, 64 tokens, int4."""
+    assert HEADER_BYTES <= 0.01 * 6 * 2 * 64 * 64
+
+
+def test_pages_are_taken_only_while_the_fetch_lives(peers):
+    """A fetch that ended gives its pages back; what still arrives must not be written over their new use."""
+    owner, receiver = peers
+    receiver.timeout_s = 0.5
+    owner.transports[0].fill = lambda index, chunk: time.sleep(0.3)
+    started = time.monotonic()
+    receiver.exchange._config = type(receiver.exchange._config)(timeout_s=0.5)
+    done = fetch(receiver, owner, KEYS)
+    assert done.failure in (Cause.DEADLINE, Cause.PEER)
+    assert time.monotonic() - started < 1
+    run([receiver], lambda: receiver.pool.used == 0)
+    receiver.pool.allocate(receiver.pages)
+    receiver.shards[0].pool_NB.fill_(7)
+    time.sleep(1.5)
+    assert torch.equal(receiver.shards[0].pool_NB, torch.full_like(receiver.shards[0].pool_NB, 7))
+
+
+def test_forty_faults_in_a_row_cost_forty_transfers():
+    """Of random kinds, on either side; after each, the books are right and the next transfer works."""
+    peers = owner, receiver = (
+        StorePeer(ReplicaId("owner"), patience_s=0.25),
+        StorePeer(ReplicaId("receiver"), patience_s=0.25),
+    )
+    owner.cache(KEYS)
+    rng, causes = random.Random(0), Counter[Cause | None]()
+
+    def refuse(index: int, chunk: Tensor) -> None:
+        raise TransferFailed(Cause.CLOSED, "as if")
+
+    def rewrite(index: int, chunk: Tensor) -> None:
+        owner.pool.expire_leases(time.monotonic() + 100)
+
+    def give_up(index: int, chunk: Tensor) -> None:
+        receiver.exchange.peer_gone(owner.name, time.monotonic())
+
+    faults = {
+        "byte": ("fill", lambda: flip(rng.randrange(-1000, 0))),
+        "header": ("fill", lambda: flip(rng.choice([3, 40, 64, 72, 80]))),
+        "sender": ("fill", lambda: refuse),
+        "receiver": ("take", lambda: refuse),
+        "lease": ("fill", lambda: rewrite),
+        "news": ("take", lambda: give_up),
+    }
+    for _ in range(40):
+        side, make = faults[rng.choice(list(faults))]
+        transport = (owner if side == "fill" else receiver).transports[0]
+        setattr(transport, side, make())
+        done = fetch(receiver, owner, KEYS)
+        causes[done.failure] += 1
+        assert receiver.pool.lookup(KEYS) == (0, 0)
+        settled(*peers)
+        setattr(transport, side, None)
+        if rng.random() < 0.3:
+            assert fetch(receiver, owner, KEYS).failure is None
+            assert receiver.holds(KEYS)
+            receiver.pool.release(receiver.pool.allocate(receiver.pages))
+    assert causes.keys() == {
+        *(Cause.CHECKSUM, Cause.HEADER, Cause.PEER, Cause.CLOSED, Cause.LEASE),
+    }
+    owner.close()
+    receiver.close()

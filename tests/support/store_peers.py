@@ -1,0 +1,250 @@
+"""Replicas of the store alone: a pool, an exchange and one mover per shard, driven as the engine would."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+
+import torch
+from torch import Tensor
+
+from quire.kernels.formats import layer_formats
+from quire.kernels.layout import PageLayout
+from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
+from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
+from quire.kvstore.link_transport import LinkTransport
+from quire.kvstore.links import LinkConfig
+from quire.kvstore.messages import Message, Moved, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.mover import PageMover, ShardPool
+from quire.kvstore.pool import PagePool
+from quire.kvstore.slices import shard_heads
+from quire.kvstore.transport import Endpoint, Sink, Source, Ticket, Transport
+
+HOST, CPU = "127.0.0.1", torch.device("cpu")
+HEADS = 4
+CHUNK_BYTES = 20_000  # a few pages: transfers have several chunks
+
+
+def layout_of(kv: str, heads: int = 1) -> PageLayout:
+    return PageLayout(layer_formats(kv, 2), heads, 16, 16)
+
+
+def keys_of(count: int, seed: int = 0) -> list[BlockKey]:
+    return extend_chain(KeySpace(b"l", b"m", b"t").root(str(seed)), list(range(16 * count)), 16)
+
+
+def block_bytes(key: BlockKey, head_bytes: int) -> Tensor:
+    """[heads, head_bytes]: what the block of this name holds, on whichever shards."""
+    seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (HEADS, head_bytes), dtype=torch.uint8, generator=generator)
+
+
+@dataclass
+class Meddled:
+    """A transport that does something whenever a chunk is filled or taken."""
+
+    inner: Transport
+    fill: Callable[[int, Tensor], None] | None = None
+    take: Callable[[int, Tensor], None] | None = None
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self.inner.endpoint
+
+    def send(self, peer: Endpoint, ticket: Ticket, source: Source, timeout_s: float) -> Future[None]:
+        return self.inner.send(peer, ticket, _MeddledSource(source, self.fill), timeout_s)
+
+    def receive(self, peer: Endpoint, ticket: Ticket, sink: Sink, timeout_s: float) -> Future[None]:
+        return self.inner.receive(peer, ticket, _MeddledSink(sink, self.take), timeout_s)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class _MeddledSource:
+    def __init__(self, inner: Source, change: Callable[[int, Tensor], None] | None) -> None:
+        self.sizes, self._inner, self._change = inner.sizes, inner, change
+
+    def fill(self, index: int, chunk: Tensor) -> None:
+        self._inner.fill(index, chunk)
+        if self._change is not None:
+            self._change(index, chunk)
+
+
+class _MeddledSink:
+    def __init__(self, inner: Sink, change: Callable[[int, Tensor], None] | None) -> None:
+        self.sizes, self._inner, self._change = inner.sizes, inner, change
+
+    def take(self, index: int, chunk: Tensor) -> None:
+        if self._change is not None:
+            self._change(index, chunk)
+        self._inner.take(index, chunk)
+
+
+@dataclass
+class StorePeer:
+    """One replica; all its shards live in this process."""
+
+    name: ReplicaId
+    tp: int = 1
+    kv: str = "int8"
+    pages: int = 64
+    timeout_s: float = 2.0
+    patience_s: float = 0.5
+    """Of its links."""
+    claims: str | None = None
+    """The format that it says it has."""
+    transports: list[Meddled] = field(init=False)
+    fetched: list[Fetched] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        links = LinkConfig(operation_timeout_s=self.patience_s)
+        self.transports = [Meddled(LinkTransport(HOST, CPU, links)) for _ in range(self.tp)]
+        self.pool = PagePool(self.pages)
+        self.shards: list[ShardPool] = []
+        self.movers: list[PageMover] = []
+        for rank, transport in enumerate(self.transports):
+            layout = layout_of(self.kv, len(shard_heads(rank, self.tp, HEADS)))
+            pool_NB = torch.zeros(self.pages, layout.page_bytes, dtype=torch.uint8)
+            self.shards.append(ShardPool(pool_NB, layout, rank, self.tp, HEADS))
+            self.movers.append(PageMover(self.shards[-1], transport, chunk_bytes=CHUNK_BYTES))
+        self.exchange = Exchange(
+            self.pool,
+            layout_of(self.claims or self.kv).fingerprint,
+            [t.endpoint for t in self.transports],
+            ExchangeConfig(timeout_s=self.timeout_s, max_lent_share=1.0),
+            kv_heads=HEADS,
+        )
+        self.reports: queue.SimpleQueue[Moved] = queue.SimpleQueue()
+
+    def cache(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Put the blocks of these names into the pool, as if they had been computed."""
+        pages = self.pool.allocate(len(keys))
+        for key, page in zip(keys, pages, strict=True):
+            for shard in self.shards:
+                heads = shard_heads(shard.rank, self.tp, HEADS)
+                whole = block_bytes(key, shard.layout.head_bytes)
+                shard.pool_NB[page] = whole[heads.start : heads.stop].flatten()
+            self.pool.publish(key, page)
+        self.pool.release(pages)
+        return list(pages)
+
+    def holds(self, keys: Sequence[BlockKey]) -> bool:
+        """All these blocks are here, and every byte of them on every shard is right."""
+        pages = self.pool.share(keys)
+        try:
+            return len(pages) == len(keys) and all(
+                torch.equal(
+                    shard.pool_NB[page],
+                    block_bytes(key, shard.layout.head_bytes)[
+                        slice(*(lambda r: (r.start, r.stop))(shard_heads(shard.rank, self.tp, HEADS)))
+                    ].flatten(),
+                )
+                for key, page in zip(keys, pages, strict=True)
+                for shard in self.shards
+            )
+        finally:
+            self.pool.release(pages)
+
+    def turn(self, say: Callable[[ReplicaId, Message], None]) -> None:
+        """What the engine does between two steps."""
+        now_s = time.monotonic()
+        while not self.reports.empty():
+            self.exchange.moved(self.reports.get(), now_s)
+        self.exchange.expire(now_s)
+        for effect in self.exchange.take():
+            match effect:
+                case Say(to, message):
+                    say(to, message)
+                case Tell(order):
+                    for mover in self.movers:
+                        mover.carry_out(order, self.reports.put)
+                case Fetched():
+                    self.fetched.append(effect)
+
+    def check(self) -> None:
+        self.pool.check(self.exchange.held_pages())
+
+    def close(self) -> None:
+        for transport in self.transports:
+            transport.close()
+
+
+def run(peers: Sequence[StorePeer], until: Callable[[], bool], limit_s: float = 10.0) -> None:
+    """Drive replicas of this process until something is true."""
+    by_name = {peer.name: peer for peer in peers}
+    end_s = time.monotonic() + limit_s
+    while not until():
+        assert time.monotonic() < end_s, "it did not happen"
+        for peer in peers:
+            peer.turn(
+                lambda to, message, sender=peer.name: by_name[to].exchange.handle(
+                    sender, from_bytes(to_bytes(message)), time.monotonic()
+                )
+            )
+        time.sleep(0.001)
+
+
+def fetch(receiver: StorePeer, owner: StorePeer, keys: Sequence[BlockKey], *others: StorePeer) -> Fetched:
+    """The outcome of one fetch between replicas of this process."""
+    before = len(receiver.fetched)
+    receiver.exchange.fetch(owner.name, keys, time.monotonic())
+    run([receiver, owner, *others], lambda: len(receiver.fetched) > before)
+    return receiver.fetched[-1]
+
+
+# ---- replicas in processes of their own -----------------------------------------------------------------
+
+STATES = {
+    "owner": ("offer", "send 0", "send 3", "done"),
+    "receiver": ("accept", "take 0", "take 3", "released"),
+}
+SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
+"""Where a replica can be struck: at a message that reaches it, or at a chunk that it fills or takes."""
+
+
+def peer_process(control: Connection, kv: str, tp: int) -> None:
+    """A replica whose messages and orders its parent process carries."""
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    os.dup2(sys.stderr.fileno(), 2)
+    torch.set_num_threads(1)
+    me, parent, strike = StorePeer(ReplicaId("child"), tp=tp, kv=kv), ReplicaId("parent"), ["", 0]
+
+    def struck(state: str) -> None:
+        if strike[0] == state:
+            strike[0] = ""
+            os.kill(os.getpid(), int(strike[1]))
+
+    for transport in me.transports:
+        transport.fill = lambda index, _: struck(f"send {index}")
+        transport.take = lambda index, _: struck(f"take {index}")
+    control.send("ready")
+    while True:
+        me.turn(lambda to, message: control.send(("message", to_bytes(message))))
+        for done in me.fetched:
+            control.send(("fetched", str(done.failure), me.holds(done.keys)))
+        me.fetched.clear()
+        while control.poll(0.001):
+            match control.recv():
+                case ("cache", keys):
+                    me.cache(keys)
+                case ("fetch", keys):
+                    me.exchange.fetch(parent, keys, time.monotonic())
+                case ("strike", state, number):
+                    strike[:] = [state, number]
+                case ("message", data):
+                    message = from_bytes(data)
+                    struck(type(message).__name__.lower())
+                    me.exchange.handle(parent, message, time.monotonic())
+                case ("check",):
+                    me.check()
+                    control.send(("used", me.pool.used))
