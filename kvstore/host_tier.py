@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NewType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,16 @@ class Copies:
 
     pages: tuple[PageId, ...]
     slots: tuple[SlotId, ...]
+
+    def to_bytes(self) -> bytes:
+        """All pages, then all slots, as little-endian int64."""
+        return np.array([self.pages, self.slots], dtype="<i8").tobytes()
+
+    @staticmethod
+    def from_bytes(data: bytes | memoryview) -> Copies:
+        """The inverse of `to_bytes`."""
+        pages, slots = np.frombuffer(data, dtype="<i8").reshape(2, -1).tolist()
+        return Copies(tuple(pages), tuple(slots))
 
 
 @dataclass(slots=True)

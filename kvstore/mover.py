@@ -155,6 +155,8 @@ class Incoming(_Pages):
                 block = self._order.keys[part][int(wrong.argmax())].hex()[:12]
                 raise TransferFailed(cause, f"block {block} arrived with another {name} than was agreed")
         scatter_pages(self._bytes_NB, self._pages_M[part], body_MB)
+        if body_MB.is_cuda:  # the stream may be given up at once, and then nothing may still be written
+            torch.cuda.current_stream(body_MB.device).synchronize()
 
 
 class _Tally:

@@ -23,6 +23,8 @@ class PoolConfig:
     memory_fraction: float = 0.95
     page_tokens: int = 64
     """Tokens per page: 16, 32 or 64."""
+    host_bytes: int = 0
+    """Bytes of host memory per shard for blocks that make room in the pool; 0: none."""
 
     def __post_init__(self) -> None:
         if self.page_tokens not in PAGE_TOKENS:
@@ -31,6 +33,8 @@ class PoolConfig:
             raise ConfigError(f"pool.bytes is a positive number of bytes, got {self.bytes}")
         if not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"pool.memory_fraction lies in (0, 1], got {self.memory_fraction}")
+        if self.host_bytes < 0:
+            raise ConfigError(f"pool.host_bytes is a number of bytes, 0 for none, got {self.host_bytes}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

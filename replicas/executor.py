@@ -1,6 +1,7 @@
 """Runs steps on all shards of a replica: rank 0 in this process, the others where a launcher starts them.
 
-Notices when one of them dies or hangs, and then fails every call; it never restarts anything.
+Also has them carry out the store's orders and copies, each in its place among the steps. Notices when one of
+them dies or hangs, and then fails every call; it never restarts anything.
 """
 
 from __future__ import annotations
@@ -8,19 +9,26 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from quire.kvstore.groups import host_store
+from quire.kvstore.host_tier import Copies
+from quire.kvstore.links import LinkConfig
+from quire.kvstore.messages import Moved, Order
+from quire.kvstore.transport import Endpoint
 from quire.replicas.collectives import TensorParallelGroup
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import ReplicaDied
 from quire.replicas.local_processes import LocalProcesses
 from quire.replicas.model.loading import Progress
+from quire.replicas.orders import NumberedOrder, Reports
 from quire.replicas.plan import StepBatch
 from quire.replicas.shard import Shard, check_config
 from quire.replicas.shard_process import (
@@ -33,6 +41,9 @@ from quire.replicas.shard_process import (
     connect,
     use_threads,
 )
+from quire.replicas.shard_store import ShardStore
+
+Value = TypeVar("Value")
 
 _HEARTBEAT_S = 1.0
 """Idle shards hear of each other so often; a third of `shard_timeout_s` where that is less."""
@@ -62,11 +73,11 @@ class _Job:
     """A message to all ranks, with the promise of what comes of it here."""
 
     kind: Kind
-    batch: StepBatch | None = None
+    body: StepBatch | NumberedOrder | Copies | None = None
     logits: Future[Tensor] = field(default_factory=Future)
 
     def to_bytes(self) -> bytes:
-        return bytes([self.kind]) + (self.batch.to_bytes() if self.batch else b"")
+        return bytes([self.kind]) + (self.body.to_bytes() if self.body else b"")
 
 
 class Executor:
@@ -78,6 +89,12 @@ class Executor:
     num_pages: int
     """Pages that every shard has."""
 
+    host_slots: int
+    """Slots of the host tier that every shard has."""
+
+    endpoints: tuple[Endpoint, ...]
+    """Where other replicas' shards meet these, by rank; none without links."""
+
     def __init__(
         self,
         config: EngineConfig,
@@ -85,11 +102,13 @@ class Executor:
         progress: Progress | None = None,
         *,
         host: str = "127.0.0.1",
+        links: LinkConfig | None = None,
     ) -> None:
         """Load all shards; returns when they are ready.
 
         `launcher`: None for processes of this machine. `host`: the address at which the others reach this
-        process. Raises UnknownModel, ModelNotServable, ConfigError (of any rank), ReplicaDied.
+        process. `links`: None where no other replica is to reach the shards, none of which then listens.
+        Raises UnknownModel, ModelNotServable, ConfigError (of any rank), ReplicaDied.
         """
         check_config(config)  # before any process starts
         use_threads(config)
@@ -99,20 +118,24 @@ class Executor:
         self._thread: threading.Thread | None = None
         if config.tp == 1:
             self.shard = Shard(config, progress=progress)
-            self.num_pages = self.shard.num_pages
+            self._pages = ShardStore(self.shard, config, 0, host=host, links=links)
+            self._know([])
             return
         self._store = host_store(host, START_TIMEOUT_S)
         try:
-            self._start(config, progress, host)
+            self._start(config, progress, host, links)
         except BaseException:
             for word in ("connect", "go"):
                 self._store.set(word, NO)
             self._launcher.stop()
             raise
 
-    def _start(self, config: EngineConfig, progress: Progress | None, host: str) -> None:
+    def _start(
+        self, config: EngineConfig, progress: Progress | None, host: str, links: LinkConfig | None
+    ) -> None:
+        port = self._store.port
         specs = [
-            ShardSpec(config=config, rank=r, store_host=host, store_port=self._store.port, host=host)
+            ShardSpec(config=config, rank=r, store_host=host, store_port=port, host=host, links=links)
             for r in range(config.tp)
         ]
         for spec in specs[1:]:
@@ -121,15 +144,26 @@ class Executor:
         self._store.set("connect", YES)
         group = connect(specs[0], self._store)
         self.shard = Shard(config, 0, group, progress)
-        others = self._await("loaded", config.tp, lambda data: Loaded.from_json(data).check())
-        self.num_pages = min(self.shard.num_pages, *others)
+        with ExitStack() as unless_all_load:
+            self._pages = ShardStore(self.shard, config, 0, host=host, links=links)
+            unless_all_load.callback(self._pages.close)
+            self._know(self._await("loaded", config.tp, lambda data: Loaded.from_json(data).check()))
+            unless_all_load.pop_all()
         self._store.set("go", YES)
+        self._reports = Reports(self._store, config.tp)
         self._thread = threading.Thread(
             target=self._serve, args=(config, group), name="quire-executor", daemon=True
         )
         self._thread.start()
 
-    def _await(self, word: str, tp: int, read: Callable[[bytes], int]) -> list[int]:
+    def _know(self, others: Sequence[Loaded]) -> None:
+        """What all shards have in common."""
+        shards = [Loaded(self.shard.num_pages, self._pages.slots, self._pages.endpoint), *others]
+        self.num_pages = min(shard.pages for shard in shards)
+        self.host_slots = min(shard.slots for shard in shards)
+        self.endpoints = tuple(shard.endpoint for shard in shards if shard.endpoint)
+
+    def _await(self, word: str, tp: int, read: Callable[[bytes], Value]) -> list[Value]:
         """The store's `word/<rank>` of all ranks but 0, read. Raises ReplicaDied if one dies without it."""
         keys = [f"{word}/{rank}" for rank in range(1, tp)]
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -167,6 +201,36 @@ class Executor:
             except TimeoutError:
                 self.check()
 
+    def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None:
+        """Have every shard do its part of an order, once the steps before it are done. Needs links.
+
+        `report` is called once for each shard by the order's deadline, from whatever thread (from this one if
+        there is no link to be had) and by no shard that has died. Returns at once, or on one GPU when the
+        step under way is done. Raises ReplicaDied.
+        """
+        if self._thread is None:
+            self._pages.carry_out(order, report)
+            return
+        self.check()
+        self._jobs.put(_Job(Kind.ORDER, NumberedOrder(self._reports.expect(report), order)))
+
+    def demote(self, copies: Copies) -> None:
+        """Copy from the pool to the host tier on every shard: after all calls so far, before all to come.
+
+        On several shards returns at once; that they are dead is the next step's to say.
+        """
+        if copies.pages and self._thread is None:
+            self._pages.demote(copies)
+        elif copies.pages:
+            self._jobs.put(_Job(Kind.DEMOTE, copies))
+
+    def promote(self, copies: Copies) -> None:
+        """Copy from the host tier to the pool, likewise."""
+        if copies.pages and self._thread is None:
+            self._pages.promote(copies)
+        elif copies.pages:
+            self._jobs.put(_Job(Kind.PROMOTE, copies))
+
     def check(self) -> None:
         """Raises ReplicaDied when a shard is known to be dead or to hang."""
         if self._failure is None and self._thread and (text := self._launcher.failure()):
@@ -175,14 +239,15 @@ class Executor:
             raise ReplicaDied(str(self._failure))
 
     def close(self) -> None:
-        """Stop all shards; no process is left behind. May be called twice."""
-        if self._thread is None:
-            return
-        if self._failure is None:
-            self._jobs.put(_Job(Kind.STOP))
-            self._thread.join(_HEARTBEAT_S)
-            self._failure = ReplicaDied("the replica is closed")
-        self._launcher.stop()
+        """Stop all shards; no process is left behind. Transfers under way fail. May be called twice."""
+        if self._thread is not None:
+            if self._failure is None:
+                self._jobs.put(_Job(Kind.STOP))
+                self._thread.join(_HEARTBEAT_S)
+                self._failure = ReplicaDied("the replica is closed")
+            self._launcher.stop()
+            self._reports.close()
+        self._pages.close()
 
     def _serve(self, config: EngineConfig, group: TensorParallelGroup) -> None:
         """The thread that talks to the group: a wait for a dead peer blocks it, and no caller."""
@@ -195,18 +260,28 @@ class Executor:
             except queue.Empty:
                 job = _Job(Kind.IDLE)
             kind = job.kind
-            self._carry_out(job, group)
+            self._do(job, group)
 
-    def _carry_out(self, job: _Job, group: TensorParallelGroup) -> None:
+    def _do(self, job: _Job, group: TensorParallelGroup) -> None:
         try:
             group.send(job.to_bytes())
-            if job.kind is Kind.IDLE:
-                group.check_in()
-            elif job.batch is not None:
-                job.logits.set_result(self.shard.forward(job.batch))
+            self._do_here(job, group)
         except Exception as error:  # handed to the caller in its own thread
             # Whatever it was, the ranks may no longer be at the same operation: no step can follow.
             died = isinstance(error, ReplicaDied)
             reason = self._launcher.failure() or (str(error) if died else f"a step failed: {error}")
             self._failure = self._failure or ReplicaDied(reason)
             job.logits.set_exception(self._failure if died else error)
+
+    def _do_here(self, job: _Job, group: TensorParallelGroup) -> None:
+        match job.kind, job.body:
+            case Kind.IDLE, _:
+                group.check_in()
+            case Kind.STEP, StepBatch() as batch:
+                job.logits.set_result(self.shard.forward(batch))
+            case Kind.ORDER, NumberedOrder() as numbered:
+                self._pages.carry_out(numbered.left(), partial(self._reports.deliver, numbered.number))
+            case Kind.DEMOTE, Copies() as copies:
+                self._pages.demote(copies)
+            case Kind.PROMOTE, Copies() as copies:
+                self._pages.promote(copies)

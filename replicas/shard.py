@@ -55,6 +55,8 @@ class Shard:
     info: ModelInfo
     layout: PageLayout
     """Of this shard's pages."""
+    kv_heads: int
+    """Of the whole model, where `layout` has this shard's."""
     num_pages: int
     weights_fingerprint: bytes
     """Part of every block key; the same on all ranks."""
@@ -86,6 +88,8 @@ class Shard:
             )
             self.layout = _layout(config, checkpoint, loaded)
             self.weights_fingerprint = checkpoint.fingerprint
+        # Configs of models that cannot be sharded may lack the number.
+        self.kv_heads = self.layout.kv_heads if config.tp == 1 else model_config.num_key_value_heads
         self.max_step_tokens = config.scheduler.step_tokens(self.device.type)
         self._forward = ForwardPass(loaded.model, compiled=self._on_one_gpu and config.gpu.compile)
         max_model_tokens = _max_model_tokens(config, model_config)

@@ -1,27 +1,35 @@
-"""What runs where a shard of rank 1 and up lives: load, report, then serve steps until told to stop.
+"""What runs where a shard of rank 1 and up lives: load, report, then do what rank 0 says until told to stop.
 
 `serve_shard` is a plain function: a process of its own or a thread of an actor can call it.
 
 Rank 0 and the others meet in a key-value store, whose keys are a protocol of four words:
 `arrived/<rank>` the process is up → `connect`: all are → `loaded/<rank>`: how loading ended → `go`.
+What orders come to goes back over it, too (`orders.py`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from enum import IntEnum
+from functools import partial
 
 import torch
 from torch._C._distributed_c10d import Store
 
 from quire.kvstore.groups import join_store
+from quire.kvstore.host_tier import Copies
+from quire.kvstore.links import LinkConfig
+from quire.kvstore.transport import Endpoint
 from quire.replicas.collectives import TensorParallelGroup
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import QuireError, ReplicaDied
+from quire.replicas.orders import NumberedOrder, leave_report
 from quire.replicas.plan import StepBatch
 from quire.replicas.shard import Shard, shard_device
+from quire.replicas.shard_store import ShardStore
 
 START_TIMEOUT_S = 3600.0
 """How long a shard waits for rank 0 to load; a dead rank 0 closes the store, which is seen at once."""
@@ -37,6 +45,8 @@ class ShardSpec:
     store_port: int
     host: str
     """The address this shard binds its sockets to: its own node's."""
+    links: LinkConfig | None = None
+    """To other replicas' shards; None: no links."""
 
 
 YES, NO = "yes", "no"
@@ -44,11 +54,14 @@ YES, NO = "yes", "no"
 
 
 class Kind(IntEnum):
-    """The first byte of a message from rank 0."""
+    """The first byte of a message from rank 0; the rest is what the comment says."""
 
     IDLE = 0  # rank 0 lives and asks whether the others do
-    STEP = 1
+    STEP = 1  # a StepBatch
     STOP = 2
+    ORDER = 3  # a NumberedOrder
+    DEMOTE = 4  # Copies
+    PROMOTE = 5  # Copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +69,28 @@ class Loaded:
     """How loading ended on one rank."""
 
     pages: int = 0
+    slots: int = 0
+    """Of the host tier."""
+    endpoint: Endpoint | None = None
+    """None without links."""
     error: str = ""
     """Name of a QuireError, or empty."""
     text: str = ""
 
     def to_json(self) -> str:
-        return json.dumps([self.pages, self.error, self.text])
+        return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(data: bytes) -> Loaded:
-        return Loaded(*json.loads(data))
+        values = json.loads(data)
+        endpoint = values.pop("endpoint")
+        return Loaded(**values, endpoint=Endpoint(**endpoint) if endpoint else None)
 
-    def check(self) -> int:
-        """The pages, or the error as it was raised there."""
+    def check(self) -> Loaded:
+        """Itself, or the error as it was raised there."""
         if self.error:
             raise next(c for c in QuireError.__subclasses__() if c.__name__ == self.error)(self.text)
-        return self.pages
+        return self
 
 
 def use_threads(config: EngineConfig) -> None:
@@ -114,12 +133,15 @@ def serve_shard(spec: ShardSpec) -> None:
     group = connect(spec, store)
     try:
         shard = Shard(spec.config, spec.rank, group)
+        pages = ShardStore(shard, spec.config, spec.rank, host=spec.host, links=spec.links)
     except QuireError as error:
-        store.set(f"loaded/{spec.rank}", Loaded(0, type(error).__name__, str(error)).to_json())
+        failed = Loaded(error=type(error).__name__, text=str(error))
+        store.set(f"loaded/{spec.rank}", failed.to_json())
         raise
-    store.set(f"loaded/{spec.rank}", Loaded(shard.num_pages).to_json())
-    if _told(store, "go"):
-        _serve_steps(shard, group)
+    with closing(pages):
+        store.set(f"loaded/{spec.rank}", Loaded(shard.num_pages, pages.slots, pages.endpoint).to_json())
+        if _told(store, "go"):
+            _serve(shard, pages, group, store)
 
 
 def _told(store: Store, word: str) -> bool:
@@ -129,13 +151,21 @@ def _told(store: Store, word: str) -> bool:
         raise ReplicaDied(f"rank 0 is gone before it said {word!r}: {error}") from error
 
 
-def _serve_steps(shard: Shard, group: TensorParallelGroup) -> None:
+def _serve(shard: Shard, pages: ShardStore, group: TensorParallelGroup, store: Store) -> None:
     while True:
         message = memoryview(group.receive())
-        kind = Kind(message[0])
-        if kind is Kind.STOP:
-            return
-        if kind is Kind.IDLE:
-            group.check_in()
-        else:
-            shard.forward(StepBatch.from_bytes(message[1:]))
+        body = message[1:]
+        match Kind(message[0]):
+            case Kind.IDLE:
+                group.check_in()
+            case Kind.STEP:
+                shard.forward(StepBatch.from_bytes(body))
+            case Kind.STOP:
+                return
+            case Kind.ORDER:
+                numbered = NumberedOrder.from_bytes(body)
+                pages.carry_out(numbered.order, partial(leave_report, store, numbered.number))
+            case Kind.DEMOTE:
+                pages.demote(Copies.from_bytes(body))
+            case Kind.PROMOTE:
+                pages.promote(Copies.from_bytes(body))

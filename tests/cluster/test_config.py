@@ -40,6 +40,10 @@ def test_a_tree_becomes_frozen_dataclasses_with_defaults():
         ({}, "the configuration lacks .*engine"),
         ({"engine": {"model": "demo"}, "gateway": {"port": 70000}}, r"gateway\.port lies in"),
         ({"engine": {"model": "demo"}, "replicas": {"count": 0}}, r"replicas\.count must be at least 1"),
+        (
+            {"engine": {"model": "demo", "pool": {"host_bytes": -1}}},
+            r"pool\.host_bytes is a number of bytes, 0",
+        ),
         ({"engine": {"model": "demo", "scheduler": {"max_running": 0}}}, "max_running must be at least 1"),
     ],
 )

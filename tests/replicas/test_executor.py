@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,13 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from shard_threads import Threads
 from tiny_models import Chunk, make_model, reference_logits, some_tokens, step_of, tiny_config
 
 from quire.replicas.config import PoolConfig
-from quire.replicas.errors import ModelNotServable, QuireError, ReplicaDied
+from quire.replicas.errors import ModelNotServable, ReplicaDied
 from quire.replicas.executor import Executor
 from quire.replicas.local_processes import LocalProcesses
-from quire.replicas.shard_process import ShardSpec, serve_shard
+from quire.replicas.shard_process import ShardSpec
 
 IDS = some_tokens(37)
 STEP = step_of([Chunk(IDS, 0, [3, 1, 2])], 16)
@@ -37,36 +37,6 @@ def _threads_of_this_process():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-class Threads:
-    """A launcher whose shards are threads of this process, as an actor would hold them."""
-
-    def __init__(self, change=lambda spec: spec) -> None:
-        self._change = change
-        self._shards: list[threading.Thread] = []
-        self.errors: list[BaseException] = []
-        self.stopped = False
-
-    def start(self, spec: ShardSpec) -> None:
-        shard = threading.Thread(target=self._serve, args=(self._change(spec),), daemon=True)
-        self._shards.append(shard)
-        shard.start()
-
-    def _serve(self, spec: ShardSpec) -> None:
-        try:
-            serve_shard(spec)
-        except (QuireError, IndexError) as error:
-            self.errors.append(error)
-
-    def failure(self) -> str | None:
-        dead = [i + 1 for i, shard in enumerate(self._shards) if not shard.is_alive()]
-        return f"shards {dead} ended" if dead else None
-
-    def stop(self) -> None:
-        self.stopped = True
-        for shard in self._shards:
-            shard.join(10)
 
 
 def repeat(act: Callable[[], object], within_s: float) -> None:

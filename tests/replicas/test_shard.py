@@ -42,6 +42,13 @@ def test_it_describes_the_model(llama):
     assert info.bf16_bytes_per_token == 2 * 2 * 2 * 2 * 32  # layers, sides, bytes, kv heads, head_dim
 
 
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_it_knows_the_whole_models_kv_heads(llama, tp):
+    with Ranks(tiny_config(llama, tp=tp)) as ranks:
+        assert [shard.kv_heads for shard in ranks.shards] == [2] * tp
+        assert [shard.layout.kv_heads for shard in ranks.shards] == [max(2 // tp, 1)] * tp
+
+
 def test_fingerprints_do_not_depend_on_the_number_of_shards(llama):
     with Ranks(tiny_config(llama, "int4", tp=2)) as two, Ranks(tiny_config(llama, "int4")) as one:
         a, b = two.shards[1], one.shards[0]
