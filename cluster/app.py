@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -28,8 +29,11 @@ def application(config: ServeConfig) -> Application:
     secret = config.secret or secrets.token_hex(32)
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     gpus = gpus_per_shard(config, cluster.get("GPU", 0))
-    replica = serve.deployment(**_replica_options(config.engine, config.replicas, gpus))(Replica).bind(
-        config.engine, secret, config.replicas.cpus_per_shard, gpus
+    engine = config.engine
+    if config.replicas.count == 1:  # nobody to share with
+        engine = replace(engine, store=replace(engine.store, share=False))
+    replica = serve.deployment(**_replica_options(engine, config.replicas, gpus))(Replica).bind(
+        engine, secret, config.replicas.cpus_per_shard, gpus
     )
     gateway = serve.deployment(
         name="Gateway",

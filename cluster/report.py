@@ -44,6 +44,12 @@ def _replica_lines(replica: inference_pb2.ReplicaStats) -> Iterator[str]:
         f"  tokens   {prompts} of prompts, {replica.cached_tokens} of them from the cache ({hit:.0%}); "
         f"{replica.output_tokens} of outputs"
     )
+    if replica.fetched_blocks or replica.bytes_sent:
+        yield (
+            f"  shared   {replica.fetched_blocks} blocks fetched ({replica.failed_fetches} fetches failed), "
+            f"{replica.bytes_received / 1e6:,.1f} MB received, {replica.bytes_sent / 1e6:,.1f} MB sent, "
+            f"{replica.bytes_saved / 1e6:,.1f} MB less than in bf16"
+        )
     yield (
         f"  speed    {replica.output_tokens_per_s:.0f} output tokens per second in {replica.steps} steps, "
         f"{replica.step_seconds:.1f} s of them"

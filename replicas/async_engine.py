@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from quire.kvstore.messages import Message, ReplicaId
 from quire.replicas.config import EngineConfig
 from quire.replicas.engine import Engine
 from quire.replicas.errors import QueueFull, QuireError, ReplicaDied, Status
@@ -17,6 +18,7 @@ from quire.replicas.executor import Executor, ShardLauncher
 from quire.replicas.load import load_engine
 from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Request, RequestId
 from quire.replicas.shard_process import use_threads
+from quire.replicas.sharing import Neighbours
 
 _IDLE_WAKE_S = 0.2
 """How often an idle engine looks at the deadlines of its queue and at its shards."""
@@ -34,14 +36,20 @@ class AsyncEngine:
         progress: Callable[[int, int], None] | None = None,
         *,
         host: str = "127.0.0.1",
+        neighbours: Neighbours | None = None,
     ) -> None:
-        """`host`: the address at which other shards reach this process. Raises as `load_engine`."""
+        """`host`: the address at which other shards and replicas reach this process.
+
+        `neighbours`: the way to other replicas, with whom this one shares blocks. Raises as `load_engine`.
+        """
+        self._arrived = threading.Condition()
         self._executor: Executor
         self._engine: Engine
-        self._executor, self._engine = load_engine(config, launcher, progress, host=host)
+        self._executor, self._engine = load_engine(
+            config, launcher, progress, host=host, neighbours=neighbours, wake=self._wake
+        )
         self._config = config
         self._inbox: deque[Request | RequestId] = deque()
-        self._arrived = threading.Condition()
         self._stepping = threading.Lock()
         self._closing = False
         self._death: ReplicaDied | None = None
@@ -77,6 +85,10 @@ class AsyncEngine:
             self._inbox.append(request_id)
             self._arrived.notify()
 
+    def hear(self, sender: ReplicaId, message: Message) -> None:
+        """What another replica says about blocks."""
+        self._engine.sharing.hear(sender, message)
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
@@ -99,6 +111,10 @@ class AsyncEngine:
         if self._thread:
             self._thread.join()
         self._executor.close()
+
+    def _wake(self) -> None:
+        with self._arrived:
+            self._arrived.notify()
 
     def _run(self, deliver: Callable[[tuple[Event, ...]], None]) -> None:
         use_threads(self._config)

@@ -77,6 +77,34 @@ class GpuConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    """How replicas of one deployment share blocks. Offline batches share nothing."""
+
+    share: bool = True
+    """Fetch blocks that another replica holds, where that is sooner than computing them, and lend one's
+    own."""
+    min_fetch_blocks: int = 2
+    """Fewer missing blocks are computed without asking anybody."""
+    lookup_timeout_s: float = 0.25
+    """A prompt waits so long for the directory; then it is computed."""
+    fetch_timeout_s: float = 5.0
+    """A fetch that takes longer is given up, and the blocks are computed."""
+    max_send_bytes_s: float | None = None
+    """Bytes a second that one shard sends to others at most; None: no bound."""
+    directory_entries: int = 2_000_000
+    """Blocks that the deployment's directory remembers at most, about 88 bytes each."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_fetch_blocks", "directory_entries"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"store.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lookup_timeout_s", "fetch_timeout_s", "max_send_bytes_s"):
+            number = getattr(self, name)
+            if number is not None and number <= 0:
+                raise ConfigError(f"store.{name} must be positive, got {number}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """One replica: a model, its shards, their pools and the scheduler."""
 
@@ -100,6 +128,7 @@ class EngineConfig:
     gpu: GpuConfig = field(default_factory=GpuConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
         if self.tp < 1:

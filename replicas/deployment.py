@@ -21,9 +21,13 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from quire.kvstore.directory_actor import RayDirectory
+from quire.kvstore.messages import ReplicaId
 from quire.replicas.async_engine import AsyncEngine
-from quire.replicas.config import EngineConfig
-from quire.replicas.service import EngineService, listen
+from quire.replicas.config import EngineConfig, StoreConfig
+from quire.replicas.neighbours import GrpcNeighbours, peer_name
+from quire.replicas.service import EngineService, bind
+from quire.replicas.service import serve as serve_on
 from quire.replicas.shard_process import ShardSpec, serve_shard
 
 _STOP_WAIT_S = 5.0
@@ -100,11 +104,21 @@ class Replica:
         assert bundles is not None, "cluster/app.py deploys replicas in placement groups"
         launcher = RayShards(bundles, cpus=cpus_per_shard, gpus=gpus_per_shard)
         name = serve.get_replica_context().replica_id.unique_id
+        self._server, self._address = bind(_node_address())
+        me = peer_name(self._address)
+        self._neighbours: GrpcNeighbours | None = None
+        if config.store.share:
+            self._neighbours = await asyncio.to_thread(_neighbours, me, secret, config.store)
         self._engine = await asyncio.to_thread(
-            AsyncEngine, config, launcher, _progress_of(name), host=_node_address()
+            AsyncEngine,
+            config,
+            launcher,
+            _progress_of(name),
+            host=_node_address(),
+            neighbours=self._neighbours,
         )
-        service = EngineService(self._engine, secret=secret, replica_id=name)
-        self._server, self._address = await listen(service, _node_address())
+        service = EngineService(self._engine, secret=secret, replica_id=name, peer_id=me)
+        await serve_on(self._server, service)
         log.info("replica %s answers at %s", name, self._address)
 
     def record_replica_metadata(self) -> dict[str, str]:
@@ -117,8 +131,15 @@ class Replica:
 
     async def __del__(self) -> None:
         """Serve has let requests finish, as long as it may: what is still open fails as UNAVAILABLE."""
+        if self._neighbours is not None:
+            self._neighbours.close()
         await asyncio.to_thread(self._engine.close)
         await self._server.stop(_SERVER_GRACE_S)
+
+
+def _neighbours(me: ReplicaId, secret: str, config: StoreConfig) -> GrpcNeighbours:
+    app = serve.get_replica_context().app_name
+    return GrpcNeighbours(me, secret, RayDirectory(app, max_entries=config.directory_entries))
 
 
 def _node_address() -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from quire.kvstore.keys import KeySpace
 from quire.kvstore.pool import PagePool
 from quire.replicas.admission import check_request
+from quire.replicas.blocks import BlockStore, Copier
 from quire.replicas.config import SchedulerConfig
 from quire.replicas.detokenize import Detokenizer
 from quire.replicas.errors import QueueFull, Status
@@ -40,13 +41,11 @@ from quire.replicas.request import (
 from quire.replicas.sampler import Sampled, needs_tokens, start_sampling, token_logprobs
 from quire.replicas.scheduler import SchedulerState, SeqId, StepPlan, plan_step
 from quire.replicas.sequence import Progress, Sequence
+from quire.replicas.sharing import Alone, BlockSharing
 
 
-class StepExecutor(Protocol):
+class StepExecutor(Copier, Protocol):
     """Runs a step on all shards."""
-
-    @property
-    def num_pages(self) -> int: ...
 
     @property
     def overlaps(self) -> bool:
@@ -70,8 +69,10 @@ class Engine:
         scheduler: SchedulerConfig,
         max_step_tokens: int,
         tokenizer: Tokenizer | None,
+        share: Callable[[PagePool], BlockSharing] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`share`: makes this engine's part of the store; None for an engine alone."""
         self.info = info
         self._executor = executor
         self._keys = keys
@@ -79,10 +80,12 @@ class Engine:
         self._max_step_tokens = max_step_tokens
         self._tokenizer = tokenizer
         self._clock = clock
-        self._pool = PagePool(executor.num_pages)
+        self._blocks = BlockStore(executor, share)
+        self._pool, self._sharing = self._blocks.pool, self._blocks.sharing
         self._waiting: dict[SeqId, Sequence] = {}  # in order of arrival
         self._running: dict[SeqId, Sequence] = {}
         self._launched: LaunchedStep | None = None
+        self._absorbed_s = 0.0
         self._next_id = 0
         self._events: list[Event] = []
         self._counts: Counter[str] = Counter()
@@ -91,16 +94,25 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running or self._launched or self._events)
+        """Whether a step would do anything now: sequences that wait for news of their prefix do not."""
+        waiting = any(not self._sharing.holds_back(seq_id) for seq_id in self._waiting)
+        return bool(waiting or self._running or self._launched or self._events or self._sharing.has_news)
 
     @property
     def queued(self) -> int:
         return len(self._waiting)
 
     def stats(self) -> EngineStats:
-        pool = self._pool
+        pool, moved = self._pool, self._sharing.stats
         return EngineStats(
             **self._counts,
+            demoted_blocks=self._blocks.host.stats.demoted,
+            promoted_blocks=self._blocks.host.stats.promoted,
+            fetched_blocks=moved.blocks_fetched,
+            failed_fetches=moved.fetch_failures.total(),
+            bytes_received=moved.bytes_received,
+            bytes_sent=moved.bytes_sent,
+            bytes_saved=moved.bytes_saved,
             step_seconds=self._step_seconds,
             running=len(self._running),
             queued=len(self._waiting),
@@ -112,7 +124,12 @@ class Engine:
 
     def check(self) -> None:
         """Hold the pool's books against the pages the sequences hold. Raises IntegrityError."""
-        self._pool.check(page for seq in self._sequences() for page in seq.pages)
+        self._blocks.check(page for seq in self._sequences() for page in seq.pages)
+
+    @property
+    def sharing(self) -> BlockSharing | Alone:
+        """Its part in the store: what other threads bring news to."""
+        return self._sharing
 
     def validate(self, request: Request) -> None:
         """Refuse what can never be served. Raises InvalidRequest; touches nothing that changes."""
@@ -175,6 +192,7 @@ class Engine:
         """
         started = self._clock()
         self._expire()
+        self._sharing.poll(started, sum(seq.length - seq.computed for seq in self._sequences()))
         before, self._launched = self._launched, None
         if before and any(map(needs_tokens, self._running.values())):
             self._absorb(before)
@@ -197,10 +215,11 @@ class Engine:
 
     def _state(self) -> SchedulerState:
         slots = max(self._limits.max_running - len(self._running), 0)
-        first = sorted(self._waiting.values(), key=lambda seq: -seq.request.priority)[:slots]
+        ready = (seq for seq in self._waiting.values() if not self._sharing.holds_back(seq.id))
+        first = sorted(ready, key=lambda seq: -seq.request.priority)[:slots]
         return SchedulerState(
             running=[seq.as_running(self.info.max_model_tokens) for seq in self._running.values()],
-            waiting=[seq.as_waiting(*self._pool.lookup(seq.shareable_keys())) for seq in first],
+            waiting=[seq.as_waiting(*self._blocks.find(seq)) for seq in first],
             available_pages=self._pool.available,
             page_tokens=self.info.page_tokens,
             max_running=self._limits.max_running,
@@ -242,17 +261,18 @@ class Engine:
         jobs = self._carry_out(plan)
         if not jobs:
             return None
+        launched_s = self._clock()
         drawn_R = before.samples.tokens_R if before and before.samples else None
         logits_RV = self._executor.run(lay_out(jobs, self.info.page_tokens, before), drawn_R)
         due: list[Sequence] = []
         last_rows: list[int] = []
-        row = 0
+        row = prompt_tokens = 0
         for job in jobs:
             seq = job.seq
             if seq.wants_prompt_logprobs and job.rows:
                 self._note_prompt_logprobs(job, logits_RV[row : row + len(job.rows)])
             row += len(job.rows)
-            self._counts["prompt_tokens"] += max(min(job.end, seq.prompt_tokens) - job.start, 0)
+            prompt_tokens += max(min(job.end, seq.prompt_tokens) - job.start, 0)
             seq.computed += job.tokens
             if job.due:
                 due.append(seq)
@@ -264,11 +284,16 @@ class Engine:
         for seq in due:
             seq.in_flight += 1
         self._counts["steps"] += 1
-        return LaunchedStep(jobs, samples, {seq.id: row for row, seq in enumerate(due)})
+        self._counts["prompt_tokens"] += prompt_tokens
+        row_of = {seq.id: row for row, seq in enumerate(due)}
+        return LaunchedStep(jobs, samples, row_of, prompt_tokens, launched_s)
 
     def _absorb(self, step: LaunchedStep) -> None:
         """Wait for a step, publish the blocks it completed, append its tokens."""
         samples = step.samples.collect() if step.samples else []
+        now = self._clock()
+        self._sharing.prefilled(step.prompt_tokens, now - max(step.launched_s, self._absorbed_s))
+        self._absorbed_s = now
         for job in step.jobs:
             seq = job.seq
             drawn = samples[step.row_of[seq.id]] if job.due else None
@@ -278,12 +303,11 @@ class Engine:
                 continue  # ended while the step was under way
             kept = seq.evictions == job.evictions
             if job.due and drawn is None:
-                self._pool.withdraw(seq.pages if kept else [])
+                self._blocks.withdraw(seq, seq.pages if kept else [])
                 self._fail(seq.request.id, Status.INTERNAL, _NOT_FINITE)
                 continue
             if kept:
-                for key, page in seq.complete_blocks(job.end):
-                    self._pool.publish(key, page)
+                self._blocks.publish(list(seq.complete_blocks(job.end)))
             if drawn is not None:
                 self._append(seq, drawn)
 
@@ -303,6 +327,7 @@ class Engine:
         first_of_request = progress.first_token_s is None
         if first_of_request:
             progress.first_token_s = now
+            self._sharing.computed(seq.id, now)
         seq.tokens.append(drawn.token)
         seq.output_counts[drawn.token] += 1
         progress.output_tokens += 1
@@ -360,7 +385,7 @@ class Engine:
             detokenizer = Detokenizer(self._tokenizer, request.prompt, request.sampling.stop)
         seq_id = SeqId(self._next_id)
         self._next_id += 1
-        self._waiting[seq_id] = Sequence(
+        self._waiting[seq_id] = seq = Sequence(
             id=seq_id,
             progress=progress,
             index=index,
@@ -368,10 +393,12 @@ class Engine:
             page_tokens=self.info.page_tokens,
             detokenizer=detokenizer,
         )
+        self._sharing.consider(seq, self._clock())
 
     def _leave(self, seq: Sequence) -> None:
         self._running.pop(seq.id, None)
         self._waiting.pop(seq.id, None)
+        self._sharing.forget(seq.id)
         self._pool.release(seq.drop_pages())
 
     def _let_go(self, request_id: RequestId) -> list[Sequence]:

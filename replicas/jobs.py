@@ -55,6 +55,9 @@ class LaunchedStep:
     samples: Samples | None
     row_of: dict[SeqId, int]
     """Where in the samples a sequence's token stands."""
+    prompt_tokens: int
+    """Of all its tokens, those of prompts."""
+    launched_s: float
 
 
 def lay_out(jobs: Seq[Job], page_tokens: int, before: LaunchedStep | None) -> StepBatch:

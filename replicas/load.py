@@ -8,13 +8,17 @@ from collections.abc import Callable
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from quire.kvstore.exchange import Exchange, ExchangeConfig
 from quire.kvstore.keys import KeySpace
+from quire.kvstore.links import LinkConfig
+from quire.kvstore.pool import PagePool
 from quire.replicas.config import EngineConfig
 from quire.replicas.engine import Engine
 from quire.replicas.errors import ModelNotServable
 from quire.replicas.executor import Executor, ShardLauncher
 from quire.replicas.model.checkpoint import find_model
 from quire.replicas.shard import Shard
+from quire.replicas.sharing import BlockSharing, Neighbours
 
 
 def load_engine(
@@ -23,13 +27,23 @@ def load_engine(
     progress: Callable[[int, int], None] | None = None,
     *,
     host: str = "127.0.0.1",
+    neighbours: Neighbours | None = None,
+    wake: Callable[[], None] = lambda: None,
 ) -> tuple[Executor, Engine]:
-    """Load all shards; blocking. `host`: the address at which other shards reach this process.
+    """Load all shards; blocking. `host`: the address at which other shards and replicas reach this process.
+
+    `neighbours`: whom the engine shares blocks with; `wake` is called when one of them has left news.
 
     Raises: ConfigError, UnknownModel, ModelNotServable, ReplicaDied.
     """
     tokenizer = load_tokenizer(config.model)
-    executor = Executor(config, launcher, progress, host=host)
+    links = LinkConfig() if neighbours else None
+    executor = Executor(config, launcher, progress, host=host, links=links)
+
+    def share(pool: PagePool) -> BlockSharing:
+        assert neighbours is not None
+        return _sharing(pool, executor, neighbours, config, wake)
+
     engine = Engine(
         executor=executor,
         info=executor.shard.info,
@@ -37,8 +51,37 @@ def load_engine(
         scheduler=config.scheduler,
         max_step_tokens=executor.shard.max_step_tokens,
         tokenizer=None if tokenizer is None else _fast(tokenizer),
+        share=share if neighbours else None,
     )
     return executor, engine
+
+
+def _sharing(
+    pool: PagePool,
+    executor: Executor,
+    neighbours: Neighbours,
+    config: EngineConfig,
+    wake: Callable[[], None],
+) -> BlockSharing:
+    shard, info = executor.shard, executor.shard.info
+    exchange = Exchange(
+        pool,
+        shard.layout.fingerprint,
+        executor.endpoints,
+        ExchangeConfig(timeout_s=config.store.fetch_timeout_s),
+        kv_heads=shard.kv_heads,
+        bf16_ratio=info.bf16_bytes_per_token / info.bytes_per_token,
+    )
+    return BlockSharing(
+        pool,
+        exchange,
+        executor,
+        neighbours,
+        config.store,
+        page_tokens=info.page_tokens,
+        block_bytes=int(info.bytes_per_token * info.page_tokens),
+        wake=wake,
+    )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase | None:

@@ -222,3 +222,16 @@ class EngineStats:
     requests_cancelled: int = 0
     step_seconds: float = 0.0
     """Time spent in steps."""
+    demoted_blocks: int = 0
+    """That made room in the pool and went to host memory."""
+    promoted_blocks: int = 0
+    """That came back from there."""
+    fetched_blocks: int = 0
+    """That came from other replicas."""
+    failed_fetches: int = 0
+    """That ended in computing."""
+    bytes_received: int = 0
+    """Of pages, from other replicas."""
+    bytes_sent: int = 0
+    bytes_saved: int = 0
+    """What the received blocks would have been in bf16, less what they are."""

@@ -72,6 +72,8 @@ class Sequence:
     pages: list[PageId] = field(default_factory=list)
     published: int = 0
     """Leading blocks already offered to the prefix index."""
+    brought_back: bool = False
+    """Whether host memory was asked for its prefix since it last gave its pages back."""
     evictions: int = 0
     """How often it gave its pages back: what a step before that computed is gone."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -146,6 +148,7 @@ class Sequence:
         pages, self.pages = self.pages, []
         self.computed = self.published = 0
         self.evictions += 1
+        self.brought_back = False
         return pages
 
     def page_row(self) -> Ints:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from quire.kvstore.messages import Message, ReplicaId, from_bytes
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
 from quire.replicas.errors import QuireError
 from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Output, Request, RequestId
@@ -40,6 +41,7 @@ class Engine(Protocol):
 
     def start(self, deliver: Callable[[tuple[Event, ...]], None]) -> None: ...
     def submit(self, request: Request) -> None: ...
+    def hear(self, sender: ReplicaId, message: Message) -> None: ...
     def cancel(self, request_id: RequestId) -> None: ...
     def stats(self) -> EngineStats: ...
 
@@ -69,9 +71,14 @@ class _Lease:
 class EngineService(engine_pb2_grpc.EngineServicer):
     """Runs on the event loop that creates it; the engine's thread only hands over whole steps."""
 
-    def __init__(self, engine: Engine, *, secret: str, replica_id: str) -> None:
-        """Starts the engine. `secret` is what gateways must show."""
+    def __init__(
+        self, engine: Engine, *, secret: str, replica_id: str, peer_id: ReplicaId | None = None
+    ) -> None:
+        """Starts the engine. `secret` is what gateways and other replicas must show; `peer_id` is how the
+        latter call this one, None where it shares nothing.
+        """
         self._engine = engine
+        self._peer_id = peer_id
         self._secret = secret.encode()
         self._replica_id = replica_id
         self._started_s = time.monotonic()
@@ -102,13 +109,28 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             for request_id in lease.open.values():
                 self._engine.cancel(request_id)
 
+    async def Say(
+        self, request: engine_pb2.PeerMessage, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> engine_pb2.PeerHeard:
+        await self._authenticate(context)
+        if request.to != self._peer_id:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.to} is not here (any more)")
+        try:
+            message = from_bytes(request.message)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        if not isinstance(message, Message):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a message between replicas")
+        self._engine.hear(ReplicaId(request.sender), message)
+        return engine_pb2.PeerHeard()
+
     async def _authenticate(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         shown = dict(context.invocation_metadata() or ()).get(SECRET_METADATA, "")
         if not hmac.compare_digest(str(shown).encode(), self._secret):
             await context.abort(
                 grpc.StatusCode.UNAUTHENTICATED,
                 f"metadata {SECRET_METADATA!r} is missing or not this application's secret; "
-                "only gateways of the same deployment may connect",
+                "only gateways and replicas of the same deployment may connect",
             )
 
     async def _read(self, lease: _Lease, requests: AsyncIterator[engine_pb2.GatewayMessage]) -> None:
@@ -155,10 +177,23 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 lease.post_event(call, event)
 
 
+def bind(host: str) -> tuple[grpc.aio.Server, str]:
+    """A server on a free port of `host`, which answers from `serve` on, and its address, host:port.
+
+    The address is known before the engine is: it is part of the name under which others find it.
+    """
+    server = grpc.aio.server(options=(*INTERNAL_CHANNEL, ("grpc.so_reuseport", 0)))
+    return server, f"{host}:{server.add_insecure_port(f'{host}:0')}"
+
+
 async def listen(service: EngineService, host: str) -> tuple[grpc.aio.Server, str]:
     """Serves on a free port of `host`; returns the server and its address, host:port."""
-    server = grpc.aio.server(options=(*INTERNAL_CHANNEL, ("grpc.so_reuseport", 0)))
+    server, address = bind(host)
+    await serve(server, service)
+    return server, address
+
+
+async def serve(server: grpc.aio.Server, service: EngineService) -> None:
+    """From now on the bound server answers."""
     engine_pb2_grpc.add_EngineServicer_to_server(service, server)
-    port = server.add_insecure_port(f"{host}:0")
     await server.start()
-    return server, f"{host}:{port}"

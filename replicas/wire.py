@@ -33,7 +33,8 @@ _OPTIONAL_SAMPLING = ("max_tokens", "top_p", "repetition_penalty", "seed", "logp
 _COUNTERS = (
     "running", "queued", "pages_total", "pages_free", "pages_cached", "pages_used", "steps",
     "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "requests_finished",
-    "requests_failed", "requests_cancelled", "step_seconds",
+    "requests_failed", "requests_cancelled", "step_seconds", "fetched_blocks", "failed_fetches",
+    "bytes_received", "bytes_sent", "bytes_saved", "demoted_blocks", "promoted_blocks",
 )  # fmt: skip
 
 

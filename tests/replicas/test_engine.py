@@ -28,8 +28,10 @@ class _Overlapping:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self.num_pages = executor.num_pages
         self.handed_on = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._executor, name)
 
     def run(self, batch: StepBatch, drawn: torch.Tensor | None = None) -> torch.Tensor:
         self.handed_on += int((batch.token_ids_T < 0).sum())
@@ -346,7 +348,9 @@ class _Damaged:
 
     def __init__(self, executor):
         self._executor, self._steps = executor, 0
-        self.num_pages, self.overlaps = executor.num_pages, executor.overlaps
+
+    def __getattr__(self, name):
+        return getattr(self._executor, name)
 
     def run(self, batch, drawn=None):
         self._steps += 1

@@ -48,10 +48,11 @@ class Served:
 
 
 @contextmanager
-def quire_serve(folder: Path) -> Iterator[Served]:
-    """Up until the context ends, and then gone; `folder` takes its configuration."""
+def quire_serve(folder: Path, **changes: dict[str, object]) -> Iterator[Served]:
+    """Up until the context ends, then gone; `folder` takes its configuration, with `changes` by branch."""
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(CONFIG))
+    tree = {branch: {**values, **changes.get(branch, {})} for branch, values in CONFIG.items()}
+    config.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "quire.cluster.cli", "serve", "--config", str(config)]
     process = subprocess.Popen([*command, "--port", str(_free_port())], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -7,6 +7,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class PeerMessage(_message.Message):
+    __slots__ = ("to", "sender", "message")
+    TO_FIELD_NUMBER: _ClassVar[int]
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    to: str
+    sender: str
+    message: bytes
+    def __init__(self, to: _Optional[str] = ..., sender: _Optional[str] = ..., message: _Optional[bytes] = ...) -> None: ...
+
+class PeerHeard(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class GatewayMessage(_message.Message):
     __slots__ = ("submit", "cancel", "stats")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]

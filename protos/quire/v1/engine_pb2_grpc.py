@@ -39,6 +39,11 @@ class EngineStub:
                 request_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.GatewayMessage.SerializeToString,
                 response_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.ReplicaMessage.FromString,
                 _registered_method=True)
+        self.Say = channel.unary_unary(
+                '/quire.v1.Engine/Say',
+                request_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerMessage.SerializeToString,
+                response_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerHeard.FromString,
+                _registered_method=True)
 
 
 class EngineServicer:
@@ -52,6 +57,14 @@ class EngineServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Say(self, request, context):
+        """What another replica says about blocks. The same metadata. NOT_FOUND: `to` is not this replica, or was
+        an earlier one at this address.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -59,6 +72,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.Connect,
                     request_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.GatewayMessage.FromString,
                     response_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.ReplicaMessage.SerializeToString,
+            ),
+            'Say': grpc.unary_unary_rpc_method_handler(
+                    servicer.Say,
+                    request_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerMessage.FromString,
+                    response_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerHeard.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -88,6 +106,33 @@ class Engine:
             '/quire.v1.Engine/Connect',
             quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.GatewayMessage.SerializeToString,
             quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.ReplicaMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Say(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.Engine/Say',
+            quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerMessage.SerializeToString,
+            quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerHeard.FromString,
             options,
             channel_credentials,
             insecure,

@@ -257,7 +257,7 @@ class Stats(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStats, _Mapping]]] = ..., gateway_open_requests: _Optional[int] = ..., gateway_retries: _Optional[int] = ...) -> None: ...
 
 class ReplicaStats(_message.Message):
-    __slots__ = ("replica_id", "running", "queued", "pages_total", "pages_free", "pages_cached", "pages_used", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "requests_finished", "requests_failed", "requests_cancelled", "step_seconds", "uptime_s", "output_tokens_per_s")
+    __slots__ = ("replica_id", "running", "queued", "pages_total", "pages_free", "pages_cached", "pages_used", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "requests_finished", "requests_failed", "requests_cancelled", "step_seconds", "uptime_s", "output_tokens_per_s", "fetched_blocks", "failed_fetches", "bytes_received", "bytes_sent", "bytes_saved", "demoted_blocks", "promoted_blocks")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
@@ -276,6 +276,13 @@ class ReplicaStats(_message.Message):
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FETCHES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SAVED_FIELD_NUMBER: _ClassVar[int]
+    DEMOTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PROMOTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     running: int
     queued: int
@@ -294,4 +301,11 @@ class ReplicaStats(_message.Message):
     step_seconds: float
     uptime_s: float
     output_tokens_per_s: float
-    def __init__(self, replica_id: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., pages_used: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., step_seconds: _Optional[float] = ..., uptime_s: _Optional[float] = ..., output_tokens_per_s: _Optional[float] = ...) -> None: ...
+    fetched_blocks: int
+    failed_fetches: int
+    bytes_received: int
+    bytes_sent: int
+    bytes_saved: int
+    demoted_blocks: int
+    promoted_blocks: int
+    def __init__(self, replica_id: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., pages_used: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., step_seconds: _Optional[float] = ..., uptime_s: _Optional[float] = ..., output_tokens_per_s: _Optional[float] = ..., fetched_blocks: _Optional[int] = ..., failed_fetches: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_saved: _Optional[int] = ..., demoted_blocks: _Optional[int] = ..., promoted_blocks: _Optional[int] = ...) -> None: ...

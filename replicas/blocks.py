@@ -1,0 +1,85 @@
+"""Every place where a replica finds blocks: its pool, its host memory, its neighbours.
+
+Owned by the engine and used on its thread. Which sequence gets which page stays the engine's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+from quire.kvstore.host_tier import Copies, HostTier
+from quire.kvstore.keys import BlockKey
+from quire.kvstore.pool import PagePool
+from quire.kvstore.prefix_index import PageId
+from quire.replicas.sequence import Sequence
+from quire.replicas.sharing import Alone, BlockSharing
+
+
+class Copier(Protocol):
+    """Who copies pages on all shards, at its place among the steps."""
+
+    @property
+    def num_pages(self) -> int: ...
+
+    @property
+    def host_slots(self) -> int:
+        """Blocks that every shard's host memory takes."""
+
+    def demote(self, copies: Copies) -> None:
+        """Pages to host memory."""
+
+    def promote(self, copies: Copies) -> None:
+        """Pages from host memory."""
+
+
+class BlockStore:
+    """The pool, with what stands behind it."""
+
+    def __init__(self, copier: Copier, share: Callable[[PagePool], BlockSharing] | None) -> None:
+        self.pool = PagePool(copier.num_pages, self._make_room)
+        self.host = HostTier(copier.host_slots)
+        self.sharing = share(self.pool) if share else Alone()
+        self._copier = copier
+
+    def find(self, seq: Sequence) -> tuple[int, int]:
+        """Leading blocks of the sequence that are in the pool now, and how many of them nobody uses."""
+        keys = seq.shareable_keys()
+        if not seq.brought_back:
+            self._bring_back(keys)
+            seq.brought_back = True
+        return self.pool.lookup(keys)
+
+    def publish(self, blocks: Seq[tuple[BlockKey, PageId]]) -> None:
+        """These blocks are complete: sequences and neighbours may have them."""
+        for key, page in blocks:
+            self.pool.publish(key, page)
+        self.sharing.published([key for key, _ in blocks])
+
+    def withdraw(self, seq: Sequence, pages: Iterable[PageId]) -> None:
+        """A sequence's blocks may be damaged: nobody else may find them."""
+        self.pool.withdraw(pages)
+        self.host.forget(seq.keys())
+
+    def check(self, held: Iterable[PageId]) -> None:
+        """Hold the books against the pages that sequences hold. Raises IntegrityError."""
+        self.pool.check([*held, *self.sharing.held_pages()])
+        self.host.check()
+
+    def _make_room(self, blocks: Seq[tuple[BlockKey, PageId]]) -> None:
+        """Blocks leave the pool: their bytes stay in host memory, if there is any for them."""
+        self._copier.demote(self.host.demote(blocks))
+        self.sharing.evicted([key for key, _ in blocks])
+
+    def _bring_back(self, keys: Seq[BlockKey]) -> None:
+        """Blocks that host memory holds, into the pool, where they are found like all others."""
+        held = self.pool.share(keys)  # or they might make room for what follows them
+        count = min(self.host.match(keys[len(held) :]), self.pool.available)
+        missing = keys[len(held) : len(held) + count]
+        if missing:
+            pages = self.pool.allocate(count)
+            self._copier.promote(self.host.promote(missing, pages))
+            self.publish(list(zip(missing, pages, strict=True)))
+            held += pages
+        self.pool.release(held)

@@ -1,0 +1,106 @@
+"""The way to the other replicas of a deployment: Engine services by gRPC, the directory in the background.
+
+Knows no Ray: the directory is whatever can be announced to and asked. A replica's name among its neighbours
+ends in the address of its Engine service, so that whoever hears the name can answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Protocol
+
+import grpc
+
+from quire.kvstore.announcer import Announcer, ChannelLost
+from quire.kvstore.directory import Announcement, Holder
+from quire.kvstore.keys import BlockKey
+from quire.kvstore.messages import Message, ReplicaId, to_bytes
+from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
+from quire.replicas.service import INTERNAL_CHANNEL, SECRET_METADATA
+
+_SAY_TIMEOUT_S = 2.0
+_MAX_CHANNELS = 64
+
+log = logging.getLogger(__name__)
+
+
+def peer_name(address: str) -> ReplicaId:
+    """A new name for the replica that answers at `address`, host:port: one incarnation, never used again."""
+    return ReplicaId(f"{secrets.token_hex(8)}@{address}")
+
+
+class DirectoryAccess(Protocol):
+    """The directory, wherever it is. Both may block, and raise ChannelLost."""
+
+    def announce(self, said: Announcement) -> bool: ...
+    def lookup(self, chain: Sequence[BlockKey]) -> tuple[Holder, ...]: ...
+
+
+class GrpcNeighbours:
+    """The `Neighbours` of one replica."""
+
+    def __init__(self, me: ReplicaId, secret: str, directory: DirectoryAccess) -> None:
+        """Begins to announce. `secret`: what Engine services of this deployment ask for."""
+        self._me, self._metadata = me, ((SECRET_METADATA, secret),)
+        self._directory = directory
+        self._announcer = Announcer(me, directory)
+        self._announcer.start()
+        self._lookups = ThreadPoolExecutor(1, thread_name_prefix="quire-lookup")
+        self._channels: OrderedDict[str, grpc.Channel] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def say(self, to: ReplicaId, message: Message, failed: Callable[[], None]) -> None:
+        """Failed is also what was delivered to a later replica at the same address."""
+        request = engine_pb2.PeerMessage(to=to, sender=self._me, message=to_bytes(message))
+        call = engine_pb2_grpc.EngineStub(self._channel(to.rpartition("@")[2])).Say.future(
+            request, timeout=_SAY_TIMEOUT_S, metadata=self._metadata
+        )
+        call.add_done_callback(partial(_said, to, failed))
+
+    def lookup(self, chain: Sequence[BlockKey], answer: Callable[[tuple[Holder, ...]], None]) -> None:
+        self._lookups.submit(self._look, tuple(chain), answer)
+
+    def added(self, keys: Sequence[BlockKey]) -> None:
+        self._announcer.added(keys)
+
+    def removed(self, keys: Sequence[BlockKey]) -> None:
+        self._announcer.removed(keys)
+
+    def close(self) -> None:
+        self._announcer.close()
+        self._lookups.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for channel in self._channels.values():
+                channel.close()
+            self._channels.clear()
+
+    def _look(self, chain: tuple[BlockKey, ...], answer: Callable[[tuple[Holder, ...]], None]) -> None:
+        try:
+            holders = self._directory.lookup(chain)
+        except ChannelLost as error:
+            log.warning("the directory does not answer, blocks are computed: %s", error)
+            holders = ()
+        answer(tuple(holder for holder in holders if holder.owner != self._me))
+
+    def _channel(self, address: str) -> grpc.Channel:
+        """The least recently used one makes room."""
+        with self._lock:
+            channel = self._channels.get(address)
+            if channel is None:
+                channel = self._channels[address] = grpc.insecure_channel(address, INTERNAL_CHANNEL)
+                if len(self._channels) > _MAX_CHANNELS:
+                    self._channels.popitem(last=False)[1].close()
+            self._channels.move_to_end(address)
+            return channel
+
+
+def _said(to: ReplicaId, failed: Callable[[], None], call: Future[engine_pb2.PeerHeard]) -> None:
+    if call.exception() is not None:
+        log.info("%s was not reached: %s", to, call.exception())
+        failed()

@@ -1,0 +1,38 @@
+"""Two replicas under Ray Serve share blocks: whoever is asked, the prompt is computed once."""
+
+import pytest
+from recall import mixed_prompts
+from served_app import Served, quire_serve
+
+from quire.cluster.client import Client, SamplingParams, collect
+from quire.replicas.load import load_tokenizer
+
+SAMPLING = SamplingParams(max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    with quire_serve(
+        tmp_path_factory.mktemp("pair"), engine={"tp": 1, "pool": {"bytes": 16 << 20}}, replicas={"count": 2}
+    ) as served:
+        yield served
+
+
+def test_a_prompt_that_one_replica_computed_is_fetched_by_the_other(pair: Served):
+    first, second, *warm_up = mixed_prompts(load_tokenizer("demo"), [900, 800, 150, 160, 170, 180, 190, 200])
+    with Client(pair.address) as client:
+
+        def ask(prompt):
+            return collect(client.generate(prompt, SAMPLING)).outputs[0].token_ids
+
+        for prompt in warm_up:  # each replica learns how quickly it computes
+            ask(prompt)
+        for prompt in (first, second):
+            answers = [ask(prompt) for _ in range(12)]
+            assert all(answer == answers[0] for answer in answers)
+        stats = client.stats().replicas
+    assert sum(replica.fetched_blocks for replica in stats) >= 800 // 64
+    assert sum(replica.failed_fetches for replica in stats) == 0
+    received, sent = (sum(getattr(r, f"bytes_{way}") for r in stats) for way in ("received", "sent"))
+    assert received == sent > 0
+    assert sum(replica.bytes_saved for replica in stats) > 0.9 * received  # int8 at head size 64

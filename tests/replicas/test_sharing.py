@@ -1,0 +1,174 @@
+"""Engines that fetch each other's blocks: the same answers as computing, and computing whenever it fails."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from neighbourhood import Resident, Town, answer
+from recall import mixed_prompts
+
+from quire.kvstore.directory import Holder
+from quire.kvstore.failures import Cause
+from quire.kvstore.messages import Accept, Done, Offer, Released
+from quire.replicas.config import EngineConfig, PoolConfig, StoreConfig
+from quire.replicas.load import load_tokenizer
+from quire.replicas.request import Request, RequestId, SamplingParams
+
+TOKENIZER = load_tokenizer("demo")
+PROMPT, WARM_UP, OTHER = mixed_prompts(TOKENIZER, [700, 150, 500])
+BLOCKS = (len(PROMPT) - 1) // 64
+
+
+def config(kv: str = "int8", tp: int = 1, pool_bytes: int = 24 << 20, **store: float) -> EngineConfig:
+    return EngineConfig(
+        model="demo",
+        kv=kv,
+        tp=tp,
+        device="cpu",
+        threads_per_shard=1,
+        pool=PoolConfig(bytes=pool_bytes // tp),
+        store=StoreConfig(**{"lookup_timeout_s": 2.0, "fetch_timeout_s": 5.0, **store}),
+    )
+
+
+def neighbours(a: EngineConfig, b: EngineConfig) -> tuple[Resident, Resident]:
+    """Both have computed a prompt of their own: only then is there a rate to compare with."""
+    town = Town()
+    residents = Resident(town, "a", a), Resident(town, "b", b)
+    for resident in residents:
+        resident.ask(WARM_UP, tenant=str(resident.way.me))
+    return residents
+
+
+def fetched(resident: Resident) -> int:
+    return resident.engine._engine.sharing.stats.blocks_fetched
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "fp8", "int8", "int4", "k8v4"])
+def test_a_prefix_computed_by_one_is_used_by_the_other_with_the_same_logits(kv):
+    a, b = neighbours(config(kv), config(kv))
+    with a, b:
+        computed = a.ask(PROMPT)
+        got = b.ask(PROMPT)
+        recomputed = b.ask(PROMPT, tenant="another")
+        assert answer(got) == answer(computed) == answer(recomputed)
+        assert got[-1].usage.cached_tokens == BLOCKS * 64
+        assert fetched(b) == BLOCKS
+        stats, layout = b.engine._engine.sharing.stats, b.engine._executor.shard.layout
+        assert stats.bytes_received == BLOCKS * layout.page_bytes
+        for resident in (a, b):
+            resident.engine.check()
+            assert resident.stats.pages_used == 0
+
+
+@pytest.mark.parametrize(("of_a", "of_b"), [(1, 2), (2, 1), (2, 2)])
+def test_replicas_of_different_sizes_share_too(of_a, of_b):
+    a, b = neighbours(config("int4", of_a), config("int4", of_b))
+    with a, b:
+        computed = a.ask(PROMPT)
+        got = b.ask(PROMPT)
+        assert [token for token, _ in answer(got)] == [token for token, _ in answer(computed)]
+        assert fetched(b) == BLOCKS
+        b.engine.check()
+
+
+def test_what_is_fetched_once_is_lent_on():
+    a, b = neighbours(config(), config())
+    with a, b, Resident(a.way.town, "c", config()) as c:
+        c.ask(WARM_UP, tenant="c")
+        computed = a.ask(PROMPT)
+        b.ask(PROMPT)
+        a.move_out()
+        assert answer(c.ask(PROMPT)) == answer(computed)
+        assert fetched(c) == BLOCKS
+
+
+def test_tenants_do_not_see_each_others_blocks():
+    a, b = neighbours(config(), config())
+    with a, b:
+        a.ask(PROMPT, tenant="one")
+        assert b.ask(PROMPT, tenant="two")[-1].usage.cached_tokens == 0
+        assert fetched(b) == 0
+
+
+def test_other_formats_are_other_blocks():
+    a, b = neighbours(config("int8"), config("int4"))
+    with a, b:
+        a.ask(PROMPT)
+        assert b.ask(PROMPT)[-1].usage.cached_tokens == 0
+
+
+def test_a_few_missing_blocks_are_not_asked_for():
+    a, b = neighbours(config(), config(min_fetch_blocks=20))
+    with a, b:
+        a.ask(PROMPT)
+        assert b.ask(PROMPT)[-1].usage.cached_tokens == 0
+
+
+@pytest.mark.parametrize("lost", [Offer, Accept, Done, Released])
+def test_a_lost_message_costs_the_fetch_and_nothing_else(lost):
+    a, b = neighbours(config(fetch_timeout_s=1.0), config(fetch_timeout_s=1.0))
+    with a, b:
+        computed = a.ask(PROMPT)
+        for resident in (a, b):
+            resident.way.drops = lambda message: isinstance(message, lost)
+        began = time.monotonic()
+        assert answer(b.ask(PROMPT)) == answer(computed)
+        assert time.monotonic() - began < 6
+        assert fetched(b) == 0
+        assert b.engine._engine.sharing.stats.fetch_failures == {Cause.DEADLINE: 1}
+        for resident in (a, b):
+            resident.way.drops = lambda message: False
+        time.sleep(1.5)  # leases and late reports end
+        for resident in (a, b):
+            resident.engine.check()
+            assert resident.stats.pages_used == 0
+
+
+def test_an_owner_that_is_gone_is_not_waited_for():
+    a, b = neighbours(config(), config())
+    with a, b:
+        computed = a.ask(PROMPT)
+        a.move_out()
+        assert answer(b.ask(PROMPT)) == answer(computed)
+        assert b.engine._engine.sharing.stats.fetch_failures == {Cause.PEER: 1}
+
+
+def test_a_directory_that_lies_costs_one_refusal():
+    a, b = neighbours(config(), config())
+    with a, b:
+        b.way.town.directory.lookup = lambda chain: (Holder(a.way.me, len(chain)),)
+        assert b.ask(PROMPT)[-1].usage.cached_tokens == 0
+        assert b.engine._engine.sharing.stats.fetch_failures == {Cause.REFUSED: 1}
+
+
+def test_a_directory_that_does_not_answer_is_not_waited_for():
+    a, b = neighbours(config(), config(lookup_timeout_s=0.2))
+    with a, b:
+        computed = a.ask(PROMPT)
+        b.way.looks = False
+        began = time.monotonic()
+        assert answer(b.ask(PROMPT)) == answer(computed)
+        assert time.monotonic() - began < 3
+        assert fetched(b) == 0
+
+
+def test_requests_for_one_prefix_share_one_fetch():
+    a, b = neighbours(config(), config())
+    with a, b:
+        a.ask(PROMPT)
+        for name in ("x", "y", "z"):
+            sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+            b.engine.submit(Request(id=RequestId(name), prompt=tuple(PROMPT), sampling=sampling))
+        b.ask(PROMPT)
+        assert b.engine._engine.sharing.stats.fetches == 1
+        assert fetched(b) == BLOCKS
+
+
+def test_evicted_blocks_are_not_offered_any_more():
+    a, b = neighbours(config(pool_bytes=13 * 101376), config())
+    with a, b:
+        a.ask(PROMPT)
+        a.ask(OTHER, tenant="else")
+        assert b.ask(PROMPT)[-1].usage.cached_tokens < BLOCKS * 64
