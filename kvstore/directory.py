@@ -111,6 +111,10 @@ class Directory:
             del self._owners[index]
             self._unswept = list(self._buckets)
 
+    def owners(self) -> tuple[ReplicaId, ...]:
+        """All that are believed to live."""
+        return tuple(self._index_of)
+
     def lookup(self, chain: Sequence[BlockKey]) -> tuple[Holder, ...]:
         """Who holds the most leading blocks of a chain, best first; nobody who does not hold the first."""
         self._lookups += 1

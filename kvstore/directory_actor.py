@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from quire.kvstore.announcer import ChannelLost
 from quire.kvstore.directory import Announcement, Directory, DirectoryStats, Holder
 from quire.kvstore.keys import BlockKey
+from quire.kvstore.messages import ReplicaId
 
 NAMESPACE = "quire"
 
@@ -31,6 +32,9 @@ class DirectoryActor:
 
     def lookup(self, chain: Sequence[BlockKey]) -> tuple[Holder, ...]:
         return self._directory.lookup(chain)
+
+    def owners(self) -> tuple[ReplicaId, ...]:
+        return self._directory.owners()
 
     def stats(self) -> DirectoryStats:
         return self._directory.stats()
@@ -53,6 +57,10 @@ class RayDirectory:
     def lookup(self, chain: Sequence[BlockKey]) -> tuple[Holder, ...]:
         holders: tuple[Holder, ...] = self._ask(self._actor.lookup.remote(chain))
         return holders
+
+    def owners(self) -> tuple[ReplicaId, ...]:
+        owners: tuple[ReplicaId, ...] = self._ask(self._actor.owners.remote())
+        return owners
 
     def stats(self) -> DirectoryStats:
         stats: DirectoryStats = self._ask(self._actor.stats.remote())

@@ -160,6 +160,11 @@ class Exchange:
             yield from fetch.pages
 
     @property
+    def loans(self) -> int:
+        """Under way now."""
+        return len(self._loans)
+
+    @property
     def next_deadline_s(self) -> float | None:
         """When `expire` will have something to do."""
         times = [f.deadline_s for f in self._fetches.values() if f.state is not _State.ENDING]

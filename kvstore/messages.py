@@ -7,6 +7,8 @@ The conversation, receiver on the left:
               ←  pages     from shard to shard, over links
     Done      →            all arrived, or I gave up: unpin
               ←  Released  whether they stayed pinned all the time: only then are they what their keys say
+
+And once, from a replica that is scaled in, to those that stay: Leaving.
 """
 
 from __future__ import annotations
@@ -74,7 +76,14 @@ class Released:
     """The pages were pinned, and sound, until now."""
 
 
-Message = Offer | Accept | Refuse | Done | Released
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """I am about to go. These chains of blocks are worth having, the hottest first: fetch what you like."""
+
+    chains: tuple[tuple[BlockKey, ...], ...]
+
+
+Message = Offer | Accept | Refuse | Done | Released | Leaving
 """Between replicas."""
 
 
@@ -170,9 +179,7 @@ def headers_from(data: npt.NDArray[np.uint8]) -> PageHeaders:
 
 # ---- bytes ----------------------------------------------------------------------------------------------
 
-_KINDS = {
-    kind.__name__: kind for kind in (Offer, Accept, Refuse, Done, Released, SendPages, ReceivePages, Moved)
-}
+_KINDS = {kind.__name__: kind for kind in (*get_args(Message), *get_args(Order), Moved)}
 
 
 def to_bytes(value: Message | Order | Moved) -> bytes:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from quire.kvstore.messages import Message, ReplicaId
 from quire.replicas.config import EngineConfig
@@ -22,6 +23,9 @@ from quire.replicas.sharing import Neighbours
 
 _IDLE_WAKE_S = 0.2
 """How often an idle engine looks at the deadlines of its queue and at its shards."""
+
+_FAREWELL_S = 0.5
+"""Peers that have not asked for anything for so long want nothing more."""
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +92,16 @@ class AsyncEngine:
     def hear(self, sender: ReplicaId, message: Message) -> None:
         """What another replica says about blocks."""
         self._engine.sharing.hear(sender, message)
+
+    def hand_over(self, peers: Sequence[ReplicaId], within_s: float) -> None:
+        """Offer the hottest blocks to these replicas; back when they have what they want, or time is up."""
+        deadline = time.monotonic() + within_s
+        self._engine.sharing.leave(peers)
+        quiet_s = time.monotonic()
+        while time.monotonic() < min(deadline, quiet_s + _FAREWELL_S):
+            time.sleep(_FAREWELL_S / 20)
+            if self._engine.sharing.lends:
+                quiet_s = time.monotonic()
 
     def stats(self) -> EngineStats:
         return self._engine.stats()

@@ -91,6 +91,9 @@ class StoreConfig:
     """A fetch that takes longer is given up, and the blocks are computed."""
     max_send_bytes_s: float | None = None
     """Bytes a second that one shard sends to others at most; None: no bound."""
+    hand_over_s: float = 5.0
+    """A replica that is scaled in offers its hottest blocks to the others for so long at most; 0: it goes at
+    once."""
     directory_entries: int = 2_000_000
     """Blocks that the deployment's directory remembers at most, about 88 bytes each."""
 
@@ -98,6 +101,8 @@ class StoreConfig:
         for name in ("min_fetch_blocks", "directory_entries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"store.{name} must be at least 1, got {getattr(self, name)}")
+        if self.hand_over_s < 0:
+            raise ConfigError(f"store.hand_over_s is 0 or more, got {self.hand_over_s}")
         for name in ("lookup_timeout_s", "fetch_timeout_s", "max_send_bytes_s"):
             number = getattr(self, name)
             if number is not None and number <= 0:

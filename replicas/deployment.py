@@ -107,6 +107,7 @@ class Replica:
         self._server, self._address = bind(_node_address())
         me = peer_name(self._address)
         self._neighbours: GrpcNeighbours | None = None
+        self._hand_over_s = config.store.hand_over_s
         if config.store.share:
             self._neighbours = await asyncio.to_thread(_neighbours, me, secret, config.store)
         self._engine = await asyncio.to_thread(
@@ -132,6 +133,8 @@ class Replica:
     async def __del__(self) -> None:
         """Serve has let requests finish, as long as it may: what is still open fails as UNAVAILABLE."""
         if self._neighbours is not None:
+            if others := await asyncio.to_thread(self._neighbours.others):
+                await asyncio.to_thread(self._engine.hand_over, others, self._hand_over_s)
             self._neighbours.close()
         await asyncio.to_thread(self._engine.close)
         await self._server.stop(_SERVER_GRACE_S)

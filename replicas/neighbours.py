@@ -36,10 +36,11 @@ def peer_name(address: str) -> ReplicaId:
 
 
 class DirectoryAccess(Protocol):
-    """The directory, wherever it is. Both may block, and raise ChannelLost."""
+    """The directory, wherever it is. All may block, and raise ChannelLost."""
 
     def announce(self, said: Announcement) -> bool: ...
     def lookup(self, chain: Sequence[BlockKey]) -> tuple[Holder, ...]: ...
+    def owners(self) -> tuple[ReplicaId, ...]: ...
 
 
 class GrpcNeighbours:
@@ -65,6 +66,13 @@ class GrpcNeighbours:
 
     def lookup(self, chain: Sequence[BlockKey], answer: Callable[[tuple[Holder, ...]], None]) -> None:
         self._lookups.submit(self._look, tuple(chain), answer)
+
+    def others(self) -> tuple[ReplicaId, ...]:
+        """Replicas that live, as far as the directory knows. Waits for it; none if it does not answer."""
+        try:
+            return tuple(owner for owner in self._directory.owners() if owner != self._me)
+        except ChannelLost:
+            return ()
 
     def added(self, keys: Sequence[BlockKey]) -> None:
         self._announcer.added(keys)

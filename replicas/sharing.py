@@ -7,11 +7,13 @@ Runs on the engine's thread, as the pool does whose pages it fills. Other thread
           └── no answer in time, nobody holds them, or computing is sooner ──→ admitted, computed
 
 While a sequence is looked up or fetched for, it waits and holds nobody up. Whatever fails ends in computing.
+
+A replica that leaves says which chains of blocks were used last; those that stay fetch them into free pages.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from quire.kvstore.directory import Holder
 from quire.kvstore.exchange import Exchange, Fetched, Say, Tell, TransferStats
 from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.keys import BlockKey
-from quire.kvstore.messages import Message, Moved, Order, ReplicaId, TransferId
+from quire.kvstore.messages import Leaving, Message, Moved, Order, ReplicaId, TransferId
 from quire.kvstore.pool import PagePool
 from quire.kvstore.prefix_index import PageId
 from quire.replicas.config import StoreConfig
@@ -87,21 +89,29 @@ class _Gone:
 
 
 @dataclass(frozen=True, slots=True)
+class _Leave:
+    peers: tuple[ReplicaId, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Answer:
     seq: SeqId
     holders: tuple[Holder, ...]
 
 
+_HOT_CHAINS = 256
+"""Remembered, to be handed over."""
+
 _OTHERS_MAY = frozenset({Cause.PEER, Cause.REFUSED, Cause.BUSY})
 """Failures that cost next to no time and say nothing about other holders."""
 
-_News = _Heard | _Gone | _Answer | Moved
+_News = _Heard | _Gone | _Leave | _Answer | Moved
 
 
 class Alone:
     """An engine without neighbours."""
 
-    has_news = False
+    has_news = lends = False
 
     def __init__(self) -> None:
         self.stats = TransferStats()
@@ -113,6 +123,7 @@ class Alone:
         return []
 
     def hear(self, sender: ReplicaId, message: Message) -> None: ...
+    def leave(self, peers: Seq[ReplicaId]) -> None: ...
     def consider(self, seq: Sequence, now_s: float) -> None: ...
     def forget(self, seq: SeqId) -> None: ...
     def computed(self, seq: SeqId, now_s: float) -> None: ...
@@ -148,6 +159,10 @@ class BlockSharing:
         self._transfer_of: dict[BlockKey, TransferId] = {}
         """The first block of each fetch under way: who wants the same waits for it, too."""
         self._computing: dict[SeqId, _Tried] = {}
+        self._chains: OrderedDict[BlockKey, tuple[BlockKey, ...]] = OrderedDict()
+        """Of prompts, by their last block; the one used last at the end."""
+        self._legacy: deque[tuple[ReplicaId, tuple[BlockKey, ...]]] = deque()
+        """Chains that leaving replicas offered, still to be fetched."""
 
     @property
     def stats(self) -> TransferStats:
@@ -156,6 +171,11 @@ class BlockSharing:
     @property
     def has_news(self) -> bool:
         return bool(self._inbox)
+
+    @property
+    def lends(self) -> bool:
+        """Whether anybody still reads pages here."""
+        return bool(self._exchange.loans)
 
     def holds_back(self, seq: SeqId) -> bool:
         """Whether the sequence should not be admitted yet."""
@@ -175,6 +195,10 @@ class BlockSharing:
         """A neighbour is dead or cannot be reached."""
         self._put(_Gone(peer))
 
+    def leave(self, peers: Seq[ReplicaId]) -> None:
+        """Offer the hottest blocks to these, who stay."""
+        self._put(_Leave(tuple(peers)))
+
     def _put(self, news: _News) -> None:
         self._inbox.append(news)
         self._wake()
@@ -184,6 +208,7 @@ class BlockSharing:
     def consider(self, seq: Sequence, now_s: float) -> None:
         """A sequence has come: if blocks of its prompt are missing here, ask who holds them."""
         keys = tuple(seq.shareable_keys())
+        self._remember(keys)
         here, _ = self._pool.lookup(keys)
         if len(keys) - here < self._config.min_fetch_blocks:
             return
@@ -217,15 +242,20 @@ class BlockSharing:
         """Take the news in, give up what is late, do what follows. `queued_tokens`: of prompts to compute."""
         while self._inbox:
             match self._inbox.popleft():
+                case _Heard(sender, Leaving(chains)):
+                    self._legacy.extend((sender, chain) for chain in chains)
                 case _Heard(sender, message):
                     self._exchange.handle(sender, message, now_s)
                 case _Gone(peer):
                     self._exchange.peer_gone(peer, now_s)
                 case Moved() as report:
                     self._exchange.moved(report, now_s)
+                case _Leave(peers):
+                    self._say_farewell(peers)
                 case _Answer(seq, holders):
                     self._answered(seq, holders, queued_tokens, now_s)
         self._exchange.expire(now_s)
+        self._inherit(now_s)
         for seq, pending in list(self._pending.items()):
             if pending.transfer is None and now_s > pending.until_s:
                 del self._pending[seq]
@@ -270,6 +300,34 @@ class BlockSharing:
             return
         self._computing[seq] = tried
         del self._pending[seq]
+
+    def _remember(self, chain: tuple[BlockKey, ...]) -> None:
+        if chain:
+            self._chains[chain[-1]] = chain
+            self._chains.move_to_end(chain[-1])
+            if len(self._chains) > _HOT_CHAINS:
+                self._chains.popitem(last=False)
+
+    def _say_farewell(self, peers: tuple[ReplicaId, ...]) -> None:
+        """Each chain to one of the others."""
+        hot = list(reversed(self._chains.values()))
+        for at, peer in enumerate(peers):
+            leaving = Leaving(tuple(hot[at :: len(peers)]))
+            self._neighbours.say(peer, leaving, partial(self.peer_gone, peer))
+
+    def _inherit(self, now_s: float) -> None:
+        """Fetch what was offered, as far as there are free pages: nobody's blocks make room for it."""
+        while self._legacy:
+            owner, chain = self._legacy[0]
+            wanted = chain[self._pool.lookup(chain)[0] :][: self._pool.free]
+            if wanted and wanted[0] not in self._transfer_of:
+                try:
+                    transfer = self._exchange.fetch(owner, wanted, now_s)
+                except TransferFailed:
+                    return  # as many as may be are under way: later
+                self._fetching[transfer] = _Tried(Decision(Choice.FETCH, None, None), now_s)
+                self._transfer_of[wanted[0]] = transfer
+            self._legacy.popleft()
 
     def _fetched(self, effect: Fetched, queued_tokens: int, now_s: float) -> None:
         """Well or not, the sequences that waited for it are admitted now, or ask the next holder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
@@ -172,3 +173,78 @@ def test_evicted_blocks_are_not_offered_any_more():
         a.ask(PROMPT)
         a.ask(OTHER, tenant="else")
         assert b.ask(PROMPT)[-1].usage.cached_tokens < BLOCKS * 64
+
+
+@pytest.mark.parametrize("hands_over", [False, True])
+def test_a_replica_that_leaves_hands_its_blocks_over(hands_over):
+    a, b = neighbours(config(), config())
+    prompts = mixed_prompts(TOKENIZER, [500, 400, 600, 450], seed=5)
+    with a, b, Resident(a.way.town, "c", config()) as c:
+        c.ask(WARM_UP, tenant="c")
+        computed = [answer(a.ask(prompt)) for prompt in prompts]
+        if hands_over:
+            a.engine.hand_over((b.way.me, c.way.me), within_s=5.0)
+        a.move_out()
+        found = [(b.ask(prompt), c.ask(prompt)) for prompt in prompts]
+        for outputs, right in zip(found, computed, strict=True):
+            assert answer(outputs[0]) == answer(outputs[1]) == right
+        if hands_over:  # each block lies at one of the two; whether the other fetches it, is its to weigh
+            cached = [max(one[-1].usage.cached_tokens for one in outputs) for outputs in found]
+            assert cached == [(len(prompt) - 1) // 64 * 64 for prompt in prompts]
+        else:
+            assert [outputs[0][-1].usage.cached_tokens for outputs in found] == [0] * 4
+        for resident in (b, c):
+            resident.engine.check()
+
+
+def test_what_is_handed_over_takes_free_pages_only():
+    a, b = neighbours(config(), config(pool_bytes=13 * 101376))
+    with a, b:
+        mine = b.ask(OTHER)
+        a.ask(PROMPT)
+        a.engine.hand_over((b.way.me,), within_s=5.0)
+        again = b.ask(OTHER)
+        assert again[-1].usage.cached_tokens == (len(OTHER) - 1) // 64 * 64
+        assert answer(again) == answer(mine)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_answers_stay_right_whatever_is_lost(seed):
+    """Messages vanish, the directory lies, owners move out and others in, all at random."""
+    rng = random.Random(seed)
+    prompts = mixed_prompts(TOKENIZER, [300, 400, 500, 600], seed=9)
+    quick = config(fetch_timeout_s=0.4, lookup_timeout_s=0.4)
+    town = Town()
+    residents = [Resident(town, f"r{i}", quick) for i in range(3)]
+    faults = 0
+
+    def drops(message):
+        nonlocal faults
+        lost = rng.random() < 0.3
+        faults += lost
+        return lost
+
+    try:
+        right = [answer(residents[0].ask(prompt, tenant="alone")) for prompt in prompts]
+        for resident in residents:
+            resident.ask(WARM_UP, tenant=str(resident.way.me))
+            resident.way.drops = drops
+        for turn in range(40):
+            if turn % 10 == 9:
+                faults += 1
+                residents.pop(rng.randrange(3)).move_out()
+                residents.append(Resident(town, f"r{turn}", quick))
+                residents[-1].ask(WARM_UP, tenant=f"r{turn}")
+                residents[-1].way.drops = drops
+            which = rng.randrange(4)
+            outputs = rng.choice(residents).ask(prompts[which], tenant=f"t{turn // 5}")
+            assert answer(outputs) == right[which]
+        assert faults > 10
+        assert sum(fetched(r) for r in residents) > 0
+        time.sleep(1.5)
+        for resident in residents:
+            resident.engine.check()
+            assert resident.stats.pages_used == 0
+    finally:
+        for resident in residents:
+            resident.move_out()

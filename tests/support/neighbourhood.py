@@ -44,6 +44,9 @@ class Way:
             with self.town.lock:
                 answer(tuple(h for h in self.town.directory.lookup(chain) if h.owner != self.me))
 
+    def others(self) -> tuple[ReplicaId, ...]:
+        return tuple(name for name in self.town.residents if name != self.me)
+
     def added(self, keys: Sequence[BlockKey]) -> None:
         self._announce(hints_of(keys), b"")
 
