@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 import torch
 
+from quire.kvstore.bandwidth import Bandwidth
 from quire.kvstore.host_tier import Copies, HostPages
 from quire.kvstore.link_transport import LinkTransport
 from quire.kvstore.links import LinkConfig
 from quire.kvstore.messages import Moved, Order
-from quire.kvstore.mover import PageMover, ShardPool
+from quire.kvstore.mover import CHUNK_BYTES, PageMover, ShardPool
 from quire.kvstore.transport import Endpoint, Transport
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import ConfigError
@@ -43,7 +44,9 @@ class ShardStore:
         if links is not None:
             self._transport = LinkTransport(host, shard.device, links)
             pool = ShardPool(shard.pool, shard.layout, rank, config.tp, shard.kv_heads)
-            self._mover = PageMover(pool, self._transport)
+            most_s = config.store.max_send_bytes_s
+            limit = Bandwidth(most_s, CHUNK_BYTES) if most_s else None
+            self._mover = PageMover(pool, self._transport, limit=limit)
             self.endpoint = self._transport.endpoint
 
     def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None:
