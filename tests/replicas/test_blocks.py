@@ -1,0 +1,68 @@
+"""Blocks that made room come back from host memory: the same answers, less to compute, books in order."""
+
+from __future__ import annotations
+
+import pytest
+from recall import mixed_prompts
+
+from quire.replicas import LLM, PoolConfig, SamplingParams
+from quire.replicas.load import load_tokenizer
+
+TOKENIZER = load_tokenizer("demo")
+FIRST, *OTHERS = mixed_prompts(TOKENIZER, [500, 450, 480, 420], seed=3)
+PAGE_BYTES = 101376  # of the demo model in int8
+GREEDY = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=0)
+
+
+def engine(host_pages: int, kv: str = "int8", tp: int = 1) -> LLM:
+    pool = PoolConfig(bytes=12 * PAGE_BYTES // tp, host_bytes=host_pages * PAGE_BYTES // tp)
+    return LLM("demo", kv=kv, tp=tp, device="cpu", threads_per_shard=1, pool=pool)
+
+
+def ask(llm: LLM, prompt: list[int]):
+    (completion,) = llm.generate([prompt], GREEDY)
+    llm.check()
+    return completion
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_evicted_prefix_comes_back_and_gives_the_same_logits(tp):
+    with engine(40, tp=tp) as llm:
+        first = ask(llm, FIRST)
+        for other in OTHERS:
+            ask(llm, other)
+        again = ask(llm, FIRST)
+        stats = llm.stats()
+    assert again.outputs == first.outputs
+    assert first.usage.cached_tokens == 0
+    assert again.usage.cached_tokens == (len(FIRST) - 1) // 64 * 64
+    assert stats.demoted_blocks > stats.promoted_blocks >= len(FIRST) // 64 - 1
+
+
+def test_without_host_memory_it_is_computed_again():
+    with engine(0) as llm:
+        first = ask(llm, FIRST)
+        for other in OTHERS:
+            ask(llm, other)
+        again = ask(llm, FIRST)
+        assert (llm.stats().demoted_blocks, llm.stats().promoted_blocks) == (0, 0)
+    assert again.outputs == first.outputs
+    assert again.usage.cached_tokens < (len(FIRST) - 1) // 64 * 64
+
+
+def test_a_host_tier_that_is_full_keeps_what_was_used_last():
+    with engine(8) as llm:
+        for prompt in (FIRST, *OTHERS):
+            ask(llm, prompt)
+        assert ask(llm, OTHERS[-1]).usage.cached_tokens == (len(OTHERS[-1]) - 1) // 64 * 64
+        assert ask(llm, FIRST).usage.cached_tokens < (len(FIRST) - 1) // 64 * 64
+
+
+def test_preempted_sequences_find_their_blocks_in_host_memory():
+    prompts = mixed_prompts(TOKENIZER, [200, 190, 210, 180], seed=8)
+    many = SamplingParams(max_tokens=60, ignore_eos=True)
+    with engine(40) as llm, engine(0) as plain:
+        answers = [[c.outputs[0].token_ids for c in e.generate(prompts, many)] for e in (llm, plain)]
+        llm.check()
+        assert answers[0] == answers[1]
+        assert llm.stats().preemptions > 0
