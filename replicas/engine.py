@@ -26,7 +26,7 @@ from quire.replicas.blocks import BlockStore, Copier
 from quire.replicas.config import SchedulerConfig
 from quire.replicas.detokenize import Detokenizer
 from quire.replicas.errors import QueueFull, Status
-from quire.replicas.jobs import Job, LaunchedStep, lay_out
+from quire.replicas.jobs import Job, LaunchedStep, lay_out, note_prompt_logprobs
 from quire.replicas.plan import StepBatch
 from quire.replicas.request import (
     EngineStats,
@@ -38,7 +38,7 @@ from quire.replicas.request import (
     Request,
     RequestId,
 )
-from quire.replicas.sampler import Sampled, needs_tokens, start_sampling, token_logprobs
+from quire.replicas.sampler import Sampled, needs_tokens, start_sampling
 from quire.replicas.scheduler import SchedulerState, SeqId, StepPlan, plan_step
 from quire.replicas.sequence import Progress, Sequence
 from quire.replicas.sharing import Alone, BlockSharing
@@ -270,7 +270,7 @@ class Engine:
         for job in jobs:
             seq = job.seq
             if seq.wants_prompt_logprobs and job.rows:
-                self._note_prompt_logprobs(job, logits_RV[row : row + len(job.rows)])
+                note_prompt_logprobs(job, logits_RV[row : row + len(job.rows)])
             row += len(job.rows)
             prompt_tokens += max(min(job.end, seq.prompt_tokens) - job.start, 0)
             seq.computed += job.tokens
@@ -311,16 +311,6 @@ class Engine:
             if drawn is not None:
                 self._append(seq, drawn)
 
-    def _note_prompt_logprobs(self, job: Job, rows_RV: Tensor) -> None:
-        """Logits at position p speak of token p + 1; the prompt's last row speaks of the output."""
-        seq = job.seq
-        first = job.start + job.rows.start
-        of_prompt = min(job.start + job.rows.stop, seq.prompt_tokens - 1) - first
-        if of_prompt > 0:
-            tokens = seq.tokens[first + 1 : first + 1 + of_prompt]
-            count = seq.request.sampling.prompt_logprobs or 0
-            seq.prompt_logprobs += token_logprobs(rows_RV[:of_prompt], tokens, count)
-
     def _append(self, seq: Sequence, drawn: Sampled) -> None:
         """The sequence grows by one token: say so, and end it if this was its last."""
         now, progress, params = self._clock(), seq.progress, seq.request.sampling
@@ -332,7 +322,7 @@ class Engine:
         seq.output_counts[drawn.token] += 1
         progress.output_tokens += 1
         self._counts["output_tokens"] += 1
-        text, seq.finish_reason = self._text_and_end(seq, drawn.token)
+        text, seq.finish_reason = seq.text_and_end(drawn.token, self._end_tokens, self.info.max_model_tokens)
         finished = seq.finish_reason is not None
         if finished:
             self._leave(seq)
@@ -356,21 +346,6 @@ class Engine:
         if first_of_request:  # the prompt's blocks are in the index now: the other outputs share them
             for index in range(1, params.n):
                 self._enqueue(progress, index)
-
-    def _text_and_end(self, seq: Sequence, token: int) -> tuple[str, FinishReason | None]:
-        params, text = seq.request.sampling, ""
-        may_stop = seq.output_tokens >= params.min_tokens
-        ends = token in params.stop_token_ids or (token in self._end_tokens and not params.ignore_eos)
-        if ends and may_stop:
-            return (seq.detokenizer.finish() if seq.detokenizer else ""), FinishReason.STOP
-        if seq.detokenizer:
-            text, stopped = seq.detokenizer.push(token, may_stop=may_stop)
-            if stopped:
-                return text, FinishReason.STOP
-        full = seq.output_tokens >= params.max_tokens or len(seq.tokens) >= self.info.max_model_tokens
-        if not full:
-            return text, None
-        return text + (seq.detokenizer.finish() if seq.detokenizer else ""), FinishReason.LENGTH
 
     # ---- coming and going
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from quire.replicas.plan import StepBatch
-from quire.replicas.sampler import Samples
+from quire.replicas.sampler import Samples, token_logprobs
 from quire.replicas.scheduler import SeqId
 from quire.replicas.sequence import Sequence
 
@@ -81,6 +82,19 @@ def lay_out(jobs: Seq[Job], page_tokens: int, before: LaunchedStep | None) -> St
         page_table_SM=table_SM,
         logit_rows_R=np.array(rows, dtype=np.int64),
     )
+
+
+def note_prompt_logprobs(job: Job, rows_RV: Tensor) -> None:
+    """From the logits of a job's rows. Those at position p speak of token p + 1; the prompt's last row speaks
+    of the output.
+    """
+    seq = job.seq
+    first = job.start + job.rows.start
+    of_prompt = min(job.start + job.rows.stop, seq.prompt_tokens - 1) - first
+    if of_prompt > 0:
+        tokens = seq.tokens[first + 1 : first + 1 + of_prompt]
+        count = seq.request.sampling.prompt_logprobs or 0
+        seq.prompt_logprobs += token_logprobs(rows_RV[:of_prompt], tokens, count)
 
 
 def _tokens(job: Job, before: LaunchedStep | None) -> list[int]:

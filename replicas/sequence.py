@@ -135,6 +135,24 @@ class Sequence:
                 yield keys[block], self.pages[block]
             self.published = full
 
+    def text_and_end(
+        self, token: int, end_tokens: frozenset[int], max_model_tokens: int
+    ) -> tuple[str, FinishReason | None]:
+        """What the token, which was appended, adds to the text, and whether the output ends with it."""
+        params, text = self.request.sampling, ""
+        may_stop = self.output_tokens >= params.min_tokens
+        ends = token in params.stop_token_ids or (token in end_tokens and not params.ignore_eos)
+        if ends and may_stop:
+            return (self.detokenizer.finish() if self.detokenizer else ""), FinishReason.STOP
+        if self.detokenizer:
+            text, stopped = self.detokenizer.push(token, may_stop=may_stop)
+            if stopped:
+                return text, FinishReason.STOP
+        full = self.output_tokens >= params.max_tokens or len(self.tokens) >= max_model_tokens
+        if not full:
+            return text, None
+        return text + (self.detokenizer.finish() if self.detokenizer else ""), FinishReason.LENGTH
+
     def hold(self, pages: list[PageId]) -> None:
         """Append pages, in token order."""
         have, want = len(self.pages), len(self.pages) + len(pages)
