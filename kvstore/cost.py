@@ -27,8 +27,10 @@ class CostConfig:
     """How measurements age and how firmly a choice is kept. None of it is a rate."""
 
     memory: float = 16.0
-    """Observations of a rate that count: each new one weighs 1 / memory, the first ones more."""
-    hysteresis: float = 0.15
+    """Observations of a link that count: each new one weighs 1 / memory, the first ones more."""
+    prefill_memory: float = 64.0
+    """Full steps of prefill that count."""
+    hysteresis: float = 0.05
     """A choice between the same peers changes when the other one is sooner by this share."""
     retry_s: float = 10.0
     """A link that failed is not tried again before."""
@@ -104,6 +106,41 @@ class _Line:
         return max(y - pace * x, 0.0) + pace * size_bytes
 
 
+class _Prefill:
+    """seconds a token = base + slope * tokens before it, which attention reads.
+
+    Least squares in which a step weighs, and makes forgotten, as much as its tokens are: what fetches leave
+    to compute are steps of a few tokens, whose pace says little about full ones.
+    """
+
+    def __init__(self, memory: float) -> None:
+        self._memory, self._most = memory, 0
+        self._tokens = self._x = self._y = self._xx = self._xy = 0.0
+
+    @property
+    def known(self) -> bool:
+        return self._tokens > 0
+
+    def add(self, tokens: int, seconds: float, before: float) -> None:
+        """`before`: the mean over the step's tokens."""
+        self._most = max(self._most, tokens)
+        kept = 1 - tokens / self._most / self._memory
+        self._tokens = kept * self._tokens + tokens
+        self._x = kept * self._x + tokens * before
+        self._y = kept * self._y + seconds
+        self._xx = kept * self._xx + tokens * before * before
+        self._xy = kept * self._xy + seconds * before
+
+    def pace(self, before: float) -> float:
+        """Seconds a token. Neither base nor slope is negative; like places tell no slope."""
+        x, y = self._x / self._tokens, self._y / self._tokens
+        spread = self._xx / self._tokens - x * x
+        slope = 0.0
+        if spread > 0.01 * x * x:
+            slope = min(max((self._xy / self._tokens - x * y) / spread, 0.0), y / x)
+        return y + slope * (before - x)
+
+
 @dataclass(slots=True)
 class _Link:
     line: _Line
@@ -114,18 +151,21 @@ class _Link:
 
 
 class CostModel:
-    """Of one replica: one prefill rate, and a line for every link it has used."""
+    """Of one replica: one line for prefill, and one for every link it has used."""
 
     def __init__(self, config: CostConfig | None = None) -> None:
         self.stats = CostStats()
         self._config = config or CostConfig()
-        self._prefill_pace = Average(self._config.memory)  # seconds a token
+        self._prefill = _Prefill(self._config.prefill_memory)
         self._links: OrderedDict[ReplicaId, _Link] = OrderedDict()
 
-    def prefilled(self, tokens: int, seconds: float) -> None:
-        """A step computed so many prompt tokens in so long (its whole time: others share it later, too)."""
+    def prefilled(self, tokens: int, seconds: float, before: float = 0.0) -> None:
+        """A step computed so many prompt tokens in so long (its whole time: others share it later, too).
+
+        `before`: tokens that stood before each of them, on average.
+        """
         if tokens > 0 and seconds > 0:
-            self._prefill_pace.add(seconds / tokens)
+            self._prefill.add(tokens, seconds, before)
 
     def fetched(
         self, owner: ReplicaId, size_bytes: int, seconds: float, now_s: float, decision: Decision
@@ -147,17 +187,24 @@ class CostModel:
         self._regret(seconds, decision.fetch_s)
 
     def decide(
-        self, owner: ReplicaId, size_bytes: int, tokens: int, queued_tokens: int, now_s: float
+        self,
+        owner: ReplicaId,
+        size_bytes: int,
+        tokens: int,
+        queued_tokens: int,
+        now_s: float,
+        before: int = 0,
     ) -> Decision:
         """For `tokens` tokens whose pages are `size_bytes` at `owner`, behind `queued_tokens` of prefill.
 
-        A fetch runs beside the queue, a recomputation waits for it.
+        A fetch runs beside the queue, a recomputation waits for it. `before`: tokens of the same prompt that
+        are here.
         """
         link = self._link(owner)
         fetch_s = link.line.seconds(size_bytes) if link.line.known else None
         recompute_s = None
-        if self._prefill_pace.known:
-            recompute_s = (queued_tokens + tokens) * self._prefill_pace.value
+        if self._prefill.known:
+            recompute_s = (queued_tokens + tokens) * self._prefill.pace(before + tokens / 2)
         explores = False
         if link.trying or now_s - link.failed_s < self._config.retry_s or recompute_s is None:
             choice = Choice.RECOMPUTE

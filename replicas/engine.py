@@ -192,7 +192,7 @@ class Engine:
         """
         started = self._clock()
         self._expire()
-        self._sharing.poll(started, sum(seq.length - seq.computed for seq in self._sequences()))
+        self._sharing.poll(started, self._queued_tokens())
         before, self._launched = self._launched, None
         if before and any(map(needs_tokens, self._running.values())):
             self._absorb(before)
@@ -225,6 +225,11 @@ class Engine:
             max_running=self._limits.max_running,
             max_step_tokens=self._max_step_tokens,
         )
+
+    def _queued_tokens(self) -> int:
+        """Of prompts to compute: not of those that wait for news of their prefix, which may be fetched."""
+        ours = (seq for seq in self._sequences() if not self._sharing.holds_back(seq.id))
+        return sum(seq.length - seq.computed for seq in ours)
 
     def _carry_out(self, plan: StepPlan) -> list[Job]:
         """Move sequences and pages as planned. Cached blocks are taken before anything can evict them."""
@@ -266,13 +271,15 @@ class Engine:
         logits_RV = self._executor.run(lay_out(jobs, self.info.page_tokens, before), drawn_R)
         due: list[Sequence] = []
         last_rows: list[int] = []
-        row = prompt_tokens = 0
+        row = prompt_tokens = tokens_before = 0
         for job in jobs:
             seq = job.seq
             if seq.wants_prompt_logprobs and job.rows:
                 note_prompt_logprobs(job, logits_RV[row : row + len(job.rows)])
             row += len(job.rows)
-            prompt_tokens += max(min(job.end, seq.prompt_tokens) - job.start, 0)
+            new = max(min(job.end, seq.prompt_tokens) - job.start, 0)
+            prompt_tokens += new
+            tokens_before += new * (2 * job.start + new) // 2
             seq.computed += job.tokens
             if job.due:
                 due.append(seq)
@@ -286,13 +293,15 @@ class Engine:
         self._counts["steps"] += 1
         self._counts["prompt_tokens"] += prompt_tokens
         row_of = {seq.id: row for row, seq in enumerate(due)}
-        return LaunchedStep(jobs, samples, row_of, prompt_tokens, launched_s)
+        before_each = tokens_before / max(prompt_tokens, 1)
+        return LaunchedStep(jobs, samples, row_of, prompt_tokens, before_each, launched_s)
 
     def _absorb(self, step: LaunchedStep) -> None:
         """Wait for a step, publish the blocks it completed, append its tokens."""
         samples = step.samples.collect() if step.samples else []
         now = self._clock()
-        self._sharing.prefilled(step.prompt_tokens, now - max(step.launched_s, self._absorbed_s))
+        seconds = now - max(step.launched_s, self._absorbed_s)
+        self._sharing.prefilled(step.prompt_tokens, seconds, step.prompt_before)
         self._absorbed_s = now
         for job in step.jobs:
             seq = job.seq

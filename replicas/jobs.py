@@ -58,6 +58,8 @@ class LaunchedStep:
     """Where in the samples a sequence's token stands."""
     prompt_tokens: int
     """Of all its tokens, those of prompts."""
+    prompt_before: float
+    """Tokens of its sequence that stand before a prompt's token, on average."""
     launched_s: float
 
 

@@ -127,7 +127,7 @@ class Alone:
     def consider(self, seq: Sequence, now_s: float) -> None: ...
     def forget(self, seq: SeqId) -> None: ...
     def computed(self, seq: SeqId, now_s: float) -> None: ...
-    def prefilled(self, tokens: int, seconds: float) -> None: ...
+    def prefilled(self, tokens: int, seconds: float, before: float) -> None: ...
     def published(self, keys: Seq[BlockKey]) -> None: ...
     def evicted(self, keys: Seq[BlockKey]) -> None: ...
     def poll(self, now_s: float, queued_tokens: int) -> None: ...
@@ -217,17 +217,18 @@ class BlockSharing:
         self._neighbours.lookup(keys, lambda holders: self._put(_Answer(seq.id, holders)))
 
     def forget(self, seq: SeqId) -> None:
-        """The sequence has ended, or is admitted."""
+        """The sequence has ended."""
         self._pending.pop(seq, None)
+        self._computing.pop(seq, None)
 
     def computed(self, seq: SeqId, now_s: float) -> None:
         """The sequence's prompt has been computed."""
         if (tried := self._computing.pop(seq, None)) is not None:
             self._cost.recomputed(now_s - tried.since_s, tried.decision)
 
-    def prefilled(self, tokens: int, seconds: float) -> None:
-        """A step computed so many tokens of prompts."""
-        self._cost.prefilled(tokens, seconds)
+    def prefilled(self, tokens: int, seconds: float, before: float) -> None:
+        """A step computed so many tokens of prompts, which stood behind so many others on average."""
+        self._cost.prefilled(tokens, seconds, before)
 
     def published(self, keys: Seq[BlockKey]) -> None:
         """Blocks that others may have."""
@@ -286,7 +287,12 @@ class BlockSharing:
             return
         tokens = len(wanted) * self._page_tokens
         decision = self._cost.decide(
-            best.owner, len(wanted) * self._block_bytes, tokens, queued_tokens, now_s
+            best.owner,
+            len(wanted) * self._block_bytes,
+            tokens,
+            queued_tokens,
+            now_s,
+            here * self._page_tokens,
         )
         tried = _Tried(decision, now_s)
         if decision.choice is Choice.FETCH:

@@ -61,6 +61,27 @@ def test_a_queue_of_prefill_speaks_for_fetching():
     assert decide(cost, 20, queued=500).choice is Choice.FETCH
 
 
+def test_a_long_prompt_does_not_make_short_ones_look_slow():
+    """Attention reads what stands before: 0.3 ms a token at a prompt's start, 1.6 ms after 16K tokens."""
+    cost = model(latency_s=0.0, bytes_per_s=1e9, prefill_s=0.0003)
+    for start in range(0, 16384, 512):
+        before = start + 256
+        cost.prefilled(512, 512 * (0.0003 + before * 8e-8), before)
+    decision = cost.decide(A, 1, 512, 0, 0.0)
+    assert decision.recompute_s == pytest.approx(512 * (0.0003 + 256 * 8e-8), rel=0.05)
+    behind = cost.decide(A, 1, 512, 0, 0.0, before=15872)
+    assert behind.recompute_s == pytest.approx(512 * (0.0003 + 16128 * 8e-8), rel=0.05)
+
+
+def test_steps_of_a_few_tokens_say_little_about_prefill():
+    """What a fetch leaves to compute takes a step of its own, which costs more a token."""
+    cost = model(latency_s=0.0, bytes_per_s=1e9, prefill_s=0.001)
+    for _ in range(20):
+        cost.prefilled(100, 0.1)
+        cost.prefilled(1, 0.02)
+    assert decide(cost, 1000).recompute_s == pytest.approx(1.0, rel=0.25)
+
+
 def test_a_choice_is_kept_until_the_other_is_clearly_better():
     cost = CostModel(CostConfig(memory=1, hysteresis=0.2))
     cost.prefilled(1000, 1.0)

@@ -169,6 +169,17 @@ def test_requests_for_one_prefix_share_one_fetch():
         assert fetched(b) == BLOCKS
 
 
+def test_a_prompt_is_not_queued_behind_itself():
+    a, b = neighbours(config(), config())
+    with a, b:
+        a.ask(PROMPT)
+        cost, queued = b.engine._engine.sharing._cost, []
+        decide = cost.decide
+        cost.decide = lambda *args: queued.append(args[3]) or decide(*args)
+        b.ask(PROMPT)
+        assert queued == [0]
+
+
 def test_evicted_blocks_are_not_offered_any_more():
     a, b = neighbours(config(pool_bytes=13 * 101376), config())
     with a, b:
