@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-__all__ = ["Row", "alternate", "median", "report", "timed"]
+__all__ = ["Row", "alternate", "median", "merge", "report", "timed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,13 @@ def report(rows: Sequence[Row], file: Path | None) -> None:
         print(f"{row.case:{width}}  {row.metric} {row.value:10.4g} {row.unit}  {against}", flush=True)
     if file is not None:
         file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def merge(rows: Sequence[Row], file: Path) -> None:
+    """Write to a file of several benchmarks: rows of a case and metric that it has already are replaced."""
+    old = [Row(**fields) for fields in json.loads(file.read_text())] if file.exists() else []
+    kept = {(row.case, row.metric): row for row in [*old, *rows]}
+    file.write_text(json.dumps([asdict(row) for row in kept.values()], indent=1) + "\n")
 
 
 def _finish(device: str) -> None:

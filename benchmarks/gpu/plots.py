@@ -165,6 +165,41 @@ def capacity(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
+def fetch(rows: Sequence[Row]) -> Figure | None:
+    """Time to first token of a prompt that a neighbour holds, a panel a link's speed."""
+    ways = {way: cells(rows, "fetch", f"{way}_ms") for way in WAYS}
+    links: dict[str, dict[str, dict[int, float]]] = {}
+    for way, found in ways.items():
+        for case, formats in found.items():
+            link, tokens = re.fullmatch(r"(.+) (\d+) tokens", case).groups()  # type: ignore[union-attr]
+            for policy, row in formats.items():
+                line = links.setdefault(f"{link}, {policy}", {}).setdefault(way, {})
+                line[int(tokens)] = row.value
+    if not links:
+        return None
+    figure, panels = _figure(len(links), 3.0, side_by_side=True, width=max(_WIDTH, 2.6 * len(links)))
+    for axes, (link, lines) in zip(panels, links.items(), strict=True):
+        for way, line in lines.items():
+            axes.plot(sorted(line), [line[n] for n in sorted(line)], label=way, **WAYS[way])
+        lengths = sorted({n for line in lines.values() for n in line})
+        axes.set(xscale="log", yscale="log", xlabel="tokens of prompt")
+        axes.set_title(link, fontsize=9)
+        axes.set_xticks(lengths, map(_short, lengths))
+        axes.minorticks_off()
+        axes.sharey(panels[0])
+    panels[0].set_ylabel("time to first token, ms")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
+    _title(figure, "A prompt whose blocks a neighbour holds: fetched, recomputed, as chosen")
+    return figure
+
+
+WAYS: Mapping[str, dict[str, Any]] = {
+    "recompute": {"color": "#D55E00", "marker": "^", "ms": 5, "lw": 1.4},
+    "fetch": {"color": "#0072B2", "marker": "s", "ms": 5, "lw": 1.4},
+    "chosen": {"color": _INK, "marker": "o", "ms": 8, "mfc": "none", "ls": ""},
+}
+
+
 PLOTS: Mapping[str, Callable[[Sequence[Row]], Figure | None]] = {
     "decode-bandwidth": decode_bandwidth,
     "decode-speedup": decode_speedup,
@@ -172,6 +207,7 @@ PLOTS: Mapping[str, Callable[[Sequence[Row]], Figure | None]] = {
     "step": step,
     "engine": engine,
     "capacity": capacity,
+    "fetch": fetch,
 }
 
 

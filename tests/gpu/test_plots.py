@@ -50,6 +50,7 @@ ROWS = {
     "step": [row(f"step bf16 {LLAMA} B=1 L=8192", "time")],
     "engine": [row(f"engine int4 {LLAMA} in=256 out=8 requests=3", m) for m in ("rate", "decode rate")],
     "capacity": [row(f"capacity int4 {LLAMA} L=131072", m) for m in ("sessions", "rate")],
+    "fetch": [row("fetch int8 1 Gb/s 512 tokens", f"{way}_ms") for way in ("fetch", "recompute", "chosen")],
 }
 
 
