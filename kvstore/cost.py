@@ -182,6 +182,10 @@ class CostModel:
         link.trying, link.failed_s = False, now_s
         self._regret(seconds, 0.0 if decision.recompute_s is not None else None)
 
+    def not_tried(self, owner: ReplicaId) -> None:
+        """The fetch that was chosen could not be begun."""
+        self._link(owner).trying = False
+
     def recomputed(self, seconds: float, decision: Decision) -> None:
         """Tokens that another replica held were computed, in so long."""
         self._regret(seconds, decision.fetch_s)

@@ -9,7 +9,7 @@ used again too early.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NewType
 
@@ -23,6 +23,8 @@ from quire.kvstore.pool import IntegrityError
 from quire.kvstore.prefix_index import PageId
 
 SlotId = NewType("SlotId", int)
+
+_RUN_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +84,15 @@ class HostTier:
         return Copies(tuple(pages), tuple(slots))
 
     def match(self, keys: Sequence[BlockKey]) -> int:
-        """How many leading blocks of `keys` are here."""
-        return next((i for i, key in enumerate(keys) if key not in self._slot_of), len(keys))
+        """How many leading blocks of `keys` are here. They are the last to make room from now on."""
+        count = next((i for i, key in enumerate(keys) if key not in self._slot_of), len(keys))
+        self._used(keys[:count])
+        return count
 
     def promote(self, keys: Sequence[BlockKey], pages: Sequence[PageId]) -> Copies:
-        """Bring blocks that are here into newly allocated pages. They stay here, too, most recently used."""
+        """Bring blocks that are here (`match`) into newly allocated pages. They stay here, too."""
         slots = [self._slot_of[key] for key in keys]
-        for key in reversed(keys):  # a chain's last block goes first
-            self._slot_of.move_to_end(key)
+        self._used(keys)
         self.stats.promoted += len(slots)
         return Copies(tuple(pages), tuple(slots))
 
@@ -107,6 +110,10 @@ class HostTier:
             raise IntegrityError(
                 f"{len(slots)} of {self._total} host slots are accounted for, or one is twice"
             )
+
+    def _used(self, keys: Sequence[BlockKey]) -> None:
+        for key in reversed(keys):  # a chain's last block goes first
+            self._slot_of.move_to_end(key)
 
     def _touch(self, key: BlockKey) -> bool:
         if key not in self._slot_of:
@@ -133,21 +140,29 @@ class HostPages:
 
     def demote(self, copies: Copies) -> None:
         """Pool to host."""
-        pages_M = torch.tensor(copies.pages, dtype=torch.int64, device=self._pool_NB.device)
-        bytes_MB = gather_pages(self._pool_NB, pages_M)
-        if bytes_MB.is_cuda:
-            for slot, page_B in zip(copies.slots, bytes_MB, strict=True):
-                self._host_SB[slot].copy_(page_B, non_blocking=True)
-        else:
-            scatter_pages(self._host_SB, torch.tensor(copies.slots, dtype=torch.int64), bytes_MB)
+        for run in self._runs(copies):
+            pages_M = torch.tensor(run.pages, dtype=torch.int64, device=self._pool_NB.device)
+            bytes_MB = gather_pages(self._pool_NB, pages_M)
+            if bytes_MB.is_cuda:
+                for slot, page_B in zip(run.slots, bytes_MB, strict=True):
+                    self._host_SB[slot].copy_(page_B, non_blocking=True)
+            else:
+                scatter_pages(self._host_SB, torch.tensor(run.slots, dtype=torch.int64), bytes_MB)
 
     def promote(self, copies: Copies) -> None:
         """Host to pool."""
-        pages_M = torch.tensor(copies.pages, dtype=torch.int64, device=self._pool_NB.device)
-        if self._pool_NB.is_cuda:
-            bytes_MB = self._pool_NB.new_empty((len(copies.slots), self._pool_NB.shape[1]))
-            for slot, page_B in zip(copies.slots, bytes_MB, strict=True):
-                page_B.copy_(self._host_SB[slot], non_blocking=True)
-        else:
-            bytes_MB = gather_pages(self._host_SB, torch.tensor(copies.slots, dtype=torch.int64))
-        scatter_pages(self._pool_NB, pages_M, bytes_MB)
+        for run in self._runs(copies):
+            pages_M = torch.tensor(run.pages, dtype=torch.int64, device=self._pool_NB.device)
+            if self._pool_NB.is_cuda:
+                bytes_MB = self._pool_NB.new_empty((len(run.slots), self._pool_NB.shape[1]))
+                for slot, page_B in zip(run.slots, bytes_MB, strict=True):
+                    page_B.copy_(self._host_SB[slot], non_blocking=True)
+            else:
+                bytes_MB = gather_pages(self._host_SB, torch.tensor(run.slots, dtype=torch.int64))
+            scatter_pages(self._pool_NB, pages_M, bytes_MB)
+
+    def _runs(self, copies: Copies) -> Iterator[Copies]:
+        """Cut so that what is on its way takes little of the device's memory, however much is copied."""
+        step = max(1, _RUN_BYTES // self._pool_NB.shape[1])
+        for at in range(0, len(copies.pages), step):
+            yield Copies(copies.pages[at : at + step], copies.slots[at : at + step])

@@ -14,6 +14,7 @@ And once, from a replica that is scaled in, to those that stay: Leaving.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Any, NewType, Union, get_args, get_origin, get_type_hints
@@ -218,4 +219,6 @@ def _value(hint: Any, raw: Any) -> Any:
         return Cause(raw)
     if not isinstance(raw, (int, float) if hint is float else hint):
         raise TypeError(f"{raw!r} is not {hint.__name__}")
+    if hint is float and not math.isfinite(raw):
+        raise TypeError(f"{raw!r} is no number of seconds")
     return raw

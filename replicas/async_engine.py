@@ -24,6 +24,9 @@ from quire.replicas.sharing import Neighbours
 _IDLE_WAKE_S = 0.2
 """How often an idle engine looks at the deadlines of its queue and at its shards."""
 
+_STALLED_WAKE_S = 0.01
+"""How soon an engine that can do nothing looks again."""
+
 _FAREWELL_S = 0.5
 """Peers that have not asked for anything for so long want nothing more."""
 
@@ -54,6 +57,7 @@ class AsyncEngine:
         )
         self._config = config
         self._inbox: deque[Request | RequestId] = deque()
+        self._late: list[Event] = []
         self._stepping = threading.Lock()
         self._closing = False
         self._death: ReplicaDied | None = None
@@ -91,10 +95,13 @@ class AsyncEngine:
 
     def hear(self, sender: ReplicaId, message: Message) -> None:
         """What another replica says about blocks."""
-        self._engine.sharing.hear(sender, message)
+        if not (self._death or self._closing):
+            self._engine.sharing.hear(sender, message)
 
     def hand_over(self, peers: Sequence[ReplicaId], within_s: float) -> None:
         """Offer the hottest blocks to these replicas; back when they have what they want, or time is up."""
+        if not peers or self._death:
+            return
         deadline = time.monotonic() + within_s
         self._engine.sharing.leave(peers)
         quiet_s = time.monotonic()
@@ -136,40 +143,56 @@ class AsyncEngine:
             self._wait_for_work()
             try:
                 with self._stepping:
-                    events = self._take_inbox()
-                    if events:
-                        deliver(events)
-                    events = self._engine.step()
+                    self._take_inbox()
+                    events = self._take_late() + self._engine.step()
                 if events:
                     deliver(events)
+                elif self._engine.stalled:
+                    self._rest()
                 self._executor.check()
             except Exception as error:  # the thread's outermost frame: whatever it was, no client may hang
                 self._die(error)
                 break
         self._engine.fail_all(Status.UNAVAILABLE, self._last_words())
-        deliver(self._take_inbox() + self._engine.take_events())
+        self._take_inbox()
+        deliver(self._take_late() + self._engine.take_events())
 
     def _wait_for_work(self) -> None:
         with self._arrived:
             if not (self._inbox or self._engine.has_work or self._closing):
-                self._arrived.wait(_IDLE_WAKE_S)
+                deadline_s = self._engine.sharing.next_deadline_s
+                left_s = _IDLE_WAKE_S if deadline_s is None else deadline_s - time.monotonic()
+                self._arrived.wait(min(max(left_s, _STALLED_WAKE_S), _IDLE_WAKE_S))
 
-    def _take_inbox(self) -> tuple[Event, ...]:
-        """Hand submissions and cancellations to the engine; those that came too late fail here."""
+    def _rest(self) -> None:
+        """Sequences wait for pages that others read or fill: look again soon, or when there is news."""
         with self._arrived:
-            arrived, self._inbox = self._inbox, deque()
-        late: list[Event] = []
-        for message in arrived:
+            if not (self._inbox or self._engine.sharing.has_news or self._closing):
+                self._arrived.wait(_STALLED_WAKE_S)
+
+    def _take_inbox(self) -> None:
+        """Hand submissions and cancellations to the engine, one by one; what came too late fails here."""
+        while True:
+            with self._arrived:
+                if not self._inbox:
+                    return
+                message = self._inbox.popleft()
             if isinstance(message, str):
                 self._engine.cancel(message)
             elif self._death or self._closing:
-                late.append(Failure(message.id, Status.UNAVAILABLE, self._last_words()))
+                self._late.append(Failure(message.id, Status.UNAVAILABLE, self._last_words()))
             else:
                 try:
                     self._engine.add(message)
                 except QuireError as error:  # the queue has grown since `submit`: by outputs, by preemption
-                    late.append(Failure(message.id, error.status, str(error)))
-        return tuple(late)
+                    self._late.append(Failure(message.id, error.status, str(error)))
+                except Exception:
+                    self._late.append(Failure(message.id, Status.UNAVAILABLE, "the engine failed; try again"))
+                    raise
+
+    def _take_late(self) -> tuple[Event, ...]:
+        late, self._late = tuple(self._late), []
+        return late
 
     def _die(self, error: Exception) -> None:
         log.error("the engine stops: %s", error, exc_info=not isinstance(error, QuireError))

@@ -58,9 +58,13 @@ class BlockStore:
         self.sharing.published([key for key, _ in blocks])
 
     def withdraw(self, seq: Sequence, pages: Iterable[PageId]) -> None:
-        """A sequence's blocks may be damaged: nobody else may find them."""
-        self.pool.withdraw(pages)
-        self.host.forget(seq.keys())
+        """A sequence's blocks may be damaged: nobody else may find them, nor those it has given back."""
+        keys = seq.keys()
+        found = self.pool.share(keys)
+        self.pool.withdraw({*pages, *found})
+        self.pool.release(found)
+        self.host.forget(keys)
+        self.sharing.evicted(keys)
 
     def check(self, held: Iterable[PageId]) -> None:
         """Hold the books against the pages that sequences hold. Raises IntegrityError."""
@@ -75,11 +79,11 @@ class BlockStore:
     def _bring_back(self, keys: Seq[BlockKey]) -> None:
         """Blocks that host memory holds, into the pool, where they are found like all others."""
         held = self.pool.share(keys)  # or they might make room for what follows them
-        count = min(self.host.match(keys[len(held) :]), self.pool.available)
-        missing = keys[len(held) : len(held) + count]
-        if missing:
-            pages = self.pool.allocate(count)
-            self._copier.promote(self.host.promote(missing, pages))
-            self.publish(list(zip(missing, pages, strict=True)))
-            held += pages
-        self.pool.release(held)
+        missing = keys[len(held) :]
+        pages = self.pool.allocate(min(self.host.match(missing), self.pool.available))
+        # What made room for them may have taken the slots of some: the host tier was full as well.
+        blocks = list(zip(missing[: self.host.match(missing)], pages, strict=False))
+        if blocks:
+            self._copier.promote(self.host.promote([key for key, _ in blocks], pages[: len(blocks)]))
+            self.publish(blocks)
+        self.pool.release(held + pages)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from quire.kernels.sampling import Draw, Filters, sample
+from quire.kernels.sampling import Draw, Filters, logprobs, sample
 from quire.replicas.model.forward import ForwardPass
 from quire.replicas.model.step import StepBuilder
 from quire.replicas.plan import StepBatch
@@ -20,13 +20,14 @@ _HISTORY_TOKENS = 16384
 def run_largest_step(
     forward: ForwardPass, builder: StepBuilder, *, tokens: int, rows: int, max_model_tokens: int
 ) -> None:
-    """A step of `tokens` tokens, and `rows` tokens drawn in the dearest way. Writes to no page."""
+    """A step of `tokens` tokens, and `rows` rows of logits used in the dearest way. Writes to no page."""
     batch = largest_step(tokens, rows, max_model_tokens, builder.caches[0].layout.page_tokens)
     logits_RV = forward(builder.build(batch))
     count, device = len(logits_RV), builder.device
     ones = torch.ones(count, device=device)
     filters = Filters(torch.full((count,), 50, device=device), ones * 0.9, ones * 0.01)
-    sample(logits_RV, [Draw(torch.arange(count, device=device), ones, ones.double() * 0.5, filters)])
+    drawn = sample(logits_RV, [Draw(torch.arange(count, device=device), ones, ones.double() * 0.5, filters)])
+    logprobs(logits_RV, drawn, 20)
     torch.cuda.synchronize(device)
 
 

@@ -133,10 +133,11 @@ class Replica:
     async def __del__(self) -> None:
         """Serve has let requests finish, as long as it may: what is still open fails as UNAVAILABLE."""
         if self._neighbours is not None:
-            if others := await asyncio.to_thread(self._neighbours.others):
-                await asyncio.to_thread(self._engine.hand_over, others, self._hand_over_s)
-            self._neighbours.close()
+            others = await asyncio.to_thread(self._neighbours.others)
+            await asyncio.to_thread(self._engine.hand_over, others, self._hand_over_s)
         await asyncio.to_thread(self._engine.close)
+        if self._neighbours is not None:
+            self._neighbours.close()
         await self._server.stop(_SERVER_GRACE_S)
 
 

@@ -27,7 +27,7 @@ from quire.replicas.config import SchedulerConfig
 from quire.replicas.detokenize import Detokenizer
 from quire.replicas.errors import QueueFull, Status
 from quire.replicas.jobs import Job, LaunchedStep, lay_out, note_prompt_logprobs
-from quire.replicas.plan import StepBatch
+from quire.replicas.plan import PROMPT_ROWS, StepBatch
 from quire.replicas.request import (
     EngineStats,
     Event,
@@ -86,6 +86,7 @@ class Engine:
         self._running: dict[SeqId, Sequence] = {}
         self._launched: LaunchedStep | None = None
         self._absorbed_s = 0.0
+        self._stalled = False
         self._next_id = 0
         self._events: list[Event] = []
         self._counts: Counter[str] = Counter()
@@ -97,6 +98,11 @@ class Engine:
         """Whether a step would do anything now: sequences that wait for news of their prefix do not."""
         waiting = any(not self._sharing.holds_back(seq_id) for seq_id in self._waiting)
         return bool(waiting or self._running or self._launched or self._events or self._sharing.has_news)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last step found nothing to compute: what waits, waits for pages or for news."""
+        return self._stalled
 
     @property
     def queued(self) -> int:
@@ -198,6 +204,7 @@ class Engine:
             self._absorb(before)
             before = None
         launched = self._launch(plan_step(self._state()), before)
+        self._stalled = not (before or launched)
         if before:
             self._absorb(before)
         if launched and self._executor.overlaps:
@@ -248,16 +255,21 @@ class Engine:
                 seq.progress.cached_tokens = seq.computed
                 self._counts["cached_tokens"] += seq.computed
         jobs = []
+        prompt_rows = PROMPT_ROWS
         for work in plan.work:
             seq = self._running[work.id]
-            need = -(-(seq.computed + work.tokens) // self.info.page_tokens) - len(seq.pages)
-            if need > self._pool.available:
+            tokens = min(work.tokens, seq.length - seq.computed)  # more may have been found than was planned
+            if seq.wants_prompt_logprobs:
+                tokens = min(tokens, prompt_rows)
+                prompt_rows -= tokens
+            need = -(-(seq.computed + tokens) // self.info.page_tokens) - len(seq.pages)
+            if tokens == 0 or need > self._pool.available:
                 continue  # a preempted sequence shared its pages, so fewer came back: the next plan knows
             if need > 0:
                 seq.hold(self._pool.allocate(need))
-            jobs.append(Job.next_of(seq, work.tokens))
+            jobs.append(Job.next_of(seq, tokens))
         self._counts["preemptions"] += len(plan.preempt)
-        return jobs
+        return sorted(jobs, key=lambda job: job.tokens)
 
     # ---- the step
 

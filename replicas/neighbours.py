@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,9 @@ from quire.replicas.service import INTERNAL_CHANNEL, SECRET_METADATA
 
 _SAY_TIMEOUT_S = 2.0
 _MAX_CHANNELS = 64
+_MAX_LOOKUPS = 256
+_LOOKUP_STALE_S = 1.0
+"""Who asked so long ago has stopped waiting."""
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +57,16 @@ class GrpcNeighbours:
         self._announcer = Announcer(me, directory)
         self._announcer.start()
         self._lookups = ThreadPoolExecutor(1, thread_name_prefix="quire-lookup")
+        self._queued = 0
+        self._closed = False
         self._channels: OrderedDict[str, grpc.Channel] = OrderedDict()
         self._lock = threading.Lock()
 
     def say(self, to: ReplicaId, message: Message, failed: Callable[[], None]) -> None:
         """Failed is also what was delivered to a later replica at the same address."""
+        if self._closed:
+            failed()
+            return
         request = engine_pb2.PeerMessage(to=to, sender=self._me, message=to_bytes(message))
         call = engine_pb2_grpc.EngineStub(self._channel(to.rpartition("@")[2])).Say.future(
             request, timeout=_SAY_TIMEOUT_S, metadata=self._metadata
@@ -65,7 +74,14 @@ class GrpcNeighbours:
         call.add_done_callback(partial(_said, to, failed))
 
     def lookup(self, chain: Sequence[BlockKey], answer: Callable[[tuple[Holder, ...]], None]) -> None:
-        self._lookups.submit(self._look, tuple(chain), answer)
+        """With too many before it, or too late, a lookup is answered with nothing."""
+        with self._lock:
+            full = self._closed or self._queued >= _MAX_LOOKUPS
+            self._queued += not full
+        if full:
+            answer(())
+        else:
+            self._lookups.submit(self._look, tuple(chain), answer, time.monotonic())
 
     def others(self) -> tuple[ReplicaId, ...]:
         """Replicas that live, as far as the directory knows. Waits for it; none if it does not answer."""
@@ -81,6 +97,8 @@ class GrpcNeighbours:
         self._announcer.removed(keys)
 
     def close(self) -> None:
+        """From now on nobody is reached."""
+        self._closed = True
         self._announcer.close()
         self._lookups.shutdown(wait=False, cancel_futures=True)
         with self._lock:
@@ -88,12 +106,17 @@ class GrpcNeighbours:
                 channel.close()
             self._channels.clear()
 
-    def _look(self, chain: tuple[BlockKey, ...], answer: Callable[[tuple[Holder, ...]], None]) -> None:
+    def _look(
+        self, chain: tuple[BlockKey, ...], answer: Callable[[tuple[Holder, ...]], None], asked_s: float
+    ) -> None:
+        with self._lock:
+            self._queued -= 1
+        holders: tuple[Holder, ...] = ()
         try:
-            holders = self._directory.lookup(chain)
+            if time.monotonic() - asked_s < _LOOKUP_STALE_S:
+                holders = self._directory.lookup(chain)
         except ChannelLost as error:
             log.warning("the directory does not answer, blocks are computed: %s", error)
-            holders = ()
         answer(tuple(holder for holder in holders if holder.owner != self._me))
 
     def _channel(self, address: str) -> grpc.Channel:

@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
+PROMPT_ROWS = 256
+"""Of a step's logits that are wanted for prompts' log-probabilities, at most: each is a whole vocabulary."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StepBatch:

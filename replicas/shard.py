@@ -41,7 +41,7 @@ from quire.replicas.model.loading import LoadedModel, Progress, check_servable, 
 from quire.replicas.model.random_weights import RandomWeights
 from quire.replicas.model.step import StepBuilder
 from quire.replicas.model.tensor_parallel import shard_config
-from quire.replicas.plan import StepBatch
+from quire.replicas.plan import PROMPT_ROWS, StepBatch
 from quire.replicas.request import ModelInfo
 
 _LOG = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class Shard:
             self._forward,
             self._step_builder(loaded, 1),
             tokens=self.max_step_tokens,
-            rows=config.scheduler.max_running,
+            rows=config.scheduler.max_running + PROMPT_ROWS,
             max_model_tokens=max_model_tokens,
         )
         free_bytes = torch.cuda.mem_get_info(self.device)[0]

@@ -112,6 +112,7 @@ class Alone:
     """An engine without neighbours."""
 
     has_news = lends = False
+    next_deadline_s: float | None = None
 
     def __init__(self) -> None:
         self.stats = TransferStats()
@@ -161,7 +162,7 @@ class BlockSharing:
         self._computing: dict[SeqId, _Tried] = {}
         self._chains: OrderedDict[BlockKey, tuple[BlockKey, ...]] = OrderedDict()
         """Of prompts, by their last block; the one used last at the end."""
-        self._legacy: deque[tuple[ReplicaId, tuple[BlockKey, ...]]] = deque()
+        self._legacy: deque[tuple[ReplicaId, tuple[BlockKey, ...]]] = deque(maxlen=4 * _HOT_CHAINS)
         """Chains that leaving replicas offered, still to be fetched."""
 
     @property
@@ -171,6 +172,13 @@ class BlockSharing:
     @property
     def has_news(self) -> bool:
         return bool(self._inbox)
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `poll` has something to give up."""
+        lookups = [p.until_s for p in self._pending.values() if p.transfer is None]
+        transfers = self._exchange.next_deadline_s
+        return min([*lookups, *([] if transfers is None else [transfers])], default=None)
 
     @property
     def lends(self) -> bool:
@@ -299,6 +307,7 @@ class BlockSharing:
             try:
                 pending.transfer = self._exchange.fetch(best.owner, wanted, now_s)
             except TransferFailed:
+                self._cost.not_tried(best.owner)
                 del self._pending[seq]
             else:
                 self._fetching[pending.transfer] = tried

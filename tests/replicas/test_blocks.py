@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from recall import mixed_prompts
 
-from quire.replicas import LLM, PoolConfig, SamplingParams
-from quire.replicas.load import load_tokenizer
+from quire.replicas import LLM, EngineConfig, PoolConfig, SamplingParams, SchedulerConfig
+from quire.replicas.load import load_engine, load_tokenizer
+from quire.replicas.request import Output, Request, RequestId
 
 TOKENIZER = load_tokenizer("demo")
 FIRST, *OTHERS = mixed_prompts(TOKENIZER, [500, 450, 480, 420], seed=3)
@@ -66,3 +69,38 @@ def test_preempted_sequences_find_their_blocks_in_host_memory():
         llm.check()
         assert answers[0] == answers[1]
         assert llm.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("host_pages", [12, 16, 20])
+def test_blocks_come_back_while_others_take_their_slots(host_pages):
+    """Pool and host tier are both full: what makes room for a prefix may push parts of it out."""
+    with engine(host_pages) as llm:
+        first = [ask(llm, prompt) for prompt in (FIRST, *OTHERS)]
+        again = [ask(llm, prompt) for prompt in (FIRST, *OTHERS)]
+        assert llm.stats().demoted_blocks > 0
+    assert [c.outputs for c in first] == [c.outputs for c in again]
+
+
+@pytest.mark.parametrize("seed", [3, 8, 9])  # each found a plan that knew of fewer blocks than there were
+def test_books_hold_when_sequences_that_wait_share_prefixes_that_come_and_go(seed):
+    rng = random.Random(seed)
+    prompts = mixed_prompts(TOKENIZER, [400, 380, 360], seed=3)
+    pool = PoolConfig(bytes=rng.choice([10, 12, 14]) * PAGE_BYTES, host_bytes=400 * PAGE_BYTES)
+    limits = SchedulerConfig(max_running=rng.choice([2, 4]), max_step_tokens=rng.choice([64, 128, 512]))
+    config = EngineConfig(model="demo", device="cpu", threads_per_shard=1, pool=pool, scheduler=limits)
+    executor, busy = load_engine(config)
+    asked, ended = 0, set()
+    while asked < 14 or busy.has_work:
+        if asked < 14 and rng.random() < 0.4:
+            asked += 1
+            start = prompts[rng.randrange(3)][: rng.choice([130, 200, 260, 330, 360])]
+            prompt = (*start, *(rng.randrange(200) for _ in range(rng.randrange(1, 60))))
+            sampling = SamplingParams(
+                max_tokens=rng.randrange(1, 40), ignore_eos=True, n=rng.choice([1, 1, 2])
+            )
+            busy.add(Request(id=RequestId(str(asked)), prompt=prompt, sampling=sampling))
+        ended |= {e.request_id for e in busy.step() if isinstance(e, Output) and e.usage}
+        busy.check()
+    assert len(ended) == 14
+    assert busy.stats().pages_used == 0
+    executor.close()
