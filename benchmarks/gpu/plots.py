@@ -23,9 +23,16 @@ from benchmarks.gpu import results
 from benchmarks.rows import Row
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; so do the markers, and dark from light.
-COLORS = {"bf16": "#555555", "fp8": "#E69F00", "int8": "#0072B2", "k8v4": "#CC79A7", "int4": "#D55E00"}
-MARKERS = {"bf16": "o", "fp8": "D", "int8": "s", "k8v4": "v", "int4": "^"}
-_OFFSETS = {"bf16": -0.1, "fp8": -0.1, "int8": 0.0, "k8v4": 0.1, "int4": 0.1}
+COLORS = {
+    "fp32": "#999999",
+    "bf16": "#555555",
+    "fp8": "#E69F00",
+    "int8": "#0072B2",
+    "k8v4": "#CC79A7",
+    "int4": "#D55E00",
+}
+MARKERS = {"fp32": "x", "bf16": "o", "fp8": "D", "int8": "s", "k8v4": "v", "int4": "^"}
+_OFFSETS = {"fp32": -0.1, "bf16": -0.1, "fp8": -0.1, "int8": 0.0, "k8v4": 0.1, "int4": 0.1}
 """Of a line's height, so that dots of one value show."""
 _INK, _FAINT = "#222222", "#B0B0B0"
 _STYLE: dict[str, Any] = {
@@ -178,7 +185,9 @@ def fetch(rows: Sequence[Row]) -> Figure | None:
     if not links:
         return None
     figure, panels = _figure(len(links), 3.0, side_by_side=True, width=max(_WIDTH, 2.6 * len(links)))
-    for axes, (link, lines) in zip(panels, links.items(), strict=True):
+    values = [ms for lines in links.values() for line in lines.values() for ms in line.values()]
+    quickest_first = sorted(links.items(), key=lambda link: max(link[1].get("fetch", {0: 0.0}).values()))
+    for axes, (link, lines) in zip(panels, quickest_first, strict=True):
         for way, line in lines.items():
             axes.plot(sorted(line), [line[n] for n in sorted(line)], label=way, **WAYS[way])
         lengths = sorted({n for line in lines.values() for n in line})
@@ -186,7 +195,7 @@ def fetch(rows: Sequence[Row]) -> Figure | None:
         axes.set_title(link, fontsize=9)
         axes.set_xticks(lengths, map(_short, lengths))
         axes.minorticks_off()
-        axes.sharey(panels[0])
+        axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
     panels[0].set_ylabel("time to first token, ms")
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
     _title(figure, "A prompt whose blocks a neighbour holds: fetched, recomputed, as chosen")
