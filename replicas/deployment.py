@@ -28,6 +28,7 @@ from quire.replicas.config import EngineConfig, StoreConfig
 from quire.replicas.neighbours import GrpcNeighbours, peer_name
 from quire.replicas.service import EngineService, bind
 from quire.replicas.service import serve as serve_on
+from quire.replicas.shard import shard_device
 from quire.replicas.shard_process import ShardSpec, serve_shard
 
 _STOP_WAIT_S = 5.0
@@ -108,7 +109,8 @@ class Replica:
         me = peer_name(self._address)
         self._neighbours: GrpcNeighbours | None = None
         self._hand_over_s = config.store.hand_over_s
-        if config.store.share:
+        share = config.store.share
+        if shard_device(config, 0).type == "cpu" if share is None else share:
             self._neighbours = await asyncio.to_thread(_neighbours, me, secret, config.store)
         self._engine = await asyncio.to_thread(
             AsyncEngine,
