@@ -43,6 +43,12 @@ class BlockStore:
         self.sharing = share(self.pool) if share else Alone()
         self._copier = copier
 
+    def expect(self, seq: Sequence, now_s: float) -> None:
+        """A sequence has come: blocks that are neither in the pool nor in host memory may be fetched."""
+        keys = seq.shareable_keys()
+        here, _ = self.pool.lookup(keys)
+        self.sharing.consider(seq, here + self.host.match(keys[here:]), now_s)
+
     def find(self, seq: Sequence) -> tuple[int, int]:
         """Leading blocks of the sequence that are in the pool now, and how many of them nobody uses."""
         keys = seq.shareable_keys()

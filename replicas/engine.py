@@ -389,7 +389,7 @@ class Engine:
             page_tokens=self.info.page_tokens,
             detokenizer=detokenizer,
         )
-        self._sharing.consider(seq, self._clock())
+        self._blocks.expect(seq, self._clock())
 
     def _leave(self, seq: Sequence) -> None:
         self._running.pop(seq.id, None)

@@ -61,9 +61,8 @@ class _Pending:
 
     keys: tuple[BlockKey, ...]
     """Of its prompt's blocks, those that are here included."""
-    tokens: int
-    since_s: float
     until_s: float
+    """How long it waits for the directory."""
     transfer: TransferId | None = None
     others: tuple[Holder, ...] = ()
     """Whom to ask if the one that is asked does not answer or has not what it was said to have."""
@@ -125,7 +124,7 @@ class Alone:
 
     def hear(self, sender: ReplicaId, message: Message) -> None: ...
     def leave(self, peers: Seq[ReplicaId]) -> None: ...
-    def consider(self, seq: Sequence, now_s: float) -> None: ...
+    def consider(self, seq: Sequence, here: int, now_s: float) -> None: ...
     def forget(self, seq: SeqId) -> None: ...
     def computed(self, seq: SeqId, now_s: float) -> None: ...
     def prefilled(self, tokens: int, seconds: float, before: float) -> None: ...
@@ -213,15 +212,13 @@ class BlockSharing:
 
     # ---- from the engine's thread
 
-    def consider(self, seq: Sequence, now_s: float) -> None:
-        """A sequence has come: if blocks of its prompt are missing here, ask who holds them."""
+    def consider(self, seq: Sequence, here: int, now_s: float) -> None:
+        """A sequence has come, `here` blocks of whose prompt this replica has: ask who holds the others."""
         keys = tuple(seq.shareable_keys())
         self._remember(keys)
-        here, _ = self._pool.lookup(keys)
         if len(keys) - here < self._config.min_fetch_blocks:
             return
-        patience_s = now_s + self._config.lookup_timeout_s
-        self._pending[seq.id] = _Pending(keys, seq.length - here * self._page_tokens, now_s, patience_s)
+        self._pending[seq.id] = _Pending(keys, now_s + self._config.lookup_timeout_s)
         self._neighbours.lookup(keys, lambda holders: self._put(_Answer(seq.id, holders)))
 
     def forget(self, seq: SeqId) -> None:
