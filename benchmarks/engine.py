@@ -112,7 +112,7 @@ def against_transformers(rounds: int) -> list[Row]:
 def against_our_bf16(rounds: int, context: int, requests: int) -> list[Row]:
     """Decoding at depth: every request's own context is cached beforehand, so that decoding dominates."""
     with tempfile.TemporaryDirectory() as folder:
-        model = _longer_model(Path(folder), context + 2048)
+        model = longer_model(Path(folder), context + 2048)
         contexts = prompts_of([context] * requests, seed=context)
         prompts = [tokens + [7] * 8 for tokens in contexts]
         pool = PoolConfig(bytes=1 << 30)
@@ -136,7 +136,7 @@ def against_our_bf16(rounds: int, context: int, requests: int) -> list[Row]:
     ]
 
 
-def _longer_model(folder: Path, tokens: int) -> str:
+def longer_model(folder: Path, tokens: int) -> str:
     """The demo model told that it may read further than it was trained to: fine for timing only."""
     shutil.copytree(find_model("demo"), folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())

@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
 import multiprocessing
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +33,7 @@ from multiprocessing.managers import BaseManager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from engine import longer_model
 from rows import Row, alternate, median, merge, report
 
 from quire.kvstore.announcer import ChannelLost
@@ -44,7 +43,6 @@ from quire.kvstore.keys import BlockKey
 from quire.kvstore.messages import ReplicaId
 from quire.replicas.async_engine import AsyncEngine
 from quire.replicas.config import EngineConfig, PoolConfig, StoreConfig
-from quire.replicas.model.checkpoint import find_model
 from quire.replicas.neighbours import GrpcNeighbours, peer_name
 from quire.replicas.request import Event, Failure, Output, Request, RequestId, SamplingParams
 from quire.replicas.service import EngineService, bind, serve
@@ -406,15 +404,6 @@ def wire_rows(b: Remote, kv: str, rounds: int = 3) -> list[Row]:
     return rows
 
 
-def longer_model(folder: str) -> str:
-    """The demo model told that it may read further than it was trained to: fine for timing only."""
-    shutil.copytree(find_model("demo"), folder, dirs_exist_ok=True)
-    file = Path(folder) / "config.json"
-    longest = {"max_position_embeddings": max(LENGTHS) + 64}
-    file.write_text(json.dumps(json.loads(file.read_text()) | longest))
-    return folder
-
-
 def missed(rows: Sequence[Row]) -> list[str]:
     """What each row that misses its target missed."""
     lines = []
@@ -435,7 +424,7 @@ def main() -> int:
     args = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        model = longer_model(folder)
+        model = longer_model(Path(folder), max(LENGTHS) + 64)
         for kv in ("fp32", "int8", "int4", "bf16"):
             links = [link for link in args.links if LINKS[link][0] == kv]
             with two_replicas(model, kv) as (a, b):

@@ -87,7 +87,8 @@ class GrpcNeighbours:
         """Replicas that live, as far as the directory knows. Waits for it; none if it does not answer."""
         try:
             return tuple(owner for owner in self._directory.owners() if owner != self._me)
-        except ChannelLost:
+        except ChannelLost as error:
+            log.warning("the directory does not answer, nothing is handed over: %s", error)
             return ()
 
     def added(self, keys: Sequence[BlockKey]) -> None:

@@ -86,7 +86,7 @@ def test_a_directory_that_hangs_holds_nobody_up():
     for _ in range(100):
         announcer.added(keys)
         time.sleep(0.001)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 1
     hangs.set()
     while not here.directory.lookup(keys):
         assert time.monotonic() - started < 5

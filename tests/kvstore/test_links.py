@@ -120,7 +120,7 @@ def test_a_receiver_that_never_comes_ends_at_the_deadline_and_the_next_stream_wo
     started = time.monotonic()
     future = ends[0].send(ends[1].endpoint, Ticket(1), Numbers(SIZES), 0.4)
     assert cause(future) in (Cause.DEADLINE, Cause.PEER)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 1
     _, received, sink = move(*ends, 2)
     received.result(5)
     assert sink.holds(2)
@@ -225,14 +225,14 @@ def test_closing_fails_what_is_open_and_waits_for_nobody(ends):
     started = time.monotonic()
     ends[1].close()
     assert cause(future) is Cause.CLOSED
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 0.9
 
 
 def test_a_peer_that_is_not_there_is_noticed_at_once(ends):
     started = time.monotonic()
     future = ends[0].send(Endpoint("gone", HOST, 1), Ticket(1), Numbers(SIZES), 5)
     assert cause(future) is Cause.PEER
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 0.9
 
 
 @pytest.mark.parametrize("how", SIGNALS)
@@ -244,7 +244,7 @@ def test_a_sender_that_dies_or_stops_costs_one_link(ends, how, chunk):
         peer.order("send", ends[0].endpoint, 1, LARGE, (chunk, SIGNALS[how]), 2)
         beside = move(ends[1], ends[0], 9)
         assert cause(received) in (Cause.PEER, Cause.DEADLINE)
-        assert time.monotonic() - started < 4.5
+        assert time.monotonic() - started < 2.9
         beside[1].result(5)
         assert beside[2].holds(9)
 
@@ -258,7 +258,7 @@ def test_a_receiver_that_dies_or_stops_costs_one_link(ends, how, chunk):
         sent = ends[0].send(peer.endpoint, Ticket(1), Numbers(LARGE, 1), 2)
         beside = move(ends[0], ends[1], 9)
         assert cause(sent) in (Cause.PEER, Cause.DEADLINE)
-        assert time.monotonic() - started < 4.5
+        assert time.monotonic() - started < 2.9
         beside[1].result(5)
         assert beside[2].holds(9)
 
@@ -270,7 +270,7 @@ def test_a_peer_that_was_stopped_and_goes_on_is_linked_again(ends):
         started = time.monotonic()
         sent = ends[0].send(peer.endpoint, Ticket(1), Numbers(SIZES, 1), 0.5)
         assert cause(sent) in (Cause.PEER, Cause.DEADLINE)  # its store answers no call: the watch ended it
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 1
         os.kill(peer.process.pid, signal.SIGCONT)
         for ticket in (2, 3, 4):
             peer.order("receive", ends[0].endpoint, ticket, SIZES, None, 3)

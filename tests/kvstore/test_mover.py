@@ -166,7 +166,7 @@ def test_a_lost_offer_ends_at_the_deadline(peers):
     receiver.exchange.fetch(owner.name, KEYS, started)
     receiver.turn(lambda to, message: None)
     run(peers, lambda: bool(receiver.fetched))
-    assert 1.9 < time.monotonic() - started < 4.5
+    assert 1.9 < time.monotonic() - started < 2.9
     assert receiver.fetched[0].failure is Cause.DEADLINE
     assert fetch(receiver, owner, KEYS).failure is None
 
@@ -185,7 +185,7 @@ def test_pages_are_taken_only_while_the_fetch_lives(peers):
     receiver.exchange._config = type(receiver.exchange._config)(timeout_s=0.5)
     done = fetch(receiver, owner, KEYS)
     assert done.failure in (Cause.DEADLINE, Cause.PEER)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 1
     run([receiver], lambda: receiver.pool.used == 0)
     receiver.pool.allocate(receiver.pages)
     receiver.shards[0].pool_NB.fill_(7)

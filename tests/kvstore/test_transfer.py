@@ -137,7 +137,9 @@ def test_a_replica_struck_in_any_state_costs_its_peer_one_transfer(me, third, si
             me.exchange.fetch(CHILD, KEYS, started)
             other.drive(lambda: bool(me.fetched))
             assert me.fetched[0].failure in (Cause.DEADLINE, Cause.PEER)
-            assert time.monotonic() - started < 3  # the deadline is 1 s; the rest is a busy machine's
+            assert (
+                time.monotonic() - started < 1.9
+            )  # the deadline is 1 s; a link's operation would be another
             assert me.pool.lookup(KEYS) == (0, 0)
         else:
             me.cache(KEYS)

@@ -62,8 +62,17 @@ def test_reports_of_all_ranks_reach_the_one_who_waits_for_them(store):
     assert second.get(timeout=5) == moved(0, 4)
 
 
+def push_until_it_fails(store):
+    """Not the first time: that goes into the socket's memory."""
+    for _ in range(100):
+        store.queue_push("any", b"")
+        time.sleep(0.01)
+
+
 def test_a_report_to_a_rank_0_that_is_gone_is_dropped(store):
     gone = host_store(HOST, 1)
     other = join_store(HOST, gone.port, 1)
     del gone
+    with pytest.raises(RuntimeError):
+        push_until_it_fails(other)
     leave_report(other, 0, moved(1))

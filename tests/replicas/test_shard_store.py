@@ -173,7 +173,7 @@ def test_a_peer_that_sends_nothing_costs_no_step_and_every_shard_reports_in_time
         while replica.reports.qsize() < tp and steps < 1000:
             replica.executor.run(WRITE)
             steps += 1
-        assert 0.9 < time.monotonic() - started_s < 4.0
+        assert 0.9 < time.monotonic() - started_s < 2.0
         assert 5 < steps < 1000
         assert [moved.failure for moved in replica.reported()] == [Cause.DEADLINE] * tp
 
