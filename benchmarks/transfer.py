@@ -133,7 +133,7 @@ def raw_pair(port: int, rank: int) -> Pair:
 def raw(pair: Pair, pool_NB: torch.Tensor) -> None:
     """All bytes of the pool, in chunks as links send them: no copies, no checksums, no headers."""
     under_way, depth = deque[object](), LinkConfig().depth
-    for index, chunk in enumerate(pool_NB.view(-1).split(CHUNK_BYTES)):
+    for index, chunk in enumerate(pool_NB.view(-1).split(CHUNK_BYTES["cpu"])):
         if len(under_way) == depth:
             pair.wait(under_way.popleft(), PATIENCE_S)  # type: ignore[arg-type]
         under_way.append(pair.post(chunk, index))

@@ -6,6 +6,7 @@ behind. Knows torch.distributed; not what is sent.
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import time
@@ -61,6 +62,29 @@ def nccl_group(store: Store, *, rank: int, size: int, timeout_s: float) -> Any:
     return dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)
 
 
+def nccl_pair(store: Store, *, rank: int, timeout_s: float) -> Any:
+    """A group of two whose loss is nobody else's. Connects with its first operation, within `timeout_s`.
+
+    It takes few of the GPU's multiprocessors, because steps run beside it.
+    """
+    for name, value in _LINK_SETTINGS.items():
+        os.putenv(name, value)  # torch reads them here and offers no other way
+    os.putenv("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(max(round(timeout_s), 1)))  # whole seconds
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = _NEVER  # `Pair.wait` has deadlines of its own
+    options.config.blocking = 0
+    options.config.max_ctas = _LINK_CTAS
+    return dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, 2, options)
+
+
+_LINK_SETTINGS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # a lost peer would end the process
+    "TORCH_NCCL_ENABLE_MONITORING": "0",  # so would an abort that takes long
+}
+_LINK_CTAS = 8
+_NEVER = timedelta(days=1)
+
+
 class Pair:
     """A group of two, in which rank 0 sends and rank 1 receives. Errors and late peers raise RuntimeError."""
 
@@ -68,7 +92,7 @@ class Pair:
         """Connect: both ends construct it within `timeout_s`."""
         self._rank, self._cuda = rank, device.type == "cuda"
         if self._cuda:
-            self._group = nccl_group(store, rank=rank, size=2, timeout_s=timeout_s)
+            self._group = nccl_pair(store, rank=rank, timeout_s=timeout_s)
         else:
             self._group = gloo_group(store, rank=rank, size=2, host=host, timeout_s=timeout_s)
 

@@ -34,7 +34,7 @@ from quire.kvstore.messages import (
 from quire.kvstore.slices import PageSlice, page_slices
 from quire.kvstore.transport import Ticket, Transport
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
 """Small enough that a dead peer is noticed soon and that stages overlap, large enough for full speed."""
 
 
@@ -59,10 +59,11 @@ class PageMover:
         transport: Transport,
         *,
         limit: Bandwidth | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
     ) -> None:
         """`chunk_bytes`, pages of a chunk: the same on all replicas. `limit`: of what is sent."""
-        self._pool, self._transport, self._limit, self._chunk_bytes = pool, transport, limit, chunk_bytes
+        self._pool, self._transport, self._limit = pool, transport, limit
+        self._chunk_bytes = chunk_bytes or CHUNK_BYTES[pool.pool_NB.device.type]
 
     def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None:
         """Begin, and report from some other thread when this shard's part is over.

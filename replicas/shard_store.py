@@ -45,7 +45,7 @@ class ShardStore:
             self._transport = LinkTransport(host, shard.device, links)
             pool = ShardPool(shard.pool, shard.layout, rank, config.tp, shard.kv_heads)
             most_s = config.store.max_send_bytes_s
-            limit = Bandwidth(most_s, CHUNK_BYTES) if most_s else None
+            limit = Bandwidth(most_s, CHUNK_BYTES[shard.device.type]) if most_s else None
             self._mover = PageMover(pool, self._transport, limit=limit)
             self.endpoint = self._transport.endpoint
 

@@ -1,6 +1,6 @@
 """All benchmarks on the GPU at hand, kernels to engine: one line per case, rows kept, regressions named.
 
-    python -m benchmarks.gpu [attention|write|prefill|layout|model|startup ...] --date 2026-01-31
+    python -m benchmarks.gpu [attention|write|prefill|layout|model|startup|links ...] --date 2026-01-31
 
 Rows go to `benchmarks/results/<gpu>-<date>.json` (--results names another folder). With --compare, rows are
 compared with the card's last results of an earlier date, and anything more than 15 % worse ends in status 1.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import attention, layout, prefill, results, startup, whole_model, write
+from benchmarks.gpu import attention, layout, links, prefill, results, startup, whole_model, write
 from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.rows import Row
 
@@ -27,6 +27,7 @@ PARTS: Mapping[str, Callable[[Ceilings], Iterable[Row]]] = {
     "layout": layout.measure,
     "model": whole_model.measure,
     "startup": startup.measure,
+    "links": links.measure,
 }
 
 

@@ -17,6 +17,7 @@ from quire.replicas.errors import ModelNotServable
 from quire.replicas.model.attention import ATTENTION, LayerHeads, probe_attention
 from quire.replicas.model.checkpoint import WeightSource
 from quire.replicas.model.invariance import EXPERTS, make_invariant
+from quire.replicas.model.merged import merge_products
 from quire.replicas.model.tensor_parallel import (
     Joins,
     ShardPlan,
@@ -73,6 +74,8 @@ def load_model(
     _load_weights(model, checkpoint, plan, dtype, device, progress or (lambda done, total: None))
     _fill_buffers(model, device)
     model.train(False)
+    if device.type == "cuda":
+        merge_products(model)
     layers = probe_attention(model)
     if tp > 1 and layers[0].query_heads != shard.num_attention_heads:
         raise ModelNotServable(

@@ -2,85 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 
-import psutil
 import pytest
-from store_peers import SIGNALS, STATES, StorePeer, fetch, keys_of, peer_process
+from store_child import CHILD, child, ended
+from store_peers import SIGNALS, STATES, StorePeer, fetch, keys_of
 
 from quire.kvstore.failures import Cause
-from quire.kvstore.messages import Message, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.messages import ReplicaId
 
 KEYS = keys_of(16)
-CHILD = ReplicaId("child")
 STRIKES = [(side, state, how) for side, states in STATES.items() for state in states for how in SIGNALS]
-
-
-@dataclass
-class Child:
-    """A replica in a process of its own, and this process's one beside it."""
-
-    process: BaseProcess
-    control: Connection
-    me: StorePeer
-    said: list[tuple[object, ...]]
-
-    def tell(self, *what: object) -> None:
-        self.control.send(what)
-
-    def drive(self, until: Callable[[], bool], limit_s: float = 10) -> None:
-        """Carry messages between the two until something is true here."""
-        end_s = time.monotonic() + limit_s
-        while not until():
-            assert time.monotonic() < end_s, "it did not happen"
-            self.me.turn(lambda to, message: self._carry(message))
-            while (said := self._hear()) is not None:
-                if said[0] == "message":
-                    self.me.exchange.handle(CHILD, from_bytes(said[1]), time.monotonic())
-                else:
-                    self.said.append(said)
-            time.sleep(0.001)
-
-    def _carry(self, message: Message) -> None:
-        try:
-            self.tell("message", to_bytes(message))
-        except BrokenPipeError:
-            self._gone()
-
-    def _hear(self) -> tuple[object, ...] | None:
-        try:
-            return self.control.recv() if self.control.poll(0) else None
-        except (EOFError, ConnectionResetError):
-            return self._gone()
-
-    def _gone(self) -> None:
-        self.me.exchange.peer_gone(CHILD, time.monotonic())
-
-
-@contextmanager
-def child(me: StorePeer, kv: str = "int8", tp: int = 1) -> Iterator[Child]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["byte_streams", "store_peers"])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=peer_process, args=(theirs, kv, tp), daemon=True)
-    process.start()
-    theirs.close()
-    assert ours.poll(60)
-    assert ours.recv() == "ready"
-    try:
-        yield Child(process, ours, me, [])
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
 
 
 @pytest.fixture
@@ -96,14 +31,6 @@ def third() -> Iterator[StorePeer]:
     peer.cache(KEYS)
     yield peer
     peer.close()
-
-
-def ended(child: BaseProcess) -> bool:
-    """It was killed, or it is stopped."""
-    try:
-        return psutil.Process(child.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
 
 
 @pytest.mark.parametrize("kv", ["int8", "int4"])

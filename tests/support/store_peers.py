@@ -8,7 +8,7 @@ import queue
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -31,6 +31,7 @@ from quire.kvstore.transport import Endpoint, Sink, Source, Ticket, Transport
 HOST, CPU = "127.0.0.1", torch.device("cpu")
 HEADS = 4
 CHUNK_BYTES = 20_000  # a few pages: transfers have several chunks
+GPU_PATIENCE_S = {"timeout_s": 8.0, "patience_s": 3.0}  # a communicator connects in a second or two
 
 
 def layout_of(kv: str, heads: int = 1) -> PageLayout:
@@ -103,18 +104,19 @@ class StorePeer:
     """Of its links."""
     claims: str | None = None
     """The format that it says it has."""
+    device: torch.device = CPU
     transports: list[Meddled] = field(init=False)
     fetched: list[Fetched] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         links = LinkConfig(operation_timeout_s=self.patience_s)
-        self.transports = [Meddled(LinkTransport(HOST, CPU, links)) for _ in range(self.tp)]
+        self.transports = [Meddled(LinkTransport(HOST, self.device, links)) for _ in range(self.tp)]
         self.pool = PagePool(self.pages)
         self.shards: list[ShardPool] = []
         self.movers: list[PageMover] = []
         for rank, transport in enumerate(self.transports):
             layout = layout_of(self.kv, len(shard_heads(rank, self.tp, HEADS)))
-            pool_NB = torch.zeros(self.pages, layout.page_bytes, dtype=torch.uint8)
+            pool_NB = torch.zeros(self.pages, layout.page_bytes, dtype=torch.uint8, device=self.device)
             self.shards.append(ShardPool(pool_NB, layout, rank, self.tp, HEADS))
             self.movers.append(PageMover(self.shards[-1], transport, chunk_bytes=CHUNK_BYTES))
         self.exchange = Exchange(
@@ -144,7 +146,7 @@ class StorePeer:
         try:
             return len(pages) == len(keys) and all(
                 torch.equal(
-                    shard.pool_NB[page],
+                    shard.pool_NB[page].cpu(),
                     block_bytes(key, shard.layout.head_bytes)[
                         slice(*(lambda r: (r.start, r.stop))(shard_heads(shard.rank, self.tp, HEADS)))
                     ].flatten(),
@@ -212,12 +214,17 @@ SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 """Where a replica can be struck: at a message that reaches it, or at a chunk that it fills or takes."""
 
 
-def peer_process(control: Connection, kv: str, tp: int) -> None:
+def peer_process(
+    control: Connection, kv: str, tp: int, device: str = "cpu", environment: Mapping[str, str] | None = None
+) -> None:
     """A replica whose messages and orders its parent process carries."""
+    os.environ.update(environment or {})
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     os.dup2(sys.stderr.fileno(), 2)
     torch.set_num_threads(1)
-    me, parent, strike = StorePeer(ReplicaId("child"), tp=tp, kv=kv), ReplicaId("parent"), ["", 0]
+    parent, strike = ReplicaId("parent"), ["", 0]
+    patience_s = {} if device == "cpu" else GPU_PATIENCE_S
+    me = StorePeer(ReplicaId("child"), tp=tp, kv=kv, device=torch.device(device), **patience_s)
 
     def struck(state: str) -> None:
         if strike[0] == state:
