@@ -35,13 +35,19 @@ def gather_pages(pool_NB: Tensor, pages_M: Tensor, out_MB: Tensor | None = None)
     return out_MB
 
 
-def scatter_pages(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor) -> None:
-    """Write what `gather_pages` returned into the given pages, which must be distinct."""
+def scatter_pages(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor, skip_M: Tensor | None = None) -> None:
+    """Write what `gather_pages` returned into the given pages, which must be distinct.
+
+    `skip_M`, bool: pages that are left as they are.
+    """
     bytes_MB = bytes_MB.contiguous()
     _check(pool_NB, pages_M, bytes_MB)
     if pool_NB.device.type != "cpu":
-        launch_copy(pool_NB, bytes_MB, pages_M, scatter=True)
-    elif not cpu.copy_pages(pool_NB, pages_M, bytes_MB, scatter=True):
+        launch_copy(pool_NB, bytes_MB, pages_M, scatter=True, skip_M=skip_M)
+        return
+    if skip_M is not None and skip_M.any():
+        pages_M, bytes_MB = pages_M[~skip_M], bytes_MB[~skip_M]
+    if not cpu.copy_pages(pool_NB, pages_M, bytes_MB, scatter=True):
         pool_NB[pages_M.long()] = bytes_MB
 
 
@@ -70,11 +76,13 @@ def checksum_pages(bytes_MB: Tensor) -> Tensor:
     return launch_checksum(bytes_MB)
 
 
-def launch_copy(pool_NB: Tensor, bytes_MB: Tensor, pages_M: Tensor, *, scatter: bool) -> None:
+def launch_copy(
+    pool_NB: Tensor, bytes_MB: Tensor, pages_M: Tensor, *, scatter: bool, skip_M: Tensor | None = None
+) -> None:
     """Between pool and contiguous `bytes_MB`; sizes, strides and offsets are multiples of 8 bytes."""
     words, stride = pool_NB.shape[1] // 8, pool_NB.stride(0) // 8
     _copy_kernel[(pages_M.shape[0], triton.cdiv(words, _COPY_WORDS))](
-        *(pool_NB.view(torch.int64), bytes_MB.view(torch.int64), pages_M, words, stride),
+        *(pool_NB.view(torch.int64), bytes_MB.view(torch.int64), pages_M, skip_M, words, stride),
         SCATTER=scatter,
         W=_COPY_WORDS,
     )
@@ -120,9 +128,13 @@ def _powers(base: int, count: int) -> Tensor:
 
 
 @triton.jit
-def _copy_kernel(pool_ptr, bytes_ptr, pages_ptr, words, stride, SCATTER: tl.constexpr, W: tl.constexpr):
-    """Grid (pages, chunks); words of 64 bits."""
+def _copy_kernel(
+    pool_ptr, bytes_ptr, pages_ptr, skip_ptr, words, stride, SCATTER: tl.constexpr, W: tl.constexpr
+):
+    """Grid (pages, chunks); words of 64 bits. `skip_ptr`: None, or a flag for each page."""
     i = tl.program_id(0).to(tl.int64)
+    if skip_ptr is not None:
+        words = tl.where(tl.load(skip_ptr + i), 0, words)
     page = tl.load(pages_ptr + i).to(tl.int64)
     word_W = tl.program_id(1) * W + tl.arange(0, W)
     pool_ptr_W, bytes_ptr_W = pool_ptr + page * stride + word_W, bytes_ptr + i * words + word_W

@@ -62,7 +62,7 @@ def nccl_group(store: Store, *, rank: int, size: int, timeout_s: float) -> Any:
     return dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)
 
 
-def nccl_pair(store: Store, *, rank: int, timeout_s: float) -> Any:
+def nccl_pair(store: Store, *, rank: int, device: torch.device, timeout_s: float) -> Any:
     """A group of two whose loss is nobody else's. Connects with its first operation, within `timeout_s`.
 
     It takes few of the GPU's multiprocessors, because steps run beside it.
@@ -74,7 +74,9 @@ def nccl_pair(store: Store, *, rank: int, timeout_s: float) -> Any:
     options._timeout = _NEVER  # `Pair.wait` has deadlines of its own
     options.config.blocking = 0
     options.config.max_ctas = _LINK_CTAS
-    return dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, 2, options)
+    group = dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, 2, options)
+    group.eager_connect_single_device(device)  # or sends would get a second communicator
+    return group
 
 
 _LINK_SETTINGS = {
@@ -92,7 +94,7 @@ class Pair:
         """Connect: both ends construct it within `timeout_s`."""
         self._rank, self._cuda = rank, device.type == "cuda"
         if self._cuda:
-            self._group = nccl_pair(store, rank=rank, timeout_s=timeout_s)
+            self._group = nccl_pair(store, rank=rank, device=device, timeout_s=timeout_s)
         else:
             self._group = gloo_group(store, rank=rank, size=2, host=host, timeout_s=timeout_s)
 

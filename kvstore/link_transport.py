@@ -91,7 +91,8 @@ class LinkTransport:
         return self._start(self._out, peer, Stream(ticket, source, time.monotonic() + timeout_s))
 
     def receive(self, peer: Endpoint, ticket: Ticket, sink: Sink, timeout_s: float) -> Future[None]:
-        return self._start(self._in, peer, Stream(ticket, sink, time.monotonic() + timeout_s))
+        stream = Stream(ticket, sink, time.monotonic() + timeout_s, settle=sink.settle)
+        return self._start(self._in, peer, stream)
 
     def close(self) -> None:
         self._watch.close()

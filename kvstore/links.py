@@ -18,6 +18,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -62,15 +63,18 @@ class Stream(Generic[Body]):
     body: Body
     deadline_s: float
     future: Future[None] = field(default_factory=Future)
+    settle: Callable[[], None] = lambda: None
+    """The sink's."""
     ended: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def end(self, error: TransferFailed | None = None) -> None:
-        """Waits for a chunk that is being taken; afterwards none is."""
+        """Waits for chunks that are being taken; afterwards none is."""
         with self.lock:
             if self.ended:
                 return
             self.ended = True
+            self.settle()
         if error is None:
             self.future.set_result(None)
         else:
@@ -345,8 +349,7 @@ class InLink(Link[Sink]):
             ahead = index + depth
             if ahead < len(sizes):
                 under_way.append(pair.post(self._chunk(ahead, sizes[ahead]), ahead))
-        if self._here.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        stream.body.verify()
 
     def _drop(self) -> None:
         if self._store is not None:

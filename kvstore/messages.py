@@ -137,8 +137,8 @@ class Moved:
 
 # ---- page headers ---------------------------------------------------------------------------------------
 
-PageHeaders = npt.NDArray[np.void]
-"""One per page, see `_HEADER`."""
+PageHeaders = npt.NDArray[np.int64]
+"""[pages, words]: the words of one header per page, see `_HEADER`."""
 
 _HEADER = np.dtype(
     [
@@ -153,29 +153,32 @@ _HEADER = np.dtype(
     ]
 )
 HEADER_BYTES = _HEADER.itemsize
+_WORD = 8
+CHECKSUM_WORD = _HEADER.fields["checksum"][1] // _WORD  # type: ignore[index]
 _VERSION = 1
 
 
 def page_headers(
-    keys: tuple[BlockKey, ...],
-    layout: bytes,
-    heads: tuple[int, int],
-    generations: tuple[int, ...],
-    checksums: npt.NDArray[np.int64],
+    keys: tuple[BlockKey, ...], layout: bytes, heads: tuple[int, int], generations: tuple[int, ...]
 ) -> PageHeaders:
-    """What travels in front of these pages. `heads`: the first one, and how many."""
+    """What travels in front of these pages, with the checksums still 0. `heads`: the first, and how many."""
     headers = np.zeros(len(keys), dtype=_HEADER)
     headers["key"] = np.frombuffer(b"".join(keys), dtype=f"V{KEY_BYTES}")
     headers["layout"] = np.void(layout)
     headers["first_head"], headers["heads"] = heads
     headers["version"] = _VERSION
     headers["generation"] = generations
-    headers["checksum"] = checksums
-    return headers
+    return headers.view(np.int64).reshape(len(keys), HEADER_BYTES // _WORD)
 
 
-def headers_from(data: npt.NDArray[np.uint8]) -> PageHeaders:
-    return data.view(_HEADER)
+def header_part(word: int) -> str:
+    """What a word of a header is, or belongs to."""
+    assert _HEADER.names is not None
+    assert _HEADER.fields is not None
+    starts = {name: _HEADER.fields[name][1] // _WORD for name in _HEADER.names}
+    if word == starts["first_head"]:
+        return "head range or version"
+    return [name for name, start in starts.items() if start <= word][-1]
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------

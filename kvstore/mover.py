@@ -22,13 +22,13 @@ from quire.kernels.pages import checksum_pages, gather_pages, scatter_pages
 from quire.kvstore.bandwidth import Bandwidth
 from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.messages import (
+    CHECKSUM_WORD,
     HEADER_BYTES,
     Moved,
     Order,
-    PageHeaders,
     ReceivePages,
     SendPages,
-    headers_from,
+    header_part,
     page_headers,
 )
 from quire.kvstore.slices import PageSlice, page_slices
@@ -93,14 +93,20 @@ class PageMover:
 
 
 class _Pages:
-    """The pages of one order, as far as one slice goes, cut into chunks."""
+    """The pages of one order, as far as one slice goes, cut into chunks.
+
+    Names: M pages of the order, C of a chunk, W words of a header.
+    """
 
     def __init__(self, pool: ShardPool, order: Order, piece: PageSlice, chunk_bytes: int) -> None:
-        receives = isinstance(order, ReceivePages)
+        receives, device = isinstance(order, ReceivePages), pool.pool_NB.device
         at = piece.destination_at if receives else piece.source_at
+        heads = (piece.first_head, piece.heads)
+        headers = page_headers(order.keys, pool.layout.fingerprint, heads, order.generations)
         self._bytes_NB = pool.pool_NB[:, at : at + piece.size_bytes]
-        self._order, self._piece, self._layout = order, piece, pool.layout.fingerprint
-        self._pages_M = torch.tensor(order.pages, device=pool.pool_NB.device)
+        self._order, self._piece = order, piece
+        self._pages_M = torch.tensor(order.pages, device=device)
+        self._headers_MW = torch.from_numpy(headers).to(device)
         self._step = max(round(chunk_bytes / piece.size_bytes), 1)
         counts = [min(self._step, len(order.pages) - at) for at in range(0, len(order.pages), self._step)]
         self.sizes = tuple(count * (HEADER_BYTES + piece.size_bytes) for count in counts)
@@ -109,19 +115,10 @@ class _Pages:
         return slice(index * self._step, (index + 1) * self._step)
 
     def _split(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        """The chunk's headers, and its pages [count, bytes]."""
+        """The chunk's headers [C, W], and its pages [C, bytes]."""
         count = chunk.numel() // (HEADER_BYTES + self._piece.size_bytes)
-        return chunk[: count * HEADER_BYTES], chunk[count * HEADER_BYTES :].view(count, -1)
-
-    def _headers(self, part: slice, body_MB: Tensor) -> PageHeaders:
-        order, piece = self._order, self._piece
-        return page_headers(
-            order.keys[part],
-            self._layout,
-            (piece.first_head, piece.heads),
-            order.generations[part],
-            checksum_pages(body_MB).cpu().numpy(),
-        )
+        headers, body = chunk[: count * HEADER_BYTES], chunk[count * HEADER_BYTES :]
+        return headers.view(torch.int64).view(count, -1), body.view(count, -1)
 
 
 class Outgoing(_Pages):
@@ -137,27 +134,43 @@ class Outgoing(_Pages):
         if self._limit is not None:
             self._limit.wait(chunk.numel())
         part = self._part(index)
-        headers, body_MB = self._split(chunk)
-        gather_pages(self._bytes_NB, self._pages_M[part], body_MB)
-        headers.copy_(torch.from_numpy(self._headers(part, body_MB).view("u1")))
+        headers_CW, body_CB = self._split(chunk)
+        gather_pages(self._bytes_NB, self._pages_M[part], body_CB)
+        headers_CW.copy_(self._headers_MW[part])
+        headers_CW[:, CHECKSUM_WORD] = checksum_pages(body_CB)
 
 
 class Incoming(_Pages):
     """A `Sink` for pages. What it refuses has not touched the pool."""
 
+    def __init__(self, pool: ShardPool, order: ReceivePages, piece: PageSlice, chunk_bytes: int) -> None:
+        super().__init__(pool, order, piece, chunk_bytes)
+        self._wrong_MW = torch.zeros_like(self._headers_MW, dtype=torch.bool)
+        self._stream: torch.cuda.Stream | None = None
+        """That of the chunks that were taken."""
+
     def take(self, index: int, chunk: Tensor) -> None:
+        if chunk.is_cuda:
+            self._stream = torch.cuda.current_stream(chunk.device)
         part = self._part(index)
-        headers, body_MB = self._split(chunk)
-        got, want = headers_from(headers.cpu().numpy()), self._headers(part, body_MB)
-        for name in ("version", "layout", "key", "first_head", "heads", "generation", "checksum"):
-            wrong = got[name] != want[name]
-            if wrong.any():
-                cause = Cause.CHECKSUM if name == "checksum" else Cause.HEADER
-                block = self._order.keys[part][int(wrong.argmax())].hex()[:12]
-                raise TransferFailed(cause, f"block {block} arrived with another {name} than was agreed")
-        scatter_pages(self._bytes_NB, self._pages_M[part], body_MB)
-        if body_MB.is_cuda:  # the stream may be given up at once, and then nothing may still be written
-            torch.cuda.current_stream(body_MB.device).synchronize()
+        headers_CW, body_CB = self._split(chunk)
+        agreed_CW = self._headers_MW[part]
+        agreed_CW[:, CHECKSUM_WORD] = checksum_pages(body_CB)
+        wrong_CW = torch.ne(headers_CW, agreed_CW, out=self._wrong_MW[part])
+        scatter_pages(self._bytes_NB, self._pages_M[part], body_CB, skip_M=wrong_CW.any(1))
+
+    def settle(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def verify(self) -> None:
+        wrong = self._wrong_MW.nonzero().tolist()
+        if wrong:
+            block, word = wrong[0]
+            part = header_part(word)
+            cause = Cause.CHECKSUM if part == "checksum" else Cause.HEADER
+            name = self._order.keys[block].hex()[:12]
+            raise TransferFailed(cause, f"block {name} arrived with another {part} than was agreed")
 
 
 class _Tally:

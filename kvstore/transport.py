@@ -41,10 +41,17 @@ class Sink(Protocol):
     sizes: tuple[int, ...]
 
     def take(self, index: int, chunk: Tensor) -> None:
-        """Use the chunk before returning: its memory is used again. Raises TransferFailed to refuse it.
+        """Use the chunk, on a GPU in the current stream's order: its memory is used again. May raise
+        TransferFailed, which ends the stream.
 
         Called in order, by one thread, and never once the stream's future is done.
         """
+
+    def settle(self) -> None:
+        """Wait until nothing of what was taken is still being used or written. From any thread."""
+
+    def verify(self) -> None:
+        """After the last chunk. Raises TransferFailed if any of them was not what was agreed."""
 
 
 class Transport(Protocol):

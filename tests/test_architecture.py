@@ -56,9 +56,7 @@ def test_ray_is_known_to_cluster_and_to_one_file_of_each_room_below():
 
 def test_only_the_command_line_reads_the_environment():
     readers = {
-        str(p.relative_to(ROOT))
-        for p in SOURCES
-        if re.search(r"\bos\.(environ|getenv)", p.read_text())
+        str(p.relative_to(ROOT)) for p in SOURCES if re.search(r"\bos\.(environ|getenv)", p.read_text())
     }
     assert readers <= {"cluster/cli.py"}
 

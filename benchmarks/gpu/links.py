@@ -132,12 +132,12 @@ def _end(rank: int, device: int, alone: bool, kv: str, blocks: int, port: int, p
     mover = PageMover(ShardPool(pool_NB, layout, 0, 1, HEADS), transport)
     keys = tuple(extend_chain(KeySpace(b"l", b"m", b"t").root(), range(PAGE_TOKENS * blocks), PAGE_TOKENS))
     pages, generations = tuple(torch.randperm(blocks).tolist()), (1,) * blocks
+    buffer = torch.zeros_like(pool_NB).view(-1)
     parent.send(transport.endpoint)
     peers = (parent.recv()[1 - rank],)
     torch.cuda.synchronize()
     parent.send(_used_bytes())
     pair: Pair | None = None
-    buffer = torch.empty_like(pool_NB).view(-1)
     while True:
         match parent.recv():
             case ("move", number):

@@ -57,6 +57,19 @@ def test_a_range_of_columns_is_gathered_and_scattered_alone():
         assert not other.any()
 
 
+def test_pages_to_skip_are_left_as_they_are():
+    pool, pages, skip = random_pages(6), torch.tensor([4, 1, 5]), torch.tensor([False, True, False])
+    packed = gather_pages(pool, pages)
+    expected = pool * torch.isin(torch.arange(6), torch.tensor([4, 5]))[:, None]
+    for scatter in (
+        scatter_pages,
+        lambda *a, skip_M: launch_copy(a[0], a[2], a[1], scatter=True, skip_M=skip_M),
+    ):
+        other = torch.zeros_like(pool)
+        scatter(other, pages, packed, skip_M=skip)
+        assert torch.equal(other, expected)
+
+
 def test_without_a_compiler_the_bytes_are_the_same(monkeypatch):
     pool, pages = random_pages(6), torch.tensor([4, 1, 5])
     packed, sums = gather_pages(pool, pages), checksum_pages(pool)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from quire.kvstore.failures import Cause
 from quire.kvstore.keys import BlockKey
 from quire.kvstore.messages import (
+    CHECKSUM_WORD,
     HEADER_BYTES,
     Accept,
     Done,
@@ -20,7 +20,7 @@ from quire.kvstore.messages import (
     SendPages,
     TransferId,
     from_bytes,
-    headers_from,
+    header_part,
     page_headers,
     to_bytes,
 )
@@ -70,10 +70,26 @@ def test_anything_else_is_refused(data):
         from_bytes(data)
 
 
-def test_headers_survive_their_bytes_and_are_small():
-    headers = page_headers(KEYS, b"\2" * 32, (2, 4), (8, 9), np.array([-1, 2**62]))
-    data = headers.view("u1")
-    assert len(data) == 2 * HEADER_BYTES == 192
-    assert (headers_from(data) == headers).all()
-    assert headers["key"][0].tobytes() == KEYS[0]
-    assert headers["checksum"].tolist() == [-1, 2**62]
+def test_headers_are_small_and_every_word_of_them_has_a_name():
+    headers = page_headers(KEYS, b"\2" * 32, (2, 4), (8, 9))
+    assert headers.nbytes == 2 * HEADER_BYTES == 192
+    assert headers[0, :4].tobytes() == KEYS[0]
+    assert headers[:, CHECKSUM_WORD].tolist() == [0, 0]
+    for word, part in ((0, "key"), (3, "key"), (4, "layout"), (9, "generation"), (10, "checksum")):
+        assert header_part(word) == part
+
+
+@pytest.mark.parametrize(
+    ("other", "part"),
+    [
+        ({"keys": KEYS[::-1]}, "key"),
+        ({"layout": b"\3" * 32}, "layout"),
+        ({"heads": (3, 4)}, "head range or version"),
+        ({"heads": (2, 5)}, "head range or version"),
+        ({"generations": (8, 10)}, "generation"),
+    ],
+)
+def test_headers_differ_where_what_they_say_differs(other, part):
+    said = {"keys": KEYS, "layout": b"\2" * 32, "heads": (2, 4), "generations": (8, 9)}
+    different = page_headers(**said) != page_headers(**{**said, **other})
+    assert {header_part(word) for word in different.nonzero()[1]} == {part}

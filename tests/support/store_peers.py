@@ -90,6 +90,12 @@ class _MeddledSink:
             self._change(index, chunk)
         self._inner.take(index, chunk)
 
+    def settle(self) -> None:
+        self._inner.settle()
+
+    def verify(self) -> None:
+        self._inner.verify()
+
 
 @dataclass
 class StorePeer:
