@@ -15,40 +15,42 @@ from torch import Tensor
 from quire.kernels import cpu
 
 _WORD = 4
-_COPY_WORDS = 1024  # 64-bit words a program copies
-_CHUNK_WORDS = 1024  # 32-bit words a program sums
+_CHUNK_WORDS = 1024  # 32-bit words a program copies and sums
 _BASE = 0x5851F42D4C957F2D  # odd; base**k - 1 holds 2**3 times what k holds of 2, at most
 
 
-def gather_pages(pool_NB: Tensor, pages_M: Tensor, out_MB: Tensor | None = None) -> Tensor:
+def gather_pages(
+    pool_NB: Tensor, pages_M: Tensor, out_MB: Tensor | None = None, sum_M: Tensor | None = None
+) -> Tensor:
     """The bytes of the given pages, one after the other: uint8 [M, B], a copy, in `out_MB` if given.
 
     The pool may be a range of columns of a larger one: the bytes of some heads of every page.
+    `sum_M`, int64: the pages' checksums are added to it on the way.
     """
     if out_MB is None:
         out_MB = pool_NB.new_empty((pages_M.shape[0], pool_NB.shape[1]))
     _check(pool_NB, pages_M, out_MB)
     if pool_NB.device.type != "cpu":
-        launch_copy(pool_NB, out_MB, pages_M, scatter=False)
-    elif not cpu.copy_pages(pool_NB, pages_M, out_MB, scatter=False):
+        launch_copy(pool_NB, out_MB, pages_M, scatter=False, sum_M=sum_M)
+        return out_MB
+    if not cpu.copy_pages(pool_NB, pages_M, out_MB, scatter=False):
         torch.index_select(pool_NB, 0, pages_M.long(), out=out_MB)
+    if sum_M is not None:
+        sum_M += checksum_pages(out_MB)
     return out_MB
 
 
-def scatter_pages(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor, skip_M: Tensor | None = None) -> None:
-    """Write what `gather_pages` returned into the given pages, which must be distinct.
-
-    `skip_M`, bool: pages that are left as they are.
-    """
+def scatter_pages(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor, sum_M: Tensor | None = None) -> None:
+    """Write what `gather_pages` returned into the given pages, which must be distinct; `sum_M` as there."""
     bytes_MB = bytes_MB.contiguous()
     _check(pool_NB, pages_M, bytes_MB)
     if pool_NB.device.type != "cpu":
-        launch_copy(pool_NB, bytes_MB, pages_M, scatter=True, skip_M=skip_M)
+        launch_copy(pool_NB, bytes_MB, pages_M, scatter=True, sum_M=sum_M)
         return
-    if skip_M is not None and skip_M.any():
-        pages_M, bytes_MB = pages_M[~skip_M], bytes_MB[~skip_M]
     if not cpu.copy_pages(pool_NB, pages_M, bytes_MB, scatter=True):
         pool_NB[pages_M.long()] = bytes_MB
+    if sum_M is not None:
+        sum_M += checksum_pages(bytes_MB)
 
 
 def _check(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor) -> None:
@@ -77,14 +79,17 @@ def checksum_pages(bytes_MB: Tensor) -> Tensor:
 
 
 def launch_copy(
-    pool_NB: Tensor, bytes_MB: Tensor, pages_M: Tensor, *, scatter: bool, skip_M: Tensor | None = None
+    pool_NB: Tensor, bytes_MB: Tensor, pages_M: Tensor, *, scatter: bool, sum_M: Tensor | None = None
 ) -> None:
     """Between pool and contiguous `bytes_MB`; sizes, strides and offsets are multiples of 8 bytes."""
-    words, stride = pool_NB.shape[1] // 8, pool_NB.stride(0) // 8
-    _copy_kernel[(pages_M.shape[0], triton.cdiv(words, _COPY_WORDS))](
-        *(pool_NB.view(torch.int64), bytes_MB.view(torch.int64), pages_M, skip_M, words, stride),
+    pages, words, stride = pages_M.shape[0], pool_NB.shape[1] // 8, pool_NB.stride(0) // 8
+    chunks = triton.cdiv(pool_NB.shape[1] // _WORD, _CHUNK_WORDS)
+    within_K, before_C = _weights(chunks, pool_NB.device)
+    _copy_kernel[(pages, chunks)](
+        *(pool_NB.view(torch.int64), bytes_MB.view(torch.int64), pages_M, words, stride),
+        *(sum_M, 0 if sum_M is None else sum_M.stride(0), within_K, before_C),
         SCATTER=scatter,
-        W=_COPY_WORDS,
+        W=_CHUNK_WORDS // 2,
     )
 
 
@@ -129,19 +134,23 @@ def _powers(base: int, count: int) -> Tensor:
 
 @triton.jit
 def _copy_kernel(
-    pool_ptr, bytes_ptr, pages_ptr, skip_ptr, words, stride, SCATTER: tl.constexpr, W: tl.constexpr
-):
-    """Grid (pages, chunks); words of 64 bits. `skip_ptr`: None, or a flag for each page."""
-    i = tl.program_id(0).to(tl.int64)
-    if skip_ptr is not None:
-        words = tl.where(tl.load(skip_ptr + i), 0, words)
+    pool_ptr, bytes_ptr, pages_ptr, words, stride, sum_ptr, sum_stride, within_ptr, before_ptr,
+    SCATTER: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Grid (pages, chunks); words of 64 bits. `sum_ptr`: None, or where the checksums are added."""
+    i, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     page = tl.load(pages_ptr + i).to(tl.int64)
-    word_W = tl.program_id(1) * W + tl.arange(0, W)
+    k_W = tl.arange(0, W)
+    word_W = chunk * W + k_W
+    inside_W = word_W < words
     pool_ptr_W, bytes_ptr_W = pool_ptr + page * stride + word_W, bytes_ptr + i * words + word_W
-    if SCATTER:
-        tl.store(pool_ptr_W, tl.load(bytes_ptr_W, mask=word_W < words), mask=word_W < words)
-    else:
-        tl.store(bytes_ptr_W, tl.load(pool_ptr_W, mask=word_W < words), mask=word_W < words)
+    data_W = tl.load(bytes_ptr_W if SCATTER else pool_ptr_W, mask=inside_W, other=0)
+    tl.store(pool_ptr_W if SCATTER else bytes_ptr_W, data_W, mask=inside_W)
+    if sum_ptr is not None:
+        low_W = ((data_W & 0xFFFFFFFF) + 1) * tl.load(within_ptr + 2 * k_W)
+        high_W = (((data_W >> 32) & 0xFFFFFFFF) + 1) * tl.load(within_ptr + 2 * k_W + 1)
+        part = tl.sum(tl.where(inside_W, low_W + high_W, 0), 0) * tl.load(before_ptr + chunk)
+        tl.atomic_add(sum_ptr + i * sum_stride, part)
 
 
 @triton.jit

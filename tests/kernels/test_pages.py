@@ -57,17 +57,16 @@ def test_a_range_of_columns_is_gathered_and_scattered_alone():
         assert not other.any()
 
 
-def test_pages_to_skip_are_left_as_they_are():
-    pool, pages, skip = random_pages(6), torch.tensor([4, 1, 5]), torch.tensor([False, True, False])
-    packed = gather_pages(pool, pages)
-    expected = pool * torch.isin(torch.arange(6), torch.tensor([4, 5]))[:, None]
-    for scatter in (
-        scatter_pages,
-        lambda *a, skip_M: launch_copy(a[0], a[2], a[1], scatter=True, skip_M=skip_M),
-    ):
-        other = torch.zeros_like(pool)
-        scatter(other, pages, packed, skip_M=skip)
-        assert torch.equal(other, expected)
+@pytest.mark.parametrize("page_bytes", [128, 8192, PAGE_BYTES])
+def test_copying_adds_the_checksums_where_it_is_told(page_bytes):
+    pool, pages = random_pages(6, page_bytes), torch.tensor([4, 1, 5])
+    expected = checksum_pages(pool[pages])
+    packed, sums = torch.empty(3, page_bytes, dtype=torch.uint8), torch.zeros(3, 4, dtype=torch.int64)
+    gather_pages(pool, pages, packed, sum_M=sums[:, 0])
+    scatter_pages(pool, pages, packed, sum_M=sums[:, 1])
+    launch_copy(pool, packed, pages, scatter=False, sum_M=sums[:, 2])
+    launch_copy(pool, packed, pages, scatter=True, sum_M=sums[:, 3])
+    assert torch.equal(sums, expected[:, None].expand(-1, 4))
 
 
 def test_without_a_compiler_the_bytes_are_the_same(monkeypatch):
