@@ -80,9 +80,8 @@ class GpuConfig:
 class StoreConfig:
     """How replicas of one deployment share blocks. Offline batches share nothing."""
 
-    share: bool | None = None
-    """Fetch blocks that another replica holds, where that is sooner than computing them, and lend one's own.
-    None: on CPUs; on GPUs only when asked for, because links over NCCL have not been run on any yet."""
+    share: bool = True
+    """Fetch blocks that another replica holds, where that is sooner than computing them, and lend one's own."""
     min_fetch_blocks: int = 2
     """Fewer missing blocks are computed without asking anybody."""
     lookup_timeout_s: float = 0.25

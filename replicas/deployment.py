@@ -28,7 +28,6 @@ from quire.replicas.config import EngineConfig, StoreConfig
 from quire.replicas.neighbours import GrpcNeighbours, peer_name
 from quire.replicas.service import EngineService, bind
 from quire.replicas.service import serve as serve_on
-from quire.replicas.shard import shard_device
 from quire.replicas.shard_process import ShardSpec, serve_shard
 
 _STOP_WAIT_S = 5.0
@@ -109,8 +108,7 @@ class Replica:
         me = peer_name(self._address)
         self._neighbours: GrpcNeighbours | None = None
         self._hand_over_s = config.store.hand_over_s
-        share = config.store.share
-        if shard_device(config, 0).type == "cpu" if share is None else share:
+        if config.store.share:
             self._neighbours = await asyncio.to_thread(_neighbours, me, secret, config.store)
         self._engine = await asyncio.to_thread(
             AsyncEngine,

@@ -17,7 +17,7 @@ from quire.replicas.engine import Engine
 from quire.replicas.errors import ModelNotServable
 from quire.replicas.executor import Executor, ShardLauncher
 from quire.replicas.model.checkpoint import find_model
-from quire.replicas.shard import Shard
+from quire.replicas.shard import Shard, shard_device
 from quire.replicas.sharing import BlockSharing, Neighbours
 
 
@@ -37,7 +37,7 @@ def load_engine(
     Raises: ConfigError, UnknownModel, ModelNotServable, ReplicaDied.
     """
     tokenizer = load_tokenizer(config.model)
-    links = LinkConfig() if neighbours else None
+    links = LinkConfig.on(shard_device(config, 0)) if neighbours else None
     executor = Executor(config, launcher, progress, host=host, links=links)
 
     def share(pool: PagePool) -> BlockSharing:

@@ -76,6 +76,7 @@ def load_model(
     model.train(False)
     if device.type == "cuda":
         merge_products(model)
+        torch.cuda.empty_cache()  # what they were merged from is the pool's
     layers = probe_attention(model)
     if tp > 1 and layers[0].query_heads != shard.num_attention_heads:
         raise ModelNotServable(

@@ -28,12 +28,14 @@ RECALL = [recall_prompt(TOKENIZER, seed, distance) for distance in (100, 400, 90
 STORIES = mixed_prompts(TOKENIZER, [5, 64, 700, 90, 2])
 
 
-def answers(kv: str, device: str, gpu: GpuConfig | None = None, **scheduler: int) -> list[str]:
+def answers(kv: str, device: str, gpu: GpuConfig | None = None, tp: int = 1, **scheduler: int) -> list[str]:
     """What is recalled of facts told far back: answers that the model is sure of, so that rounding a number
     between two codes the other way does not turn them.
     """
     limits = SchedulerConfig(**scheduler)
-    with LLM("demo", kv=kv, device=device, dtype="float32", gpu=gpu, pool=POOL, scheduler=limits) as llm:
+    with LLM(
+        "demo", kv=kv, device=device, tp=tp, dtype="float32", gpu=gpu, pool=POOL, scheduler=limits
+    ) as llm:
         done = llm.generate([prompt for prompt, _ in RECALL], SamplingParams(max_tokens=7))
         llm.check()
         assert llm.stats().pages_used == 0
@@ -64,6 +66,12 @@ def test_every_tokens_probability_is_that_of_the_cpu(kv):
 @pytest.mark.parametrize("gpu", WAYS[1:], ids=lambda g: f"compile={g.compile}-graphs={g.graphs}")
 def test_however_a_step_runs_the_answers_are_the_same(gpu):
     assert answers("int8", "cuda", gpu) == answers("int8", "cuda", WAYS[0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kv", ["bf16", "int4"])
+def test_two_gpus_give_the_answers_of_one(kv):
+    assert answers(kv, "cuda", tp=2) == answers(kv, "cuda")
 
 
 def test_chunks_and_batches_of_any_size_give_the_same_answers():
