@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format protos clean
+.PHONY: demo test lint format protos observability clean
 
 demo: $(VENV)/.runtime
 	scripts/loopback $(BIN)/quire demo
@@ -30,6 +30,9 @@ format: $(VENV)/.dev
 
 protos: $(VENV)/.dev
 	$(BIN)/python scripts/protos.py
+
+observability: $(VENV)/.dev
+	$(BIN)/python scripts/observability.py
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

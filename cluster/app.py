@@ -12,6 +12,7 @@ from ray.serve import Application
 
 from quire.cluster.config import ReplicaConfig, ServeConfig, parse
 from quire.cluster.gateway.deployment import Gateway
+from quire.cluster.metrics.publish import publish_replica
 from quire.replicas.config import EngineConfig
 from quire.replicas.deployment import Replica
 
@@ -33,7 +34,7 @@ def application(config: ServeConfig) -> Application:
     if config.replicas.count == 1:  # nobody to share with
         engine = replace(engine, store=replace(engine.store, share=False))
     replica = serve.deployment(**_replica_options(engine, config.replicas, gpus))(Replica).bind(
-        engine, secret, config.replicas.cpus_per_shard, gpus
+        engine, secret, config.replicas.cpus_per_shard, gpus, publish_replica
     )
     gateway = serve.deployment(
         name="Gateway",

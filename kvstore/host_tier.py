@@ -64,6 +64,10 @@ class HostTier:
         self._slot_of: OrderedDict[BlockKey, SlotId] = OrderedDict()
 
     @property
+    def slots(self) -> int:
+        return self._total
+
+    @property
     def used(self) -> int:
         return len(self._slot_of)
 

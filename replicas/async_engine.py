@@ -124,6 +124,15 @@ class AsyncEngine:
             raise self._death
         self._executor.check()
 
+    @property
+    def healthy(self) -> bool:
+        """Whether `check_health` would not raise."""
+        try:
+            self.check_health()
+        except ReplicaDied:
+            return False
+        return True
+
     def close(self) -> None:
         """Fail what is open, stop the thread and the shards."""
         with self._arrived:

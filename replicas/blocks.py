@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from typing import Any, Protocol
 
 from quire.kvstore.host_tier import Copies, HostTier
 from quire.kvstore.keys import BlockKey
@@ -53,7 +53,7 @@ class BlockStore:
         """Leading blocks of the sequence that are in the pool now, and how many of them nobody uses."""
         keys = seq.shareable_keys()
         if not seq.brought_back:
-            self._bring_back(keys)
+            seq.promoted_blocks = self._bring_back(keys)
             seq.brought_back = True
         return self.pool.lookup(keys)
 
@@ -72,6 +72,32 @@ class BlockStore:
         self.host.forget(keys)
         self.sharing.evicted(keys)
 
+    def numbers(self) -> dict[str, Any]:
+        """Its part of `EngineStats`."""
+        pool, host, moved = self.pool, self.host, self.sharing.stats
+        return {
+            "pages_total": pool.total,
+            "pages_free": pool.free,
+            "pages_cached": pool.cached,
+            "pages_used": pool.used,
+            "host_slots": host.slots,
+            "host_blocks": host.used,
+            "demoted_blocks": host.stats.demoted,
+            "promoted_blocks": host.stats.promoted,
+            "dropped_blocks": host.stats.dropped,
+            "fetch_choices": self.sharing.choices,
+            "fetches": moved.fetches,
+            "fetch_seconds": moved.seconds_fetching,
+            "fetched_blocks": moved.blocks_fetched,
+            "failed_fetches": moved.fetch_failures.total(),
+            "fetch_failures": {cause.value: count for cause, count in moved.fetch_failures.items()},
+            "loans": moved.loans,
+            "loan_failures": {cause.value: count for cause, count in moved.loan_failures.items()},
+            "bytes_received": moved.bytes_received,
+            "bytes_sent": moved.bytes_sent,
+            "bytes_saved": moved.bytes_saved,
+        }
+
     def check(self, held: Iterable[PageId]) -> None:
         """Hold the books against the pages that sequences hold. Raises IntegrityError."""
         self.pool.check([*held, *self.sharing.held_pages()])
@@ -82,8 +108,8 @@ class BlockStore:
         self._copier.demote(self.host.demote(blocks))
         self.sharing.evicted([key for key, _ in blocks])
 
-    def _bring_back(self, keys: Seq[BlockKey]) -> None:
-        """Blocks that host memory holds, into the pool, where they are found like all others."""
+    def _bring_back(self, keys: Seq[BlockKey]) -> int:
+        """Blocks that host memory holds, into the pool, where they are found like all others. How many."""
         held = self.pool.share(keys)  # or they might make room for what follows them
         missing = keys[len(held) :]
         pages = self.pool.allocate(min(self.host.match(missing), self.pool.available))
@@ -93,3 +119,4 @@ class BlockStore:
             self._copier.promote(self.host.promote([key for key, _ in blocks], pages[: len(blocks)]))
             self.publish(blocks)
         self.pool.release(held + pages)
+        return len(blocks)

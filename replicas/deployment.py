@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray import serve
@@ -93,13 +93,30 @@ class RayShards:
             self._failure = self._failure or f"shard {rank} is gone: {how}"
 
 
+class Publisher(Protocol):
+    """Says what an engine counts, until closed."""
+
+    def close(self) -> None: ...
+
+
+Publish = Callable[[AsyncEngine, EngineConfig], Publisher]
+
+
 class Replica:
     """Options (name, placement group, health checks) are set by `cluster/app.py`."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: EngineConfig, secret: str, cpus_per_shard: float, gpus_per_shard: float
+        self,
+        config: EngineConfig,
+        secret: str,
+        cpus_per_shard: float,
+        gpus_per_shard: float,
+        publish: Publish,
     ) -> None:
-        """Loads the model and listens. Raises UnknownModel, ModelNotServable, ConfigError, ReplicaDied."""
+        """Loads the model and listens; `publish` tells the metrics.
+
+        Raises UnknownModel, ModelNotServable, ConfigError, ReplicaDied.
+        """
         bundles = get_current_placement_group()
         assert bundles is not None, "cluster/app.py deploys replicas in placement groups"
         launcher = RayShards(bundles, cpus=cpus_per_shard, gpus=gpus_per_shard)
@@ -120,6 +137,7 @@ class Replica:
         )
         service = EngineService(self._engine, secret=secret, replica_id=name, peer_id=me)
         await serve_on(self._server, service)
+        self._metrics = publish(self._engine, config)
         log.info("replica %s answers at %s", name, self._address)
 
     def record_replica_metadata(self) -> dict[str, str]:
@@ -135,6 +153,7 @@ class Replica:
         if self._neighbours is not None:
             others = await asyncio.to_thread(self._neighbours.others)
             await asyncio.to_thread(self._engine.hand_over, others, self._hand_over_s)
+        await asyncio.to_thread(self._metrics.close)
         await asyncio.to_thread(self._engine.close)
         if self._neighbours is not None:
             self._neighbours.close()

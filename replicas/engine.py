@@ -14,7 +14,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -42,6 +42,7 @@ from quire.replicas.sampler import Sampled, needs_tokens, start_sampling
 from quire.replicas.scheduler import SchedulerState, SeqId, StepPlan, plan_step
 from quire.replicas.sequence import Progress, Sequence
 from quire.replicas.sharing import Alone, BlockSharing
+from quire.replicas.step_clock import Part, StepClock
 
 
 class StepExecutor(Copier, Protocol):
@@ -80,6 +81,7 @@ class Engine:
         self._max_step_tokens = max_step_tokens
         self._tokenizer = tokenizer
         self._clock = clock
+        self._time = StepClock(clock)
         self._blocks = BlockStore(executor, share)
         self._pool, self._sharing = self._blocks.pool, self._blocks.sharing
         self._waiting: dict[SeqId, Sequence] = {}  # in order of arrival
@@ -90,7 +92,6 @@ class Engine:
         self._next_id = 0
         self._events: list[Event] = []
         self._counts: Counter[str] = Counter()
-        self._step_seconds = 0.0
         self._end_tokens = frozenset(info.eos_token_ids)
 
     @property
@@ -109,23 +110,14 @@ class Engine:
         return len(self._waiting)
 
     def stats(self) -> EngineStats:
-        pool, moved = self._pool, self._sharing.stats
+        parts = self._time.seconds
         return EngineStats(
-            **self._counts,
-            demoted_blocks=self._blocks.host.stats.demoted,
-            promoted_blocks=self._blocks.host.stats.promoted,
-            fetched_blocks=moved.blocks_fetched,
-            failed_fetches=moved.fetch_failures.total(),
-            bytes_received=moved.bytes_received,
-            bytes_sent=moved.bytes_sent,
-            bytes_saved=moved.bytes_saved,
-            step_seconds=self._step_seconds,
+            **self._blocks.numbers(),
+            **dict[str, Any](self._counts),
+            step_seconds=sum(parts.values()),
+            step_part_seconds=parts,
             running=len(self._running),
             queued=len(self._waiting),
-            pages_total=pool.total,
-            pages_free=pool.free,
-            pages_cached=pool.cached,
-            pages_used=pool.used,
         )
 
     def check(self) -> None:
@@ -196,9 +188,10 @@ class Engine:
 
         Raises ReplicaDied; the caller then decides about the open requests (`fail_all`).
         """
-        started = self._clock()
+        self._time.start()
         self._expire()
-        self._sharing.poll(started, self._queued_tokens())
+        self._sharing.poll(self._clock(), self._queued_tokens())
+        self._time.ended(Part.PLAN)
         before, self._launched = self._launched, None
         if before and any(map(needs_tokens, self._running.values())):
             self._absorb(before)
@@ -211,7 +204,6 @@ class Engine:
             self._launched = launched
         elif launched:
             self._absorb(launched)
-        self._step_seconds += self._clock() - started
         return self.take_events()
 
     def take_events(self) -> tuple[Event, ...]:
@@ -253,7 +245,7 @@ class Engine:
             if seq.progress.admitted_s is None:
                 seq.progress.admitted_s = self._clock()
                 seq.progress.cached_tokens = seq.computed
-                self._counts["cached_tokens"] += seq.computed
+                self._counts.update(seq.hits())
         jobs = []
         prompt_rows = PROMPT_ROWS
         for work in plan.work:
@@ -276,6 +268,7 @@ class Engine:
     def _launch(self, plan: StepPlan, before: LaunchedStep | None) -> LaunchedStep | None:
         """Start the planned step, and advance the books as if it were done. `before` is still under way."""
         jobs = self._carry_out(plan)
+        self._time.ended(Part.PLAN)
         if not jobs:
             return None
         launched_s = self._clock()
@@ -296,6 +289,7 @@ class Engine:
             if job.due:
                 due.append(seq)
                 last_rows.append(row - 1)
+        self._time.ended(Part.FORWARD)
         samples = None
         if due:
             rows_RV = logits_RV if len(last_rows) == row else logits_RV[last_rows]
@@ -305,12 +299,14 @@ class Engine:
         self._counts["steps"] += 1
         self._counts["prompt_tokens"] += prompt_tokens
         row_of = {seq.id: row for row, seq in enumerate(due)}
+        self._time.ended(Part.SAMPLE)
         before_each = tokens_before / max(prompt_tokens, 1)
         return LaunchedStep(jobs, samples, row_of, prompt_tokens, before_each, launched_s)
 
     def _absorb(self, step: LaunchedStep) -> None:
         """Wait for a step, publish the blocks it completed, append its tokens."""
         samples = step.samples.collect() if step.samples else []
+        self._time.ended(Part.SAMPLE)
         now = self._clock()
         seconds = now - max(step.launched_s, self._absorbed_s)
         self._sharing.prefilled(step.prompt_tokens, seconds, step.prompt_before)
@@ -325,12 +321,14 @@ class Engine:
             kept = seq.evictions == job.evictions
             if job.due and drawn is None:
                 self._blocks.withdraw(seq, seq.pages if kept else [])
+                self._counts["nonfinite_outputs"] += 1
                 self._fail(seq.request.id, Status.INTERNAL, _NOT_FINITE)
                 continue
             if kept:
                 self._blocks.publish(list(seq.complete_blocks(job.end)))
             if drawn is not None:
                 self._append(seq, drawn)
+        self._time.ended(Part.EMIT)
 
     def _append(self, seq: Sequence, drawn: Sampled) -> None:
         """The sequence grows by one token: say so, and end it if this was its last."""

@@ -74,6 +74,10 @@ class Sequence:
     """Leading blocks already offered to the prefix index."""
     brought_back: bool = False
     """Whether host memory was asked for its prefix since it last gave its pages back."""
+    fetched_blocks: int = 0
+    """That another replica sent while it waited."""
+    promoted_blocks: int = 0
+    """That came back from host memory when it was last looked for."""
     evictions: int = 0
     """How often it gave its pages back: what a step before that computed is gone."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -125,6 +129,16 @@ class Sequence:
         if self.wants_prompt_logprobs:
             return []
         return self.keys()[: (len(self.tokens) - 1) // self.page_tokens]
+
+    def hits(self) -> dict[str, int]:
+        """Tokens that are cached as it is admitted, and of these the ones whose blocks came for it."""
+        remote = min(self.fetched_blocks, len(self.pages))
+        host = min(self.promoted_blocks, len(self.pages) - remote)
+        return {
+            "cached_tokens": self.computed,
+            "remote_tokens": remote * self.page_tokens,
+            "host_tokens": host * self.page_tokens,
+        }
 
     def complete_blocks(self, computed: int) -> Iterator[tuple[BlockKey, PageId]]:
         """Blocks that are complete once `computed` tokens are, and that were not returned before."""

@@ -14,7 +14,7 @@ A replica that leaves says which chains of blocks were used last; those that sta
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
@@ -59,6 +59,7 @@ class Shards(Protocol):
 class _Pending:
     """A sequence that waits for news of its prefix."""
 
+    seq: Sequence
     keys: tuple[BlockKey, ...]
     """Of its prompt's blocks, those that are here included."""
     until_s: float
@@ -115,6 +116,7 @@ class Alone:
 
     def __init__(self) -> None:
         self.stats = TransferStats()
+        self.choices: Mapping[str, int] = {}
 
     def holds_back(self, seq: SeqId) -> bool:
         return False
@@ -169,6 +171,12 @@ class BlockSharing:
         return self._exchange.stats
 
     @property
+    def choices(self) -> Mapping[str, int]:
+        """How often blocks that another replica held were fetched, and how often computed all the same."""
+        made = self._cost.stats
+        return {Choice.FETCH.value: made.fetches, Choice.RECOMPUTE.value: made.recomputes}
+
+    @property
     def has_news(self) -> bool:
         return bool(self._inbox)
 
@@ -218,7 +226,7 @@ class BlockSharing:
         self._remember(keys)
         if len(keys) - here < self._config.min_fetch_blocks:
             return
-        self._pending[seq.id] = _Pending(keys, now_s + self._config.lookup_timeout_s)
+        self._pending[seq.id] = _Pending(seq, keys, now_s + self._config.lookup_timeout_s)
         self._neighbours.lookup(keys, lambda holders: self._put(_Answer(seq.id, holders)))
 
     def forget(self, seq: SeqId) -> None:
@@ -353,6 +361,7 @@ class BlockSharing:
         for seq, pending in list(self._pending.items()):
             if pending.transfer != effect.transfer:
                 continue
+            pending.seq.fetched_blocks += effect.blocks
             if effect.failure in _OTHERS_MAY and pending.others:
                 pending.transfer = None
                 self._answered(seq, pending.others, queued_tokens, now_s)

@@ -35,6 +35,8 @@ _COUNTERS = (
     "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "requests_finished",
     "requests_failed", "requests_cancelled", "step_seconds", "fetched_blocks", "failed_fetches",
     "bytes_received", "bytes_sent", "bytes_saved", "demoted_blocks", "promoted_blocks",
+    "remote_tokens", "host_tokens", "nonfinite_outputs", "step_part_seconds", "dropped_blocks", "host_blocks",
+    "host_slots", "fetches", "fetch_seconds", "fetch_failures", "loans", "loan_failures", "fetch_choices",
 )  # fmt: skip
 
 

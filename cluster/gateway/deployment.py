@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,8 +12,11 @@ from ray.serve.handle import DeploymentHandle
 from quire.cluster.config import GatewayConfig
 from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService
+from quire.cluster.gateway.meter import Answered, Meter
 from quire.cluster.gateway.prompts import Prompts
 from quire.cluster.gateway.server import listen
+from quire.cluster.metrics.publish import Publisher
+from quire.cluster.metrics.samples import gateway_samples, observations
 from quire.replicas.model.checkpoint import find_model
 
 _STOP_GRACE_S = 1.0
@@ -39,14 +43,23 @@ class Gateway:
         """Listens when done. Raises ConfigError if the port is taken or the model has no tokenizer."""
         self._fleet = Fleet(ServeChooser(replicas), secret=secret, wait_s=config.replica_wait_s)
         service = InferenceService(
-            self._fleet, Prompts(find_model(model)), max_open_requests=config.max_open_requests
+            self._fleet,
+            Prompts(find_model(model)),
+            max_open_requests=config.max_open_requests,
+            meter=Meter(self._observe),
         )
+        self._metrics = Publisher(lambda: gateway_samples(service.numbers()))
         self._listener = await listen(service, config)
 
     async def port(self) -> int:
         """The port it listens on."""
         return self._listener.port
 
+    def _observe(self, answered: Answered) -> None:
+        for metric, value in observations(answered):
+            self._metrics.observe(metric, value)
+
     async def __del__(self) -> None:
+        await asyncio.to_thread(self._metrics.close)
         await self._listener.stop(_STOP_GRACE_S)
         await self._fleet.close()

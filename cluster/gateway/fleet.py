@@ -57,6 +57,11 @@ class Fleet:
         self._connecting = asyncio.Lock()
         self._model: inference_pb2.Model | None = None
 
+    @property
+    def linked(self) -> int:
+        """Replicas with a living link. From any thread."""
+        return sum(link.alive for link in tuple(self._links.values()))
+
     @asynccontextmanager
     async def reserve(self) -> AsyncIterator[ReplicaLink]:
         """A place on a living replica, given back at the end.

@@ -15,11 +15,12 @@ from typing import Any
 import grpc
 
 from quire.cluster.gateway.fleet import Fleet
+from quire.cluster.gateway.meter import GatewayNumbers, Meter, Watch
 from quire.cluster.gateway.prompts import Prompts
 from quire.cluster.gateway.relay import Relay
 from quire.cluster.status import code_of
 from quire.protos.quire.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
-from quire.replicas.errors import InvalidRequest, QueueFull, QuireError, UnknownModel
+from quire.replicas.errors import InvalidRequest, QueueFull, QuireError, Status, UnknownModel
 from quire.replicas.wire import sampling_from_proto
 
 _log = logging.getLogger(__name__)
@@ -31,8 +32,11 @@ MAX_PRIORITY = 100
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """One for each gateway; all methods run on its event loop."""
 
-    def __init__(self, fleet: Fleet, prompts: Prompts, *, max_open_requests: int) -> None:
+    def __init__(
+        self, fleet: Fleet, prompts: Prompts, *, max_open_requests: int, meter: Meter | None = None
+    ) -> None:
         self._fleet = fleet
+        self._meter = meter or Meter()
         self._prompts = prompts
         self._max_open_requests = max_open_requests
         self._open = 0
@@ -40,7 +44,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._relays: dict[str, Relay] = {}
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
-        async with _answering(context), self._admitted(), self._named(request, context) as relay:
+        async with (
+            self._answering(context, "Generate") as watch,
+            self._admitted(),
+            self._named(request, context) as relay,
+        ):
             model = await self._model(request.model)
             match request.WhichOneof("prompt"):
                 case "text":
@@ -49,13 +57,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     token_ids = request.token_ids.ids
                 case _:
                     raise InvalidRequest("the request has no prompt; set text or token_ids")
-            await relay.run(_submit_of(request, token_ids, model), context.write)
+            await relay.run(_submit_of(request, token_ids, model), watch.watched(context.write))
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> None:
-        async with _answering(context), self._admitted(), self._named(request, context) as relay:
+        async with (
+            self._answering(context, "Chat") as watch,
+            self._admitted(),
+            self._named(request, context) as relay,
+        ):
             model = await self._model(request.model)
             token_ids = await self._prompts.encode_chat(request.messages)
-            await relay.run(_submit_of(request, token_ids, model), context.write)
+            await relay.run(_submit_of(request, token_ids, model), watch.watched(context.write))
 
     async def Cancel(
         self, request: inference_pb2.CancelRequest, context: Context
@@ -68,7 +80,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        async with _answering(context):
+        async with self._answering(context, "Tokenize"):
             await self._model(request.model)
             if request.messages:
                 token_ids = await self._prompts.encode_chat(request.messages)
@@ -79,22 +91,53 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
-        async with _answering(context):
+        async with self._answering(context, "Detokenize"):
             _check_token_ids(request.token_ids, await self._model(request.model))
             return inference_pb2.DetokenizeResponse(text=await self._prompts.decode(request.token_ids))
 
     async def GetModel(self, request: inference_pb2.GetModelRequest, context: Context) -> inference_pb2.Model:
-        async with _answering(context):
+        async with self._answering(context, "GetModel"):
             return await self._model(request.model)
 
     async def GetStats(self, request: inference_pb2.GetStatsRequest, context: Context) -> inference_pb2.Stats:
-        async with _answering(context):
+        async with self._answering(context, "GetStats"):
             return inference_pb2.Stats(
                 model=await self._fleet.model(),
                 replicas=await self._fleet.stats(),
                 gateway_open_requests=self._open,
                 gateway_retries=self._retries,
             )
+
+    def numbers(self) -> GatewayNumbers:
+        """What it counts. From any thread."""
+        return GatewayNumbers(
+            open_requests=self._open,
+            max_open_requests=self._max_open_requests,
+            retries=self._retries,
+            replicas=self._fleet.linked,
+            outcomes=dict(self._meter.outcomes),
+        )
+
+    @asynccontextmanager
+    async def _answering(self, context: Context, method: str) -> AsyncIterator[Watch]:
+        """Turns what is raised inside into the call's status; a bug shows its traceback in the log only."""
+        with self._meter.call(method) as watch:
+            try:
+                yield watch
+            except QuireError as error:
+                watch.status = error.status.value
+                await context.abort(code_of(error), str(error))
+            except asyncio.CancelledError:  # the client has gone, or its time is over
+                left_s = context.time_remaining()
+                over = left_s is not None and left_s <= 0
+                watch.status = (Status.DEADLINE_EXCEEDED if over else Status.CANCELLED).value
+                raise
+            except Exception:
+                watch.status = Status.INTERNAL.value
+                _log.exception("unexpected error while answering a request")
+                await context.abort(
+                    grpc.StatusCode.INTERNAL, "an error inside the gateway; its log says more"
+                )
 
     @asynccontextmanager
     async def _admitted(self) -> AsyncIterator[None]:
@@ -134,20 +177,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._retries += relay.retries
             if request.request_id:
                 del self._relays[request.request_id]
-
-
-@asynccontextmanager
-async def _answering(context: Context) -> AsyncIterator[None]:
-    """Turns what is raised inside into the call's status; a bug shows its traceback in the log only."""
-    try:
-        yield
-    except QuireError as error:
-        await context.abort(code_of(error), str(error))
-    except asyncio.CancelledError:
-        raise  # the client has gone
-    except Exception:
-        _log.exception("unexpected error while answering a request")
-        await context.abort(grpc.StatusCode.INTERNAL, "an error inside the gateway; its log says more")
 
 
 def _submit_of(request: Asked, token_ids: Sequence[int], model: inference_pb2.Model) -> engine_pb2.Submit:

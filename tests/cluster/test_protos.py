@@ -31,7 +31,7 @@ def test_fields_are_documented_unless_their_name_is_all_there_is_to_say():
     for path in PROTOS:
         before = ""
         for line in path.read_text().splitlines():
-            found = re.match(r"\s+(?:repeated |optional )?[\w.]+ (\w+) = \d+;", line)
+            found = re.match(r"\s+(?:repeated |optional )?(?:map<\w+, \w+>|[\w.]+) (\w+) = \d+;", line)
             if found and found[1] not in plain and "//" not in before + line:
                 missing.append(f"{path.name}: {found[1]}")
             before = line

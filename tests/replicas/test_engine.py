@@ -368,6 +368,10 @@ def test_numbers_that_are_not_finite_fail_their_request_and_no_other(engine):
     assert found["a"][-1].status is Status.INTERNAL
     assert "not finite" in found["a"][-1].message
     assert len(_tokens(found["b"])) == 8
+    stats = engine.stats()
+    assert (stats.nonfinite_outputs, stats.requests_failed, stats.requests_finished) == (1, 1, 1)
+    assert all(seconds > 0 for seconds in stats.step_part_seconds.values())
+    assert sum(stats.step_part_seconds.values()) == stats.step_seconds
 
 
 def test_blocks_of_a_request_that_went_wrong_are_not_shared(engine):

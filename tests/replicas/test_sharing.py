@@ -58,6 +58,11 @@ def test_a_prefix_computed_by_one_is_used_by_the_other_with_the_same_logits(kv):
         assert answer(got) == answer(computed) == answer(recomputed)
         assert got[-1].usage.cached_tokens == BLOCKS * 64
         assert fetched(b) == BLOCKS
+        stats = b.engine.stats()
+        assert stats.remote_tokens == stats.cached_tokens == BLOCKS * 64
+        assert (stats.fetches, stats.fetch_choices["fetch"], stats.fetch_failures) == (1, 1, {})
+        b.ask(PROMPT)  # again: they were here already
+        assert b.engine.stats().remote_tokens == BLOCKS * 64
         stats, layout = b.engine._engine.sharing.stats, b.engine._executor.shard.layout
         assert stats.bytes_received == BLOCKS * layout.page_bytes
         for resident in (a, b):

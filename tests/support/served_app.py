@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,13 +49,23 @@ class Served:
 
 
 @contextmanager
-def quire_serve(folder: Path, **changes: dict[str, object]) -> Iterator[Served]:
-    """Up until the context ends, then gone; `folder` takes its configuration, with `changes` by branch."""
+def quire_serve(
+    folder: Path, *, environment: Mapping[str, str] | None = None, **changes: dict[str, object]
+) -> Iterator[Served]:
+    """Up until the context ends, then gone; `folder` takes its configuration, with `changes` by branch.
+
+    `environment`: what is to be added to the test's own.
+    """
     config = folder / "config.yaml"
     tree = {branch: {**values, **changes.get(branch, {})} for branch, values in CONFIG.items()}
     config.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "quire.cluster.cli", "serve", "--config", str(config)]
-    process = subprocess.Popen([*command, "--port", str(_free_port())], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--port", str(free_port())],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
     assert process.stderr is not None
     said = []
     try:
@@ -72,7 +83,7 @@ def quire_serve(folder: Path, **changes: dict[str, object]) -> Iterator[Served]:
         assert not psutil.wait_procs(below, timeout=10)[1], "a process was left behind"
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

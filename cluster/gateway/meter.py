@@ -1,0 +1,123 @@
+"""What a gateway's clients see: how calls end, and how long they wait. Knows no Ray.
+
+A call costs a few additions for each of its messages; what they come to is handed on once, at its end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from quire.protos.quire.v1 import inference_pb2
+
+Send = Callable[[inference_pb2.Delta], Awaitable[None]]
+OK = "OK"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """A request that ended well."""
+
+    first_token_s: float
+    inter_token_s: float | None
+    """Mean between two tokens of an output; None: no output has two."""
+    longest_pause_s: float | None
+    """Between two messages with tokens; None: there was one."""
+    total_s: float
+    queue_s: float
+    """At the replica."""
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayNumbers:
+    """What a gateway counts."""
+
+    open_requests: int
+    max_open_requests: int
+    retries: int
+    replicas: int
+    outcomes: Mapping[tuple[str, str], int]
+    """By RPC and status."""
+
+
+class Watch:
+    """One call, from its arrival on."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._arrived_s = clock()
+        self._first_s: float | None = None
+        self._last_s = 0.0
+        self._pause_s = 0.0
+        self._messages = 0
+        self._outputs = 0
+        self._usage: inference_pb2.Usage | None = None
+        self._queue_s = 0.0
+        self.status = OK
+
+    def watched(self, send: Send) -> Send:
+        """`send`, seen from here."""
+
+        async def send_watched(delta: inference_pb2.Delta) -> None:
+            if delta.token_ids:
+                self._saw_tokens(delta)
+            if delta.HasField("usage"):
+                self._usage, self._queue_s = delta.usage, delta.timings.queue_s
+            await send(delta)
+
+        return send_watched
+
+    def answered(self) -> Answered | None:
+        """None unless the call was a request and ended well, with a token at least."""
+        if self.status != OK or self._usage is None or self._first_s is None:
+            return None
+        steps = self._usage.output_tokens / self._outputs - 1
+        return Answered(
+            first_token_s=self._first_s - self._arrived_s,
+            inter_token_s=(self._last_s - self._first_s) / steps if steps > 0 else None,
+            longest_pause_s=self._pause_s if self._messages > 1 else None,
+            total_s=self._clock() - self._arrived_s,
+            queue_s=self._queue_s,
+            prompt_tokens=self._usage.prompt_tokens,
+            output_tokens=self._usage.output_tokens,
+        )
+
+    def _saw_tokens(self, delta: inference_pb2.Delta) -> None:
+        now = self._clock()
+        if self._first_s is None:
+            self._first_s = now
+        else:
+            self._pause_s = max(self._pause_s, now - self._last_s)
+        self._last_s = now
+        self._messages += 1
+        self._outputs = max(self._outputs, delta.index + 1)
+
+
+class Meter:
+    """All calls of one gateway. Used on its event loop; `outcomes` may be read anywhere."""
+
+    def __init__(
+        self,
+        on_answered: Callable[[Answered], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        """Calls that ended, by RPC and gRPC status."""
+        self._on_answered = on_answered
+        self._clock = clock
+
+    @contextmanager
+    def call(self, method: str) -> Iterator[Watch]:
+        """A call of the RPC `method`; whoever answers it sets the watch's `status`."""
+        watch = Watch(self._clock)
+        try:
+            yield watch
+        finally:
+            self.outcomes[method, watch.status] += 1
+            if (answered := watch.answered()) is not None:
+                self._on_answered(answered)
