@@ -81,7 +81,7 @@ class StoreConfig:
     """How replicas of one deployment share blocks. Offline batches share nothing."""
 
     share: bool = True
-    """Fetch blocks that another replica holds, where that is sooner than computing them, and lend one's own."""
+    """Fetch blocks that another replica holds, where that is sooner than computing them, and lend one's."""
     min_fetch_blocks: int = 2
     """Fewer missing blocks are computed without asking anybody."""
     lookup_timeout_s: float = 0.25

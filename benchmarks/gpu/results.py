@@ -1,4 +1,4 @@
-"""Rows of one card and day in one file, and what changed against the last such file."""
+"""Rows of one card and day in one file, and what changed against earlier ones."""
 
 from __future__ import annotations
 
@@ -31,11 +31,15 @@ def load(file: Path) -> list[Row]:
     return [Row(**fields) for fields in json.loads(file.read_text())] if file.exists() else []
 
 
-def last_before(file: Path) -> Path | None:
-    """The newest results of the same card with an earlier date."""
+def rows_before(file: Path) -> list[Row]:
+    """The newest row of every case and metric among the same card's results of earlier dates.
+
+    A run may have measured a few parts only: what it left out is compared with an older one.
+    """
     card = file.stem[: -len("-2026-01-31")]
     earlier = sorted(f for f in file.parent.glob(f"{card}-????-??-??.json") if f.name < file.name)
-    return earlier[-1] if earlier else None
+    newest = {(row.case, row.metric): row for each in earlier for row in load(each)}
+    return list(newest.values())
 
 
 def regressions(rows: Sequence[Row], before: Sequence[Row]) -> list[str]:

@@ -29,12 +29,17 @@ def test_a_later_row_of_a_case_replaces_the_earlier(results, tmp_path):
     assert [(r.case, r.value) for r in results.load(file)] == [("a", 3.0), ("b", 2.0)]
 
 
-def test_the_last_earlier_results_of_the_same_card_are_found(results, tmp_path):
-    for name in ("gpu-a-2026-01-01", "gpu-a-2026-02-01", "gpu-a-2026-03-01", "gpu-b-2026-02-15"):
-        results.save([], tmp_path / f"{name}.json")
-    earlier = results.last_before(results.file_for("GPU A", "2026-03-01", tmp_path))
-    assert earlier == tmp_path / "gpu-a-2026-02-01.json"
-    assert results.last_before(results.file_for("GPU C", "2026-03-01", tmp_path)) is None
+def test_the_newest_earlier_row_of_every_case_is_compared(results, tmp_path):
+    for name, cases in {
+        "gpu-a-2026-01-01": {"x": 1.0, "y": 2.0},
+        "gpu-a-2026-02-01": {"x": 3.0},
+        "gpu-a-2026-03-01": {"x": 4.0},
+        "gpu-b-2026-02-15": {"x": 5.0},
+    }.items():
+        results.save([row(results, case, value) for case, value in cases.items()], tmp_path / f"{name}.json")
+    before = results.rows_before(results.file_for("GPU A", "2026-03-01", tmp_path))
+    assert {r.case: r.value for r in before} == {"x": 3.0, "y": 2.0}
+    assert results.rows_before(results.file_for("GPU C", "2026-03-01", tmp_path)) == []
 
 
 @pytest.mark.parametrize(

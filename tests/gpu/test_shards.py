@@ -143,5 +143,5 @@ def test_the_floor_of_an_engine_counts_prompts_once_and_steps_by_how_many_fit(be
 
 def test_every_part_of_the_command_is_there(bench):
     main = importlib.import_module("benchmarks.gpu.__main__")
-    assert set(main.PARTS) == {"attention", "write", "prefill", "layout", "model", "startup"}
+    assert set(main.PARTS) == {"attention", "write", "prefill", "layout", "model", "startup", "links"}
     assert all(name in main.__doc__ for name in main.PARTS)
