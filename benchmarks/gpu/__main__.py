@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu [attention|write|prefill|layout|model|startup|links ...] --date 2026-01-31
 
-Rows go to `benchmarks/results/<gpu>-<date>.json` (--results names another folder). With --compare, rows are
-compared with the newest ones of the same case and card of an earlier date, and anything more than 15 % worse ends
+Rows go to `benchmarks/results/<gpu>-<date>.json` (--results names another folder). With --compare, they are
+compared with the card's newest ones of the same case and an earlier date; anything more than 15 % worse ends
 in status 1.
 Run `pytest tests/gpu` first: figures of wrong kernels are worthless.
 """
