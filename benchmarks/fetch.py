@@ -2,11 +2,10 @@
 
     scripts/loopback python benchmarks/fetch.py [--json FILE]
 
-Two replicas of the demo model (told that it may read 16K tokens) are processes of their own, put together as
-in a deployment: Engine services and gRPC messages, links, directory. Only Ray is missing: the directory is a
-third process behind a Unix socket, so its few bytes are not on the shaped link. A has computed every prompt;
-B's pool is emptied before every request. Fetch and recompute are forced by a cost model in this file, which
-learns only while the choice is its own: the choice has not seen what was measured by force.
+Two replicas of the demo model (told that it may read 16K tokens) are processes of their own
+(`store_replica.py`). The directory's few bytes are not on the shaped link. A has computed every prompt; B's
+pool is emptied before every request. Fetch and recompute are forced by a cost model which learns only while
+the choice is its own: the choice has not seen what was measured by force.
 
 `tc` shapes the loopback (tbf), so this needs the namespace of scripts/loopback. Bytes are the interface's,
 TCP and IP headers and control messages included, both directions.
@@ -15,39 +14,24 @@ TCP and IP headers and control messages included, both directions.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import math
-import multiprocessing
 import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
-from multiprocessing.managers import BaseManager
 from pathlib import Path
-from typing import Any, TypeVar
 
 from engine import longer_model
 from rows import Row, alternate, median, merge, report
+from store_replica import Asked, DirectoryProcess, Remote
 
-from quire.kvstore.announcer import ChannelLost
-from quire.kvstore.cost import Choice, CostModel, Decision
-from quire.kvstore.directory import Announcement, Directory, Holder
-from quire.kvstore.keys import BlockKey
-from quire.kvstore.messages import ReplicaId
-from quire.replicas.async_engine import AsyncEngine
+from quire.kvstore.cost import Choice
 from quire.replicas.config import EngineConfig, PoolConfig, StoreConfig
-from quire.replicas.neighbours import GrpcNeighbours, peer_name
-from quire.replicas.request import Event, Failure, Output, Request, RequestId, SamplingParams
-from quire.replicas.service import EngineService, bind, serve
 
-HOST, SECRET = "127.0.0.1", "benchmark"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LINKS = {
     "10 Gb/s": ("int8", 10_000),
@@ -68,227 +52,23 @@ WIRE_TOKENS = 2048
 TARGET_CHOICE, TARGET_WIRE = 1.10, 1.01
 TARGET_OF_BF16 = {"int8": 0.52, "int4": 0.29}
 MODES = {"fetch": Choice.FETCH, "recompute": Choice.RECOMPUTE, "chosen": None}
-T = TypeVar("T")
-
-
-class ToldCost(CostModel):
-    """Decides as it is told, and then learns nothing; told nothing, it is the engine's own."""
-
-    told: Choice | None = None
-
-    def decide(
-        self,
-        owner: ReplicaId,
-        size_bytes: int,
-        tokens: int,
-        queued_tokens: int,
-        now_s: float,
-        before: int = 0,
-    ) -> Decision:
-        if self.told is not None:
-            return Decision(self.told, None, None)
-        return super().decide(owner, size_bytes, tokens, queued_tokens, now_s, before)
-
-    def prefilled(self, tokens: int, seconds: float, before: float = 0.0) -> None:
-        if self.told is None:
-            super().prefilled(tokens, seconds, before)
-
-    def fetched(
-        self, owner: ReplicaId, size_bytes: int, seconds: float, now_s: float, decision: Decision
-    ) -> None:
-        if self.told is None:
-            super().fetched(owner, size_bytes, seconds, now_s, decision)
-
-    def failed(self, owner: ReplicaId, seconds: float, now_s: float, decision: Decision) -> None:
-        if self.told is None:
-            super().failed(owner, seconds, now_s, decision)
-
-
-class Books:
-    """The directory, for callers of several threads."""
-
-    def __init__(self) -> None:
-        self._directory = Directory(1_000_000, silence_s=3600)
-        self._lock = threading.Lock()
-
-    def announce(self, said: Announcement) -> bool:
-        with self._lock:
-            return self._directory.announce(said, time.monotonic())
-
-    def lookup(self, chain: tuple[BlockKey, ...]) -> tuple[Holder, ...]:
-        with self._lock:
-            return self._directory.lookup(chain)
-
-
-class _Manager(BaseManager):
-    """Serves one `Books` to all processes."""
-
-
-_BOOKS = Books()
-_Manager.register("books", callable=lambda: _BOOKS)
-
-
-class RemoteDirectory:
-    """`DirectoryAccess` by way of the manager's Unix socket."""
-
-    def __init__(self, address: str) -> None:
-        manager = _Manager(address, authkey=SECRET.encode())
-        manager.connect()
-        self._books: Any = manager.books()  # type: ignore[attr-defined]
-
-    def announce(self, said: Announcement) -> bool:
-        return self._call(lambda: self._books.announce(said))
-
-    def lookup(self, chain: Sequence[BlockKey]) -> tuple[Holder, ...]:
-        return self._call(lambda: self._books.lookup(tuple(chain)))
-
-    def _call(self, call: Callable[[], T]) -> T:
-        try:
-            return call()
-        except (OSError, EOFError) as error:
-            raise ChannelLost(str(error)) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What one request at a replica took and found."""
-
-    first_token_s: float
-    cached_tokens: int
-    bytes_received: int
-    explored: bool
-
-
-class Replica:
-    """In its own process, as `replicas/deployment.py` puts it together, without Ray."""
-
-    def __init__(self, model: str, kv: str, directory: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        config = EngineConfig(
-            model=model,
-            kv=kv,
-            device="cpu",
-            threads_per_shard=1,
-            pool=PoolConfig(bytes=POOL_BYTES, page_tokens=PAGE_TOKENS),
-            store=StoreConfig(lookup_timeout_s=2.0, fetch_timeout_s=PATIENCE_S),
-        )
-        self._events: list[Event] = []
-        self._more = threading.Condition()
-        self._number = 0
-        self._engine: AsyncEngine
-        self._wait(self._open(config, directory))
-        self.learn_anew()
-
-    def ask(self, prompt: list[int], told: Choice | None) -> Asked:
-        """The pool is emptied, and the prompt's next token asked for."""
-        with self._engine._stepping:
-            pool = self._engine._engine._pool
-            pool.release(pool.allocate(pool.available))
-        time.sleep(0.15)  # the directory hears of it
-        before, explored = self._engine.stats().bytes_received, self._cost.stats.explorations
-        self._cost.told = told
-        self._number += 1
-        request_id = RequestId(str(self._number))
-        sampling = SamplingParams(max_tokens=1, ignore_eos=True)
-        self._engine.submit(Request(id=request_id, prompt=tuple(prompt), sampling=sampling))
-        with self._more:
-            self._more.wait_for(lambda: self._events, 120)
-            (event,) = self._events
-            self._events = []
-        assert isinstance(event, Output), event
-        assert event.usage is not None
-        assert event.timings is not None
-        assert event.timings.first_token_s is not None
-        received = self._engine.stats().bytes_received - before
-        explored = self._cost.stats.explorations > explored
-        return Asked(event.timings.first_token_s, event.usage.cached_tokens, received, explored)
-
-    def compute(self, prompt: list[int]) -> None:
-        """Without asking anybody, and to keep."""
-        self._cost.told = Choice.RECOMPUTE
-        request = Request(id=RequestId("keep"), prompt=tuple(prompt), sampling=SamplingParams(max_tokens=1))
-        self._engine.submit(request)
-        with self._more:
-            self._more.wait_for(lambda: self._events, 120)
-            assert not isinstance(self._events[0], Failure), self._events
-            self._events = []
-
-    def learn_anew(self) -> None:
-        """As if B had never fetched nor computed."""
-        self._cost = ToldCost()
-        self._engine._engine.sharing._cost = self._cost  # type: ignore[union-attr]
-
-    def page_bytes(self) -> int:
-        info = self._engine.info
-        return int(info.bytes_per_token * PAGE_TOKENS)
-
-    def bf16_page_bytes(self) -> int:
-        return int(self._engine.info.bf16_bytes_per_token * PAGE_TOKENS)
-
-    async def _open(self, config: EngineConfig, directory: str) -> None:
-        self._server, address = bind(HOST)
-        me = peer_name(address)
-        neighbours = GrpcNeighbours(me, SECRET, RemoteDirectory(directory))
-        self._engine = await asyncio.to_thread(AsyncEngine, config, neighbours=neighbours)
-        service = EngineService(self, secret=SECRET, replica_id=address, peer_id=me)  # type: ignore[arg-type]
-        await serve(self._server, service)
-
-    # ---- the service's engine: no gateway connects, so all events are ours
-
-    def start(self, _: Callable[[tuple[Event, ...]], None]) -> None:
-        self._engine.start(self._deliver)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def _deliver(self, events: tuple[Event, ...]) -> None:
-        with self._more:
-            self._events += events
-            self._more.notify()
-
-    def _wait(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
-
-
-def replica_process(model: str, kv: str, directory: str, control: Connection) -> None:
-    """Answers calls of `Replica`'s methods until it reads None."""
-    replica = Replica(model, kv, directory)
-    control.send(None)
-    while (call := control.recv()) is not None:
-        name, *arguments = call
-        control.send(getattr(replica, name)(*arguments))
-
-
-class Remote:
-    """A replica, from the parent."""
-
-    def __init__(self, *arguments: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._control, theirs = context.Pipe()
-        self.process = context.Process(target=replica_process, args=(*arguments, theirs), daemon=True)
-        self.process.start()
-
-    def ready(self) -> None:
-        self._control.recv()
-
-    def call(self, name: str, *arguments: object) -> Any:
-        self._control.send((name, *arguments))
-        return self._control.recv()
-
-    def close(self) -> None:
-        self._control.send(None)
-        self.process.join(10)
-        self.process.kill()
 
 
 @contextmanager
 def two_replicas(model: str, kv: str) -> Iterator[tuple[Remote, Remote]]:
     """A and B on an unshaped link."""
+    config = EngineConfig(
+        model=model,
+        kv=kv,
+        device="cpu",
+        threads_per_shard=1,
+        pool=PoolConfig(bytes=POOL_BYTES, page_tokens=PAGE_TOKENS),
+        store=StoreConfig(lookup_timeout_s=2.0, fetch_timeout_s=PATIENCE_S),
+    )
     with tempfile.TemporaryDirectory() as folder:
-        manager = _Manager(f"{folder}/directory", authkey=SECRET.encode())
-        manager.start()
-        a, b = (Remote(model, kv, f"{folder}/directory") for _ in range(2))
+        directory = DirectoryProcess(f"{folder}/directory")
+        directory.start()
+        a, b = (Remote(config, f"{folder}/directory") for _ in range(2))
         try:
             for replica in (a, b):
                 replica.ready()
@@ -296,7 +76,14 @@ def two_replicas(model: str, kv: str) -> Iterator[tuple[Remote, Remote]]:
         finally:
             for replica in (a, b):
                 replica.close()
-            manager.shutdown()
+            directory.shutdown()
+
+
+def asked_anew(replica: Remote, prompt: list[int], told: Choice | None) -> Asked:
+    """Of a replica whose pool has just been emptied."""
+    replica.call("forget")
+    asked: Asked = replica.call("ask", prompt, told)
+    return asked
 
 
 @contextmanager
@@ -336,14 +123,14 @@ def link_rows(b: Remote, kv: str, link: str, rounds: int) -> list[Row]:
     texts = prompts()
     for _ in range(LEARNING_ROUNDS):
         for prompt in texts.values():
-            b.call("ask", prompt, None)
+            asked_anew(b, prompt, None)
     chosen_by: dict[int, list[Asked]] = {n: [] for n in LENGTHS}
     slow = LINKS[link][1] <= SLOW_MBIT
 
     def once(tokens: int, mode: str, number: int) -> float:
         if number % _every(tokens, mode, slow):
             return math.nan
-        asked: Asked = b.call("ask", texts[tokens], MODES[mode])
+        asked = asked_anew(b, texts[tokens], MODES[mode])
         found = blocks_of(tokens) * PAGE_TOKENS
         if mode == "chosen":
             chosen_by[tokens].append(asked)
@@ -387,11 +174,11 @@ def _every(tokens: int, mode: str, slow: bool) -> int:
 def wire_rows(b: Remote, kv: str, rounds: int = 3) -> list[Row]:
     """Bytes at the interface for one fetch."""
     prompt = prompts()[WIRE_TOKENS]
-    b.call("ask", prompt, Choice.FETCH)  # opens the link
+    asked_anew(b, prompt, Choice.FETCH)  # opens the link
     pages, wire = blocks_of(WIRE_TOKENS) * b.call("page_bytes"), []
     for _ in range(rounds):
         before = loopback_bytes()
-        asked: Asked = b.call("ask", prompt, Choice.FETCH)
+        asked = asked_anew(b, prompt, Choice.FETCH)
         wire.append(loopback_bytes() - before)
         assert asked.bytes_received == pages, (asked, pages)
     sent, bf16 = median(wire), blocks_of(WIRE_TOKENS) * b.call("bf16_page_bytes")
@@ -430,7 +217,7 @@ def main() -> int:
             with two_replicas(model, kv) as (a, b):
                 for n, prompt in prompts().items():
                     if links or n == WIRE_TOKENS:
-                        a.call("compute", prompt)
+                        a.call("ask", prompt, Choice.RECOMPUTE)
                 time.sleep(1.0)  # announced
                 rows += wire_rows(b, kv)
                 for link in links:

@@ -203,6 +203,14 @@ class Link(ABC, Generic[Body]):
         if self._current is not None:
             self._current.end(error)
 
+    def _said(self, key: str) -> bool:
+        """Whether the store has `key`. A connection that was reset while the link was idle is given up."""
+        try:
+            return self._store is not None and self._store.check([key])
+        except RuntimeError:
+            self._store = None
+            return False
+
     def _connect(self, store: Store, generation: int, rank: int) -> None:
         here, group = self._here, PrefixStore(str(generation), store)
         self._generation = generation
@@ -233,10 +241,11 @@ class OutLink(Link[Source]):
         stream = self._current
         if stream.ended:
             return None
-        if self._store is None:
-            self._store = self._here.meeting(self._peer, self._here.endpoint)
-        if self._pair is not None and self._store.check([f"dropped/{self._generation}"]):
+        if self._said(f"dropped/{self._generation}"):
             self._drop_pair()
+        if self._store is None:
+            self._drop_pair()
+            self._store = self._here.meeting(self._peer, self._here.endpoint)
         fresh = self._pair is None
         if fresh:
             self._generation = self._store.add("generation", 1)
@@ -277,6 +286,7 @@ class InLink(Link[Sink]):
                 self._changed.wait()
         if self._closed:
             return None
+        self._said("generation")  # or the store has to be met again
         if self._store is None:
             self._store = self._here.meeting(self._here.endpoint, self._peer)
         start = self._start(self._store)

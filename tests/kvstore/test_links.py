@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -144,6 +145,18 @@ def test_chunks_of_other_sizes_than_were_agreed_are_not_received(ends):
     received = ends[1].receive(ends[0].endpoint, Ticket(1), Collect(SIZES), 5)
     ends[0].send(ends[1].endpoint, Ticket(1), Numbers((*SIZES[:-1], 30_002)), 5)
     assert cause(received) is Cause.HEADER
+    _, received, sink = move(*ends, 2)
+    received.result(5)
+    assert sink.holds(2)
+
+
+def test_connections_that_were_reset_while_the_link_was_idle_cost_no_stream(ends):
+    _, received, _ = move(*ends, 1)
+    received.result(5)
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.status == psutil.CONN_ESTABLISHED:
+            with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as end:  # it may go by itself
+                end.shutdown(socket.SHUT_RDWR)
     _, received, sink = move(*ends, 2)
     received.result(5)
     assert sink.holds(2)
