@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +24,7 @@ from quire.cluster.client import Answer, CallOptions, Client
 from quire.cluster.config import ServeConfig, parse
 from quire.kernels.formats import FormatError
 from quire.protos.quire.v1 import inference_pb2
-from quire.replicas.errors import ConfigError, QuireError
+from quire.replicas.errors import ConfigError, QuireError, ReplicaDied
 from quire.replicas.request import SamplingParams
 
 DEFAULT_ADDRESS = "127.0.0.1:8100"
@@ -171,6 +172,35 @@ def stats(as_json: bool, address: str) -> None:
     click.echo(
         MessageToJson(found, preserving_proto_field_name=True) if as_json else "\n".join(stats_lines(found))
     )
+
+
+@cli.command()
+@click.option("--once", is_flag=True, help="One look instead of one after the other, for scripts.")
+@click.option("--every", default=2.0, show_default=True, help="Seconds between two looks.")
+@_client_options
+def top(once: bool, every: float, address: str) -> None:
+    """Replicas, rates, cache and transfers, drawn again and again until interrupted."""
+    from quire.cluster.top import top_lines
+
+    if every <= 0:
+        raise click.UsageError(f"--every is a positive number of seconds, got {every:g}")
+    with Client(address) as client:
+        before, asked_s = client.stats(), time.monotonic()
+        while True:
+            time.sleep(every)
+            try:
+                now, now_s = client.stats(), time.monotonic()
+                text = "\n".join(top_lines(before, now, now_s - asked_s))
+                before, asked_s = now, now_s
+            except ReplicaDied as error:  # it may come back: look again
+                if once:
+                    raise
+                text = f"no answer: {error}"
+            if once:
+                click.echo(text)
+                return
+            click.clear()
+            click.echo(text)
 
 
 @cli.command()

@@ -4,22 +4,72 @@ Tables of pages stand between two markers; the prose around them is written by h
 """
 
 import re
+import sys
 from pathlib import Path
 
+import yaml
+
+from quire.cluster.metrics.alerts import Alert, alerts
+from quire.cluster.metrics.capacity import CAPACITY
 from quire.cluster.metrics.catalogue import CATALOGUE, Metric, Origin
+from quire.cluster.metrics.operators import OPERATORS
+from quire.cluster.metrics.panels import Dashboard
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from grafana import dashboard_json  # noqa: E402  # beside this file
+
+_RULES_HEAD = "# Made of cluster/metrics/alerts.py by `make observability`; see docs/dashboards.md.\n"
 
 
 def generate(into: Path) -> None:
     """Writes everything under `into`, which mirrors the repository."""
     tables = {f"metrics of {origin}s": metrics_table(origin) for origin in Origin}
     _write(into / "docs/metrics.md", fill((ROOT / "docs/metrics.md").read_text(), tables))
+    tables = {"rows of operators": rows_table(OPERATORS), "rows of capacity": rows_table(CAPACITY)}
+    tables["alerts"] = runbook(alerts())
+    _write(into / "docs/dashboards.md", fill((ROOT / "docs/dashboards.md").read_text(), tables))
+    for dashboard in (OPERATORS, CAPACITY):
+        _write(into / f"deploy/grafana/{dashboard.uid}.json", dashboard_json(dashboard))
+    _write(into / "deploy/prometheus/quire.rules.yml", _RULES_HEAD + rules_yaml(alerts()))
+
+
+def rules_yaml(chosen: tuple[Alert, ...]) -> str:
+    """A rule file of Prometheus."""
+    rules = [
+        {
+            "alert": alert.name,
+            "expr": alert.expression,
+            "for": alert.hold,
+            "labels": {"severity": alert.severity.value},
+            "annotations": {"summary": alert.summary, "description": alert.action},
+        }
+        for alert in chosen
+    ]
+    tree = {"groups": [{"name": "quire", "rules": rules}]}
+    return str(yaml.safe_dump(tree, sort_keys=False, width=110))
 
 
 def metrics_table(origin: Origin) -> str:
     rows = [_metric_row(metric) for metric in CATALOGUE if metric.origin is origin]
     return "\n".join(["| metric | type | unit | labels | meaning |", "|---|---|---|---|---|", *rows])
+
+
+def rows_table(dashboard: Dashboard) -> str:
+    rows = [
+        f"| **{row.title}** | {', '.join(panel.title for panel in row.panels)} | {row.meaning} |"
+        for row in dashboard.rows
+    ]
+    return "\n".join(["| row | panels | what it tells |", "|---|---|---|", *rows])
+
+
+def runbook(chosen: tuple[Alert, ...]) -> str:
+    return "\n\n".join(
+        f"### {alert.name}\n\n{alert.severity.value.capitalize()}, after {alert.hold}: "
+        f"{_plain(alert.summary)}.\n\n{alert.action}"
+        for alert in chosen
+    )
 
 
 def fill(page: str, tables: dict[str, str]) -> str:
@@ -39,6 +89,12 @@ def fill(page: str, tables: dict[str, str]) -> str:
 def _metric_row(metric: Metric) -> str:
     labels = ", ".join(f"`{label}`" for label in metric.labels)
     return f"| `{metric.exported}` | {metric.kind} | {metric.unit} | {labels} | {metric.meaning} |"
+
+
+def _plain(summary: str) -> str:
+    """Without Prometheus' templates."""
+    text = re.sub(r"{{ \$labels\.(\w+) }}", r"*\1*", summary)
+    return re.sub(r"{{ \$value[^}]*}}", "*so many*", text)
 
 
 def _write(path: Path, text: str) -> None:

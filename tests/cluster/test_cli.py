@@ -59,6 +59,8 @@ def test_layout_reads_a_policy_file(tmp_path):
         (("generate", "a", "--address", "127.0.0.1:1"), 1, "127.0.0.1:1"),
         (("generate", "a", "--max-tokens", "0"), 1, "max_tokens must be at least 1"),
         (("generate",), 2, "Missing argument"),
+        (("top", "--address", "127.0.0.1:1"), 1, "127.0.0.1:1"),
+        (("top", "--every", "0"), 2, "--every is a positive number"),
         (("nonsense",), 2, "No such command"),
     ],
 )
@@ -100,6 +102,9 @@ def test_generate_chat_and_stats_talk_to_a_gateway(served: Served):
     assert "71432" in two.stdout
     assert two.returncode == 0
     assert "bytes per token" in quire("stats", *at).stdout
+    looked = quire("top", "--once", "--every", "0.2", *at)
+    assert (looked.returncode, looked.stderr) == (0, "")
+    assert looked.stdout.startswith("demo: 1 replicas")
     everything = json.loads(quire("stats", "--json", *at).stdout)
     assert everything["model"]["name"] == "demo"
 

@@ -1,17 +1,34 @@
-"""What is generated from the catalogue is what is checked in."""
+"""What is generated from the catalogue, the panels and the alerts is what is checked in."""
 
-import importlib.util
+import json
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+import pytest
+from generated import ROOT, observability
+
+from quire.cluster.metrics.capacity import CAPACITY
+from quire.cluster.metrics.operators import OPERATORS
 
 
 def test_generating_again_changes_nothing(tmp_path):
-    spec = importlib.util.spec_from_file_location("observability", ROOT / "scripts" / "observability.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    script.generate(tmp_path)
+    observability().generate(tmp_path)
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert Path("docs/metrics.md") in made
+    assert {Path("docs/metrics.md"), Path("deploy/prometheus/quire.rules.yml")} <= set(made)
+    assert {path.name for path in made} >= {f"{d.uid}.json" for d in (OPERATORS, CAPACITY)}
     for path in made:
         assert (tmp_path / path).read_text() == (ROOT / path).read_text(), f"run `make observability`: {path}"
+
+
+@pytest.mark.parametrize("dashboard", [OPERATORS, CAPACITY], ids=lambda d: d.uid)
+def test_grafana_gets_every_query_and_panels_do_not_overlap(dashboard):
+    tree = json.loads((ROOT / f"deploy/grafana/{dashboard.uid}.json").read_text())
+    shown = [target["expr"] for panel in tree["panels"] for target in panel.get("targets", [])]
+    assert shown == [q.expression for row in dashboard.rows for p in row.panels for q in p.queries]
+    cells: set[tuple[int, int]] = set()
+    for panel in tree["panels"]:
+        at = panel["gridPos"]
+        mine = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert at["x"] + at["w"] <= 24
+        assert not mine & cells, panel["title"]
+        cells |= mine
+    assert len({panel["id"] for panel in tree["panels"]}) == len(tree["panels"])
