@@ -30,13 +30,7 @@ def gather_pages(
     if out_MB is None:
         out_MB = pool_NB.new_empty((pages_M.shape[0], pool_NB.shape[1]))
     _check(pool_NB, pages_M, out_MB)
-    if pool_NB.device.type != "cpu":
-        launch_copy(pool_NB, out_MB, pages_M, scatter=False, sum_M=sum_M)
-        return out_MB
-    if not cpu.copy_pages(pool_NB, pages_M, out_MB, scatter=False):
-        torch.index_select(pool_NB, 0, pages_M.long(), out=out_MB)
-    if sum_M is not None:
-        sum_M += checksum_pages(out_MB)
+    _copy(pool_NB, pages_M, out_MB, sum_M, scatter=False)
     return out_MB
 
 
@@ -44,11 +38,19 @@ def scatter_pages(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor, sum_M: Ten
     """Write what `gather_pages` returned into the given pages, which must be distinct; `sum_M` as there."""
     bytes_MB = bytes_MB.contiguous()
     _check(pool_NB, pages_M, bytes_MB)
+    _copy(pool_NB, pages_M, bytes_MB, sum_M, scatter=True)
+
+
+def _copy(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor, sum_M: Tensor | None, *, scatter: bool) -> None:
     if pool_NB.device.type != "cpu":
-        launch_copy(pool_NB, bytes_MB, pages_M, scatter=True, sum_M=sum_M)
+        launch_copy(pool_NB, bytes_MB, pages_M, scatter=scatter, sum_M=sum_M)
         return
-    if not cpu.copy_pages(pool_NB, pages_M, bytes_MB, scatter=True):
+    if cpu.copy_pages(pool_NB, pages_M, bytes_MB, _page_weights(bytes_MB), sum_M, scatter=scatter):
+        return
+    if scatter:
         pool_NB[pages_M.long()] = bytes_MB
+    else:
+        torch.index_select(pool_NB, 0, pages_M.long(), out=bytes_MB)
     if sum_M is not None:
         sum_M += checksum_pages(bytes_MB)
 
@@ -83,9 +85,8 @@ def launch_copy(
 ) -> None:
     """Between pool and contiguous `bytes_MB`; sizes, strides and offsets are multiples of 8 bytes."""
     pages, words, stride = pages_M.shape[0], pool_NB.shape[1] // 8, pool_NB.stride(0) // 8
-    chunks = triton.cdiv(pool_NB.shape[1] // _WORD, _CHUNK_WORDS)
-    within_K, before_C = _weights(chunks, pool_NB.device)
-    _copy_kernel[(pages, chunks)](
+    within_K, before_C = _page_weights(bytes_MB)
+    _copy_kernel[(pages, before_C.shape[0])](
         *(pool_NB.view(torch.int64), bytes_MB.view(torch.int64), pages_M, words, stride),
         *(sum_M, 0 if sum_M is None else sum_M.stride(0), within_K, before_C),
         SCATTER=scatter,
@@ -96,10 +97,9 @@ def launch_copy(
 def launch_checksum(bytes_MB: Tensor) -> Tensor:
     """One program per page and chunk; integer addition commutes, so the order of the sums does not show."""
     pages, words = bytes_MB.shape[0], bytes_MB.shape[1] // _WORD
-    chunks = triton.cdiv(words, _CHUNK_WORDS)
-    within_K, before_C = _weights(chunks, bytes_MB.device)
+    within_K, before_C = _page_weights(bytes_MB)
     sum_M = torch.zeros(pages, dtype=torch.int64, device=bytes_MB.device)
-    _checksum_kernel[(pages, chunks)](
+    _checksum_kernel[(pages, before_C.shape[0])](
         bytes_MB.view(torch.int32), within_K, before_C, sum_M, words, K=_CHUNK_WORDS
     )
     return sum_M
@@ -108,15 +108,18 @@ def launch_checksum(bytes_MB: Tensor) -> Tensor:
 def _checksum_cpu(bytes_MB: Tensor) -> Tensor:
     """Without a compiler: chunk by chunk, so that the 64-bit products stay in the cache."""
     words_MW = bytes_MB.view(torch.int32)
-    within_K, before_C = _weights(triton.cdiv(words_MW.shape[1], _CHUNK_WORDS), bytes_MB.device)
-    compiled_M = cpu.checksum_pages(bytes_MB, within_K, before_C)
-    if compiled_M is not None:
+    within_K, before_C = weights = _page_weights(bytes_MB)
+    if (compiled_M := cpu.checksum_pages(bytes_MB, weights)) is not None:
         return compiled_M
     sum_M = torch.zeros(bytes_MB.shape[0], dtype=torch.int64)
     for c, words_MK in enumerate(words_MW.split(_CHUNK_WORDS, dim=1)):
         terms_MK = ((words_MK.long() & 0xFFFFFFFF) + 1) * within_K[: words_MK.shape[1]]
         sum_M += terms_MK.sum(1) * before_C[c]
     return sum_M
+
+
+def _page_weights(bytes_MB: Tensor) -> tuple[Tensor, Tensor]:
+    return _weights(triton.cdiv(bytes_MB.shape[1], _WORD * _CHUNK_WORDS), bytes_MB.device)
 
 
 @lru_cache(maxsize=64)
