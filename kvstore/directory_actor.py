@@ -1,11 +1,14 @@
 """The directory as a Ray actor, one per deployment, and the way to it. The room's only file that knows Ray.
 
 The actor belongs to nobody and holds nothing that cannot be announced again: whoever finds it dead makes a
-new one, and the announcers fill it.
+new one, and the announcers fill it. Announcements are its lease: when none has come for a while, its
+deployment is gone, however that ended, and it ends too.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,9 +28,14 @@ class DirectoryActor:
     """`Directory`, with the actor's own clock."""
 
     def __init__(self, max_entries: int, silence_s: float) -> None:
+        """Ends its process when nobody has announced anything for twice `silence_s`."""
         self._directory = Directory(max_entries, silence_s)
+        self._lease_s = 2 * silence_s
+        self._heard_s = time.monotonic()
+        threading.Thread(target=self._end_unheard, name="quire-directory-lease", daemon=True).start()
 
     def announce(self, said: Announcement) -> bool:
+        self._heard_s = time.monotonic()
         return self._directory.announce(said, time.monotonic())
 
     def lookup(self, chain: Sequence[BlockKey]) -> tuple[Holder, ...]:
@@ -38,6 +46,11 @@ class DirectoryActor:
 
     def stats(self) -> DirectoryStats:
         return self._directory.stats()
+
+    def _end_unheard(self) -> None:
+        while (left_s := self._heard_s + self._lease_s - time.monotonic()) > 0:
+            time.sleep(left_s)
+        os._exit(0)  # Ray ends an actor's process from inside one of its calls only, and none will come
 
 
 class RayDirectory:
@@ -93,7 +106,7 @@ class RayDirectory:
 
 
 def end_directory(deployment: str) -> None:
-    """With the deployment. Does nothing if there is none."""
+    """At once, where one knows that the deployment has ended. Does nothing if there is none."""
     try:
         ray.kill(ray.get_actor(f"{deployment}-directory", namespace=NAMESPACE))
     except ValueError:

@@ -44,6 +44,29 @@ def test_a_directory_that_is_killed_is_made_again_and_filled_again():
     end_directory("app")
 
 
+def test_a_directory_that_nobody_announces_to_ends_by_itself():
+    directory = RayDirectory("left", max_entries=10_000, silence_s=0.5)
+    announcer = Announcer(ReplicaId("a"), directory, period_s=0.02, idle_s=0.2)
+    announcer.start()
+    announcer.added(KEYS)
+    _until_held(directory)
+    time.sleep(2.5)
+    assert directory.owners() == (ReplicaId("a"),)  # announcements, even empty ones, keep it
+    announcer.close()
+    end_s = time.monotonic() + 20
+    while _is_there("left"):
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+
+
+def _is_there(deployment: str) -> bool:
+    try:
+        ray.get_actor(f"{deployment}-directory", namespace=NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
 def _answers(directory: RayDirectory) -> bool:
     try:
         directory.lookup(KEYS)
