@@ -10,6 +10,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 
+from quire.cluster.autoscaling_policy import serve_options
 from quire.cluster.config import ReplicaConfig, ServeConfig, parse
 from quire.cluster.gateway.deployment import Gateway
 from quire.cluster.metrics.publish import publish_replica
@@ -31,7 +32,7 @@ def application(config: ServeConfig) -> Application:
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     gpus = gpus_per_shard(config, cluster.get("GPU", 0))
     engine = config.engine
-    if config.replicas.count == 1:  # nobody to share with
+    if config.replicas.most == 1:  # nobody to share with
         engine = replace(engine, store=replace(engine.store, share=False))
     replica = serve.deployment(**_replica_options(engine, config.replicas, gpus))(Replica).bind(
         engine, secret, config.replicas.cpus_per_shard, gpus, publish_replica
@@ -52,11 +53,17 @@ def gpus_per_shard(config: ServeConfig, cluster_gpus: float) -> float:
     return 1.0 if cluster_gpus and config.engine.device != "cpu" else 0.0
 
 
+def _how_many(replicas: ReplicaConfig) -> dict[str, Any]:
+    if replicas.autoscaling is None:
+        return {"num_replicas": replicas.count}
+    return {"autoscaling_config": serve_options(replicas.autoscaling)}
+
+
 def _replica_options(engine: EngineConfig, replicas: ReplicaConfig, gpus: float) -> dict[str, Any]:
     shard = {"CPU": replicas.cpus_per_shard} | ({"GPU": gpus} if gpus else {})
     return {
         "name": "Replica",
-        "num_replicas": replicas.count,
+        **_how_many(replicas),
         "max_ongoing_requests": engine.scheduler.max_running + engine.scheduler.max_queued + _SLACK,
         "ray_actor_options": {"num_cpus": replicas.cpus_per_shard, "num_gpus": gpus},
         "placement_group_bundles": [shard] * engine.tp,

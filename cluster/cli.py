@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -29,6 +30,19 @@ from quire.replicas.request import SamplingParams
 
 DEFAULT_ADDRESS = "127.0.0.1:8100"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class Replicas(click.ParamType[dict[str, Any]]):
+    """`3`, or `1..4`: keys of the replicas' branch of the configuration."""
+
+    name = "number or LEAST..MOST"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(value))
+        if found is None:
+            self.fail(f"{value!r} is neither a number nor LEAST..MOST, such as 1..4", param, ctx)
+        least, most = found.groups()
+        return {"autoscaling": {"min": int(least), "max": int(most)}} if most else {"count": int(least)}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "QUIRE"})
@@ -90,7 +104,7 @@ _sampling_options = _compose(
 @click.option("--config", "config_file", type=_FILE, help="YAML file; the options below go before it.")
 @_kv_options
 @click.option("--tp", type=int, help="Tensor-parallel shards of a replica.")
-@click.option("--replicas", type=int, help="Whole engines.")
+@click.option("--replicas", type=Replicas(), help="Whole engines: a number, or LEAST..MOST as the load asks.")
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on; 0: any free one.  [default: 8100]")
 @click.option(
@@ -102,7 +116,7 @@ def serve_command(
     kv: str | None,
     policy: Path | None,
     tp: int | None,
-    replicas: int | None,
+    replicas: dict[str, Any] | None,
     host: str | None,
     port: int | None,
     ray_address: str | None,
@@ -112,12 +126,13 @@ def serve_command(
     chosen: dict[str, dict[str, Any]] = {
         "engine": {"model": model, "kv": _policy(kv, policy), "tp": tp},
         "gateway": {"host": host, "port": port},
-        "replicas": {"count": replicas},
     }
     for branch, values in chosen.items():
         given = {key: value for key, value in values.items() if value is not None}
         if given:
             tree[branch] = {**(tree.get(branch) or {}), **given}
+    if replicas:
+        tree["replicas"] = with_replicas(tree.get("replicas") or {}, replicas)
     if "model" not in (tree.get("engine") or {}):
         raise click.UsageError(
             'which model? Give a folder, a Hugging Face id or "demo", or a --config that does'
@@ -255,6 +270,14 @@ def _running(config: ServeConfig, ray_address: str | None) -> Iterator[int]:
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def with_replicas(branch: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """The branch with another number of replicas, or other bounds; the file's other knobs stay."""
+    kept = {key: value for key, value in branch.items() if key not in ("count", "autoscaling")}
+    if bounds := chosen.get("autoscaling"):
+        return {**kept, "autoscaling": {**(branch.get("autoscaling") or {}), **bounds}}
+    return {**kept, **chosen}
 
 
 def _read_tree(path: Path | None) -> dict[str, Any]:

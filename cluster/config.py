@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
+from quire.cluster.autoscaling import AutoscalingConfig
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import ConfigError
 
@@ -50,6 +51,8 @@ class ReplicaConfig:
 
     count: int = 1
     """Replicas: whole engines, each with engine.tp shards."""
+    autoscaling: AutoscalingConfig | None = None
+    """In place of `count`: as many replicas as the load asks for."""
     cpus_per_shard: float = 1.0
     """CPU cores that Ray reserves for each shard."""
     gpus_per_shard: float | None = None
@@ -66,12 +69,21 @@ class ReplicaConfig:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ConfigError(f"replicas.count must be at least 1, got {self.count}")
+        if self.count > 1 and self.autoscaling is not None:
+            raise ConfigError(
+                f"replicas.count={self.count} fixes what replicas.autoscaling is to decide; give one of them"
+            )
         for name in ("health_check_period_s", "health_check_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"replicas.{name} must be positive, got {getattr(self, name)}")
         for name in ("cpus_per_shard", "gpus_per_shard", "graceful_shutdown_s"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"replicas.{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def most(self) -> int:
+        """Replicas that there may ever be at once."""
+        return self.autoscaling.max if self.autoscaling else self.count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +120,9 @@ def _build(kind: type[T], tree: object, path: str) -> T:
 
 
 def _value(hint: Any, value: object, path: str) -> object:
-    if is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, path + ".")
+    branches = [option for option in (hint, *typing.get_args(hint)) if is_dataclass(option)]
+    if branches and not (value is None and _fits(hint, None)):
+        return _build(typing.cast(type, branches[0]), value, path + ".")
     if not _fits(hint, value):
         raise ConfigError(f"{path} must be {_words(hint)}, got {value!r}")
     return value

@@ -16,6 +16,7 @@ from ray.serve.schema import ApplicationStatus
 
 from quire.cluster.app import application
 from quire.cluster.config import ServeConfig
+from quire.kvstore.directory_actor import end_directory
 from quire.replicas.deployment import loading_progress
 from quire.replicas.errors import ConfigError, ModelNotServable, QuireError, UnknownModel
 
@@ -65,6 +66,7 @@ def served(config: ServeConfig, on_progress: Callable[[str], None]) -> Iterator[
         yield handle.port.remote().result()
     finally:
         serve.delete(APP)
+        end_directory(APP)
 
 
 def check_port(host: str, port: int) -> None:
@@ -82,7 +84,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def _cpus(config: ServeConfig) -> int:
-    shards = config.replicas.count * config.engine.tp
+    shards = config.replicas.most * config.engine.tp
     return round(config.gateway.cpus + shards * config.replicas.cpus_per_shard + 0.5)
 
 

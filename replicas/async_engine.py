@@ -17,6 +17,7 @@ from quire.replicas.engine import Engine
 from quire.replicas.errors import QueueFull, QuireError, ReplicaDied, Status
 from quire.replicas.executor import Executor, ShardLauncher
 from quire.replicas.load import load_engine
+from quire.replicas.pressure import Pressure
 from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Request, RequestId
 from quire.replicas.shard_process import use_threads
 from quire.replicas.sharing import Neighbours
@@ -112,6 +113,10 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
+
+    def pressure(self) -> Pressure:
+        """What autoscaling looks at; from any thread."""
+        return self._engine.pressure
 
     def check(self) -> None:
         """Between two steps, hold the pool's books against what requests hold. Raises IntegrityError."""

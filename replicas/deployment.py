@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import ray
@@ -143,6 +143,10 @@ class Replica:
     def record_replica_metadata(self) -> dict[str, str]:
         """For gateways: where this replica's Engine service is."""
         return {"address": self._address}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve, which averages them and hands them to the autoscaling policy."""
+        return asdict(self._engine.pressure())
 
     async def check_health(self) -> None:
         """For Serve, which replaces the replica when this raises. Never waits."""

@@ -28,6 +28,7 @@ from quire.replicas.detokenize import Detokenizer
 from quire.replicas.errors import QueueFull, Status
 from quire.replicas.jobs import Job, LaunchedStep, lay_out, note_prompt_logprobs
 from quire.replicas.plan import PROMPT_ROWS, StepBatch
+from quire.replicas.pressure import Load, Pressure, PressureGauge
 from quire.replicas.request import (
     EngineStats,
     Event,
@@ -84,6 +85,7 @@ class Engine:
         self._time = StepClock(clock)
         self._blocks = BlockStore(executor, share)
         self._pool, self._sharing = self._blocks.pool, self._blocks.sharing
+        self._gauge = PressureGauge(pages=self._pool.total, max_running=scheduler.max_running)
         self._waiting: dict[SeqId, Sequence] = {}  # in order of arrival
         self._running: dict[SeqId, Sequence] = {}
         self._launched: LaunchedStep | None = None
@@ -119,6 +121,11 @@ class Engine:
             running=len(self._running),
             queued=len(self._waiting),
         )
+
+    @property
+    def pressure(self) -> Pressure:
+        """As of a moment ago: taken on the engine's thread, to be read from any."""
+        return self._gauge.latest
 
     def check(self) -> None:
         """Hold the pool's books against the pages the sequences hold. Raises IntegrityError."""
@@ -204,6 +211,7 @@ class Engine:
             self._launched = launched
         elif launched:
             self._absorb(launched)
+        self._gauge.update(self._load, self._clock())
         return self.take_events()
 
     def take_events(self) -> tuple[Event, ...]:
@@ -229,6 +237,18 @@ class Engine:
         """Of prompts to compute: not of those that wait for news of their prefix, which may be fetched."""
         ours = (seq for seq in self._sequences() if not self._sharing.holds_back(seq.id))
         return sum(seq.length - seq.computed for seq in ours)
+
+    def _load(self) -> Load:
+        """Shared pages count once where they are held; those that wait may find some of theirs here."""
+        waiting = sum(-(-seq.length // self.info.page_tokens) for seq in self._waiting.values())
+        todo = (seq.length - seq.computed for seq in self._sequences())
+        progresses = [seq.progress for seq in self._sequences() if seq.progress.first_token_s is None]
+        return Load(
+            pages=self._pool.used + waiting,
+            sequences=len(self._running) + len(self._waiting),
+            prompt_tokens=sum(tokens for tokens in todo if tokens > 1),
+            oldest_s=min((progress.submitted_s for progress in progresses), default=None),
+        )
 
     def _carry_out(self, plan: StepPlan) -> list[Job]:
         """Move sequences and pages as planned. Cached blocks are taken before anything can evict them."""
@@ -310,6 +330,7 @@ class Engine:
         now = self._clock()
         seconds = now - max(step.launched_s, self._absorbed_s)
         self._sharing.prefilled(step.prompt_tokens, seconds, step.prompt_before)
+        self._gauge.prefilled(step.prompt_tokens, seconds, now)
         self._absorbed_s = now
         for job in step.jobs:
             seq = job.seq
@@ -336,6 +357,7 @@ class Engine:
         first_of_request = progress.first_token_s is None
         if first_of_request:
             progress.first_token_s = now
+            self._gauge.first_token(now - progress.submitted_s, now)
             self._sharing.computed(seq.id, now)
         seq.tokens.append(drawn.token)
         seq.output_counts[drawn.token] += 1

@@ -8,6 +8,7 @@ import sys
 import pytest
 from served_app import Served
 
+from quire.cluster.cli import Replicas, with_replicas
 from quire.cluster.layouts import format_costs
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
@@ -55,6 +56,8 @@ def test_layout_reads_a_policy_file(tmp_path):
         (("serve", "demo", "--port", "70000"), 1, "gateway.port lies in"),
         (("serve", "demo", "--kv", "int4", "--policy", __file__), 2, "give one of them"),
         (("serve", "demo", "--policy", __file__), 1, "is not JSON"),
+        (("serve", "demo", "--replicas", "two"), 2, "neither a number nor LEAST..MOST"),
+        (("serve", "demo", "--replicas", "3..1"), 1, "min=3, max=1"),
         (("serve", "demo", "--config", __file__), 1, "is not YAML"),
         (("generate", "a", "--address", "127.0.0.1:1"), 1, "127.0.0.1:1"),
         (("generate", "a", "--max-tokens", "0"), 1, "max_tokens must be at least 1"),
@@ -76,6 +79,28 @@ def test_an_unknown_key_of_a_config_file_is_named(tmp_path):
     config.write_text("engine: {model: demo, pool: {byte: 5}}")
     done = quire("serve", "--config", str(config))
     assert (done.returncode, "engine.pool.byte;" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "in_file", "expected"),
+    [
+        ("3", {}, {"count": 3}),
+        ("0..4", {}, {"autoscaling": {"min": 0, "max": 4}}),
+        (
+            "1..4",
+            {"count": 2, "placement": "SPREAD"},
+            {"autoscaling": {"min": 1, "max": 4}, "placement": "SPREAD"},
+        ),
+        (
+            "1..4",
+            {"autoscaling": {"max": 9, "margin": 0.1}},
+            {"autoscaling": {"min": 1, "max": 4, "margin": 0.1}},
+        ),
+        ("2", {"autoscaling": {"max": 9}}, {"count": 2}),
+    ],
+)
+def test_replicas_are_a_number_or_bounds_and_go_before_the_file(option, in_file, expected):
+    assert with_replicas(in_file, Replicas().convert(option, None, None)) == expected
 
 
 def test_an_error_of_a_shard_reaches_the_terminal(tmp_path):

@@ -1,3 +1,4 @@
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -8,6 +9,7 @@ from ray import cloudpickle
 from ray.serve.schema import ServeDeploySchema
 
 from quire.cluster.app import build, gpus_per_shard
+from quire.cluster.autoscaling import AutoscalingConfig
 from quire.cluster.config import ServeConfig, parse
 from quire.replicas.errors import ConfigError
 
@@ -72,9 +74,47 @@ def test_the_deployable_file_lists_every_option_with_its_default():
         for key in path[:-1]:
             node = node[key]
         if default is None:
-            assert f"# {path[-1]}: " in text, f"{'.'.join(path)} is not shown in {FILE.name}"
+            assert re.search(f"# {path[-1]}:[ \n]", text), f"{'.'.join(path)} is not shown in {FILE.name}"
         else:
             assert path[-1] in node, f"{'.'.join(path)} is not listed in {FILE.name}"
+
+
+def test_the_deployable_file_shows_every_knob_of_autoscaling_with_its_default():
+    block = re.search(r"^ {8}# autoscaling:\n((?: {8}#   .*\n)+)", FILE.read_text(), re.MULTILINE)
+    knobs = yaml.safe_load(re.sub(r"^ {8}#   ", "", block[1], flags=re.MULTILINE))
+    assert set(knobs) == {field.name for field in fields(AutoscalingConfig)}
+    config = parse({"engine": {"model": "demo"}, "replicas": {"autoscaling": knobs}})
+    assert config.replicas.autoscaling == AutoscalingConfig(max=knobs["max"])
+
+
+def test_autoscaling_takes_the_place_of_a_number():
+    tree = {"engine": {"model": "demo"}, "replicas": {"autoscaling": {"max": 3}}}
+    assert parse(tree).replicas.most == 3
+    with pytest.raises(ConfigError, match=r"replicas\.autoscaling lacks a key without a default: .*max"):
+        parse({**tree, "replicas": {"autoscaling": {"min": 0}}})
+    with pytest.raises(ConfigError, match=r"unknown key replicas\.autoscaling\.maximum"):
+        parse({**tree, "replicas": {"autoscaling": {"maximum": 3}}})
+    with pytest.raises(ConfigError, match=r"replicas\.count=2 fixes what replicas\.autoscaling"):
+        parse({**tree, "replicas": {"count": 2, "autoscaling": {"max": 3}}})
+    assert parse({**tree, "replicas": {"autoscaling": None}}).replicas.most == 1
+
+
+def test_autoscaling_reaches_serve_and_one_replica_at_most_shares_with_nobody():
+    def deployed(**replicas):
+        tree = {"engine": {"model": "demo"}, "replicas": replicas}
+        gateway = build(tree)._bound_deployment
+        (replica,) = [a for a in gateway.init_args if hasattr(a, "_bound_deployment")]
+        return replica._bound_deployment
+
+    scaled = deployed(autoscaling={"min": 2, "max": 5, "look_back_s": 7, "upscale_delay_s": 3})
+    options = scaled._deployment_config.autoscaling_config
+    assert (options.min_replicas, options.max_replicas, options.initial_replicas) == (2, 5, None)
+    assert (options.look_back_period_s, options.upscale_delay_s) == (7, 3)
+    assert options.policy.get_policy()(**options.policy.policy_kwargs)._config.min == 2
+    assert scaled.init_args[0].store.share is True
+    assert deployed(autoscaling={"min": 0, "max": 1}).init_args[0].store.share is False
+    assert deployed(count=1).init_args[0].store.share is False
+    assert deployed(count=2).init_args[0].store.share is True
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+"""Autoscaling inside Ray Serve: the controller calls the policy, which decides and leaves a record of why."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.serve.config import AutoscalingConfig as ServeAutoscaling
+from ray.serve.config import AutoscalingContext, AutoscalingPolicy
+
+from quire.cluster.autoscaling import AutoscalingConfig, Decision, Observed, decide
+from quire.replicas.pressure import Pressure
+
+_LOG = "ray.serve"  # the controller's own log
+_RECORD_PERIOD_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingRecord:
+    """What autoscaling last wanted, for people and metrics."""
+
+    target: int
+    """Replicas that Serve is bringing about."""
+    wanted: int
+    """What the figures ask for now; becomes the target once it has been wanted long enough."""
+    reasons: tuple[str, ...]
+    """For `wanted`."""
+    at_s: float
+    """Wall clock."""
+
+
+class Policy:
+    """Called by Serve's controller ten times a second. Its arguments are `AutoscalingConfig`'s."""
+
+    def __init__(self, **config: Any) -> None:
+        self._config = AutoscalingConfig(**config)
+        self._target: int | None = None
+        self._change = Decision(0, ())
+        self._recorded_s = 0.0
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        target, now_s = context.target_num_replicas, time.time()
+        if self._target is not None and target != self._target:
+            reasons = self._change.reasons if self._target else ("a request came while none ran",)
+            logging.getLogger(_LOG).info(
+                "quire: %d → %d replicas: %s", self._target, target, "; ".join(reasons)
+            )
+        decision = decide(observed(context), self._config)
+        if decision.replicas != target:
+            self._change = decision
+        if target != self._target or now_s >= self._recorded_s + _RECORD_PERIOD_S:
+            self._recorded_s = now_s
+            record = ScalingRecord(target, decision.replicas, decision.reasons, now_s)
+            _internal_kv_put(
+                _key(context.app_name or ""), json.dumps(asdict(record)).encode(), overwrite=True
+            )
+        self._target = target
+        return decision.replicas, {}
+
+
+def observed(context: AutoscalingContext) -> Observed:
+    """What Serve's controller knows of the replicas and of what waits for them."""
+    metrics = context.aggregated_metrics or {}
+    names = [name for name in Pressure.__dataclass_fields__ if name in metrics]
+    reported = [replica for replica in context.running_replicas if all(replica in metrics[n] for n in names)]
+    return Observed(
+        running=context.current_num_replicas,
+        target=context.target_num_replicas,
+        waiting=context.total_queued_requests or 0.0,
+        pressures=tuple(Pressure(**{n: metrics[n][replica] for n in names}) for replica in reported)
+        if names
+        else (),
+    )
+
+
+def serve_options(config: AutoscalingConfig) -> ServeAutoscaling:
+    """The deployment's option. The first replica starts even where min is 0: what fails, fails at once."""
+    return ServeAutoscaling(
+        min_replicas=config.min,
+        max_replicas=config.max,
+        initial_replicas=None if config.min else 1,
+        look_back_period_s=config.look_back_s,
+        metrics_interval_s=config.report_period_s,
+        upscale_delay_s=config.upscale_delay_s,
+        downscale_delay_s=config.downscale_delay_s,
+        downscale_to_zero_delay_s=config.downscale_to_zero_delay_s,
+        policy=AutoscalingPolicy(
+            policy_function="quire.cluster.autoscaling_policy:Policy", policy_kwargs=asdict(config)
+        ),
+    )
+
+
+def last_record(app: str) -> ScalingRecord | None:
+    """Of an application on the connected cluster; None where nothing is autoscaled."""
+    said = _internal_kv_get(_key(app))
+    if said is None:
+        return None
+    fields = json.loads(said)
+    return ScalingRecord(**fields | {"reasons": tuple(fields["reasons"])})
+
+
+def _key(app: str) -> bytes:
+    return f"quire/autoscaling/{app}".encode()

@@ -1,0 +1,108 @@
+"""How hard a replica is pressed: the figures that autoscaling decides on. Knows no clock and no cluster."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+_PERIOD_S = 0.2
+"""How often it is worth counting."""
+_RATE_STEPS = 32.0
+"""Full steps of prefill that count for the rate: each new one weighs about 1 / this."""
+_USE_WINDOW_S = 5.0
+_FIRST_TOKEN_WINDOW_S = 10.0
+_FIRST_TOKENS = 512
+"""Remembered at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pressure:
+    """One replica at one moment. All but `first_token_s` add up: halved on each of twice as many replicas."""
+
+    occupancy: float = 0.0
+    """Pages that sequences hold or, while they wait, will need for their tokens, as a share of the pool; or
+    sequences as a share of scheduler.max_running if that is scarcer. What is merely cached does not count;
+    above 1 some wait for room."""
+    prefill_queue_s: float = 0.0
+    """Seconds to compute the prompt tokens that are still to be computed, at the rate measured here."""
+    prefill_use: float = 0.0
+    """Prompt tokens computed lately, as a share of what that rate could have computed."""
+    first_token_s: float = 0.0
+    """Time to first token: the 90th percentile of the last seconds, or the age of the request that waits for
+    its first one longest, if that is more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a replica holds and has yet to do, counted over its sequences."""
+
+    pages: int
+    """Held, or to be held once those that wait are admitted."""
+    sequences: int
+    prompt_tokens: int
+    """Still to be computed."""
+    oldest_s: float | None
+    """When the request was submitted that has waited longest for its first token."""
+
+
+class PressureGauge:
+    """Remembers a replica's last seconds. Owned by the engine; times are on the engine's clock."""
+
+    def __init__(self, *, pages: int, max_running: int) -> None:
+        self.latest = Pressure()
+        """Replaced as a whole: any thread may read it."""
+        self._pages, self._max_running, self._latest_s = pages, max_running, float("-inf")
+        self._prefills: deque[tuple[float, int]] = deque()
+        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_FIRST_TOKENS)
+        self._most_tokens = 0
+        self._weight = self._rate_sum = 0.0
+
+    @property
+    def prefill_tokens_s(self) -> float | None:
+        """Prompt tokens a second of the steps that computed many; None before the first."""
+        return self._rate_sum / self._weight if self._weight else None
+
+    def prefilled(self, tokens: int, seconds: float, now_s: float) -> None:
+        """A step that took so long computed so many prompt tokens; it weighs as much as they are."""
+        if tokens < 1 or seconds <= 0:
+            return
+        self._most_tokens = max(self._most_tokens, tokens)
+        kept = 1 - tokens / self._most_tokens / _RATE_STEPS
+        self._weight = kept * self._weight + tokens
+        self._rate_sum = kept * self._rate_sum + tokens * (tokens / seconds)
+        self._prefills.append((now_s, tokens))
+
+    def first_token(self, after_s: float, now_s: float) -> None:
+        """A request has got its first token, so long after it came."""
+        self._first_tokens.append((now_s, after_s))
+
+    def update(self, load: Callable[[], Load], now_s: float) -> None:
+        """Take a new reading, unless the latest is of just now."""
+        if now_s >= self._latest_s + _PERIOD_S:
+            self.latest, self._latest_s = self.read(load(), now_s), now_s
+
+    def read(self, load: Load, now_s: float) -> Pressure:
+        """Before the first prefill was measured there is no rate, and what depends on it is 0."""
+        _forget(self._prefills, now_s - _USE_WINDOW_S)
+        _forget(self._first_tokens, now_s - _FIRST_TOKEN_WINDOW_S)
+        rate = self.prefill_tokens_s
+        recent = sum(tokens for _, tokens in self._prefills)
+        waits = 0.0 if load.oldest_s is None else now_s - load.oldest_s
+        return Pressure(
+            occupancy=max(load.pages / self._pages, load.sequences / self._max_running),
+            prefill_queue_s=load.prompt_tokens / rate if rate else 0.0,
+            prefill_use=recent / (rate * _USE_WINDOW_S) if rate else 0.0,
+            first_token_s=max(_percentile_90(after_s for _, after_s in self._first_tokens), waits),
+        )
+
+
+def _forget(seen: deque[tuple[float, int]] | deque[tuple[float, float]], before_s: float) -> None:
+    while seen and seen[0][0] < before_s:
+        seen.popleft()
+
+
+def _percentile_90(values: Iterable[float]) -> float:
+    """The smallest value that nine in ten do not exceed; 0 of none."""
+    ranked = sorted(values)
+    return ranked[-(-9 * len(ranked) // 10) - 1] if ranked else 0.0
