@@ -5,6 +5,7 @@ Tables of pages stand between two markers; the prose around them is written by h
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import yaml
@@ -65,11 +66,13 @@ def rows_table(dashboard: Dashboard) -> str:
 
 
 def runbook(chosen: tuple[Alert, ...]) -> str:
-    return "\n\n".join(
-        f"### {alert.name}\n\n{alert.severity.value.capitalize()}, after {alert.hold}: "
-        f"{_plain(alert.summary)}.\n\n{alert.action}"
-        for alert in chosen
-    )
+    """A section for each: when, and what to do."""
+    sections = []
+    for alert in chosen:
+        held = "at once" if alert.hold == "0s" else f"after {alert.hold}"
+        when = f"*{alert.severity.value.capitalize()}, {held}.* {_plain(alert.summary)}."
+        sections += [f"### {alert.name}", _wrapped(when), _wrapped(alert.action)]
+    return "\n\n".join(sections)
 
 
 def fill(page: str, tables: dict[str, str]) -> str:
@@ -91,10 +94,16 @@ def _metric_row(metric: Metric) -> str:
     return f"| `{metric.exported}` | {metric.kind} | {metric.unit} | {labels} | {metric.meaning} |"
 
 
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
 def _plain(summary: str) -> str:
     """Without Prometheus' templates."""
-    text = re.sub(r"{{ \$labels\.(\w+) }}", r"*\1*", summary)
-    return re.sub(r"{{ \$value[^}]*}}", "*so many*", text)
+    text = re.sub(r"{{ \$labels\.application }}: ", "", summary)
+    text = re.sub(r"{{ \$labels\.(\w+) }}", r"*\1*", text)
+    text = re.sub(r"{{ \$value[^}]*}}", "*value*", text)
+    return text[0].upper() + text[1:]
 
 
 def _write(path: Path, text: str) -> None:

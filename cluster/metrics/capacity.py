@@ -65,6 +65,23 @@ _SUPPLY = Row(
             (Query(HERE.sum(c.UP), "alive"), Query(f"sum({WANTED})", "wanted")),
         ),
         Panel(
+            "Pressure",
+            "What autoscaling looks at, mean of all replicas: occupancy and use of the prefill rate "
+            "(shares), seconds of prefill that wait.",
+            Unit.COUNT,
+            (
+                Query(f"avg({HERE.series(c.OCCUPANCY)})", "occupancy"),
+                Query(f"avg({HERE.series(c.PREFILL_USE)})", "prefill in use"),
+                Query(f"avg({HERE.series(c.PREFILL_QUEUE)})", "prefill queue, s"),
+            ),
+        ),
+        Panel(
+            "Recent first token",
+            "At each replica: what autoscaling holds against its bound.",
+            Unit.SECONDS,
+            (Query(HERE.sum(c.RECENT_FIRST_TOKEN, "replica"), "{{replica}}"),),
+        ),
+        Panel(
             "Engines busy",
             "Share of time in steps, mean of all replicas.",
             Unit.SHARE,

@@ -165,6 +165,32 @@ ENGINE_REQUESTS = _replica(
     "Requests that left the engine: finished, failed or cancelled",
     "outcome",
 )
+OCCUPANCY = _replica(
+    "quire_pressure_occupancy",
+    Kind.GAUGE,
+    "share",
+    "Of pages that sequences hold or will need, or of places for sequences if these are scarcer. This and "
+    "the next three are what autoscaling looks at (`replicas/pressure.py`)",
+)
+PREFILL_QUEUE = _replica(
+    "quire_pressure_prefill_queue_seconds",
+    Kind.GAUGE,
+    "seconds",
+    "Time to compute the prompt tokens that are still to be computed",
+)
+PREFILL_USE = _replica(
+    "quire_pressure_prefill_use",
+    Kind.GAUGE,
+    "share",
+    "Prompt tokens computed lately, of those that could have been",
+)
+RECENT_FIRST_TOKEN = _replica(
+    "quire_pressure_first_token_seconds",
+    Kind.GAUGE,
+    "seconds",
+    "Time to first token at the replica: 90th percentile of the last seconds, or the age of who waits "
+    "longest",
+)
 STEPS = _replica("quire_steps_total", Kind.COUNTER, "steps", "Forward passes")
 STEP_SECONDS = _replica(
     "quire_step_seconds_total",

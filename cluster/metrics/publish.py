@@ -40,7 +40,9 @@ def publish_replica(engine: AsyncEngine, config: EngineConfig) -> Publisher:
     """A replica's metrics, until closed."""
 
     def samples() -> Iterable[Sample]:
-        return replica_samples(engine.stats(), engine.info, config.scheduler, alive=engine.healthy)
+        return replica_samples(
+            engine.stats(), engine.info, config.scheduler, engine.pressure(), alive=engine.healthy
+        )
 
     return Publisher(samples)
 

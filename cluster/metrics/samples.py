@@ -11,6 +11,7 @@ from quire.kvstore.cost import Choice
 from quire.kvstore.failures import Cause
 from quire.replicas.config import SchedulerConfig
 from quire.replicas.errors import Status
+from quire.replicas.pressure import Pressure
 from quire.replicas.request import EngineStats, ModelInfo
 from quire.replicas.step_clock import Part
 
@@ -54,7 +55,7 @@ def observations(answered: Answered) -> Iterator[tuple[c.Metric, float]]:
 
 
 def replica_samples(
-    stats: EngineStats, info: ModelInfo, limits: SchedulerConfig, *, alive: bool
+    stats: EngineStats, info: ModelInfo, limits: SchedulerConfig, pressure: Pressure, *, alive: bool
 ) -> Iterator[Sample]:
     """All that a replica's engine counts. Causes that have not been seen yet count 0."""
     yield Sample(c.UP, alive)
@@ -68,6 +69,10 @@ def replica_samples(
     yield Sample(c.STEPS, stats.steps)
     for part in Part:
         yield Sample(c.STEP_SECONDS, stats.step_part_seconds.get(part, 0.0), {"part": part.value})
+    yield Sample(c.OCCUPANCY, pressure.occupancy)
+    yield Sample(c.PREFILL_QUEUE, pressure.prefill_queue_s)
+    yield Sample(c.PREFILL_USE, pressure.prefill_use)
+    yield Sample(c.RECENT_FIRST_TOKEN, pressure.first_token_s)
     yield from _tokens(stats)
     yield from _memory(stats, info)
     yield from _transfers(stats)

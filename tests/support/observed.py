@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from generated import ROOT
 from served_app import Served, free_port, quire_serve
 
 SCRAPE_S = 1
@@ -73,9 +74,11 @@ class Prometheus:
 class Cluster:
     """Processes of a Ray cluster on this machine."""
 
-    def __init__(self, process: subprocess.Popen[bytes], environment: Mapping[str, str]) -> None:
-        """`environment`: what commands need to join it."""
-        self.process, self.environment = process, environment
+    def __init__(
+        self, process: subprocess.Popen[bytes], folder: Path, environment: Mapping[str, str]
+    ) -> None:
+        """`folder`: its files are below. `environment`: what commands need to join it."""
+        self.process, self.folder, self.environment = process, folder, environment
 
     def replicas(self) -> list[psutil.Process]:
         """Processes with rank 0 of a replica."""
@@ -115,13 +118,19 @@ def _ray(folder: Path) -> Iterator[Cluster]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
+    shown = folder / "dashboards"
+    shutil.copytree(ROOT / "deploy/grafana", shown)
+    of_head = {
+        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": str(shown),
+    }
     log = folder / "ray.log"
     with (
         log.open("wb") as out,
-        _running(command, out, {**environment, "RAY_metrics_report_interval_ms": "1000"}) as process,
+        _running(command, out, {**environment, **of_head}) as process,
     ):
         _when(lambda: "Ray runtime started" in log.read_text())
-        yield Cluster(process, {**environment, "RAY_ADDRESS": address})
+        yield Cluster(process, folder, {**environment, "RAY_ADDRESS": address})
 
 
 @contextmanager

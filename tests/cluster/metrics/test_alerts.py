@@ -27,50 +27,50 @@ pytestmark = pytest.mark.skipif(
 def _buckets(name, slow):
     """A histogram of one observation a second, all between `slow` and the bound before it."""
     return {
-        f'{name}_bucket{{{APP}, le="0.001"}}': "0+0x240",
-        f'{name}_bucket{{{APP}, le="{slow}"}}': "0+15x240",
-        f'{name}_bucket{{{APP}, le="+Inf"}}': "0+15x240",
+        f'{name}_bucket{{{APP}, le="0.001"}}': "0+0x60",
+        f'{name}_bucket{{{APP}, le="{slow}"}}': "0+60x60",
+        f'{name}_bucket{{{APP}, le="+Inf"}}': "0+60x60",
     }
 
 
 def _asked(status, bad):
     return {
-        f'ray_quire_requests_total{{{APP}, method="Chat", status="OK"}}': "0+100x240",
-        f'ray_quire_requests_total{{{APP}, method="Chat", status="{status}"}}': f"0+{bad}x240",
-        f'ray_quire_requests_total{{{APP}, method="GetStats", status="{status}"}}': "0+1000x240",
+        f'ray_quire_requests_total{{{APP}, method="Chat", status="OK"}}': "0+100x60",
+        f'ray_quire_requests_total{{{APP}, method="Chat", status="{status}"}}': f"0+{bad}x60",
+        f'ray_quire_requests_total{{{APP}, method="GetStats", status="{status}"}}': "0+1000x60",
     }
 
 
 def _of(part, whole, used, free):
     """Two gauges, or one by state."""
-    return {part: f"{used}x240", whole: f"{free}x240"}
+    return {part: f"{used}x60", whole: f"{free}x60"}
 
 
-CASES = {  # series by name: such that it fires, such that it does not; a step is 15 s
+CASES = {  # series by name: such that it fires, such that it does not; a step is a minute
     "QuireNoReplica": (
-        {WANTED: "2x240", f"ray_quire_replica_up{{{ONE}}}": "0x240"},
-        {WANTED: "0x240"},
+        {WANTED: "2x60", f"ray_quire_replica_up{{{ONE}}}": "0x60"},
+        {WANTED: "0x60"},
     ),
     "QuireNonFiniteLogits": (
-        {f"ray_quire_nonfinite_outputs_total{{{ONE}}}": "0x230 1x10"},
-        {f"ray_quire_nonfinite_outputs_total{{{ONE}}}": "7x240"},
+        {f"ray_quire_nonfinite_outputs_total{{{ONE}}}": "0x57 1x2"},
+        {f"ray_quire_nonfinite_outputs_total{{{ONE}}}": "7x60"},
     ),
     "QuireRequestsFailing": (_asked("UNAVAILABLE", 2), _asked("UNAVAILABLE", 1)),
     "QuireReplicaMissing": (
-        {WANTED: "2x240", f"ray_quire_replica_up{{{ONE}}}": "1x240"},
+        {WANTED: "2x60", f"ray_quire_replica_up{{{ONE}}}": "1x60"},
         {
-            WANTED: "2x240",
-            f"ray_quire_replica_up{{{ONE}}}": "1x240",
-            f"ray_quire_replica_up{{{TWO}}}": "1x240",
+            WANTED: "2x60",
+            f"ray_quire_replica_up{{{ONE}}}": "1x60",
+            f"ray_quire_replica_up{{{TWO}}}": "1x60",
         },
     ),
     "QuireRequestsRetried": (
-        {f"ray_quire_gateway_retries_total{{{ONE}}}": "0x230 1x10"},
-        {f"ray_quire_gateway_retries_total{{{ONE}}}": "3x240"},
+        {f"ray_quire_gateway_retries_total{{{ONE}}}": "0x57 1x2"},
+        {f"ray_quire_gateway_retries_total{{{ONE}}}": "3x60"},
     ),
     "QuireNodeSilent": (
-        {'up{job="ray", instance="a:1"}': "0x240"},
-        {'up{job="ray", instance="a:1"}': "1x240", 'up{job="other", instance="b:1"}': "0x240"},
+        {'up{job="ray", instance="a:1"}': "0x60"},
+        {'up{job="ray", instance="a:1"}': "1x60", 'up{job="other", instance="b:1"}': "0x60"},
     ),
     "QuireFirstTokenSlow": (
         _buckets("ray_quire_request_first_token_seconds", "4.0"),
@@ -104,31 +104,31 @@ CASES = {  # series by name: such that it fires, such that it does not; a step i
         _of(f'ray_quire_pages{{{ONE}, state="used"}}', f'ray_quire_pages{{{ONE}, state="cached"}}', 10, 90),
     ),
     "QuirePreempting": (
-        {f"ray_quire_preemptions_total{{{ONE}}}": "0+2x240"},
-        {f"ray_quire_preemptions_total{{{ONE}}}": "0+1x240"},
+        {f"ray_quire_preemptions_total{{{ONE}}}": "0+8x60"},
+        {f"ray_quire_preemptions_total{{{ONE}}}": "0+4x60"},
     ),
     "QuireTransfersFailing": (
         {
-            f"ray_quire_fetches_total{{{ONE}}}": "0+10x240",
-            f'ray_quire_fetch_failures_total{{{ONE}, cause="deadline"}}': "0+2x240",
+            f"ray_quire_fetches_total{{{ONE}}}": "0+10x60",
+            f'ray_quire_fetch_failures_total{{{ONE}, cause="deadline"}}': "0+2x60",
         },
         {
-            f"ray_quire_fetches_total{{{ONE}}}": "0+10x240",
-            f'ray_quire_fetch_failures_total{{{ONE}, cause="busy"}}': "0+5x240",
+            f"ray_quire_fetches_total{{{ONE}}}": "0+10x60",
+            f'ray_quire_fetch_failures_total{{{ONE}, cause="busy"}}': "0+5x60",
         },
     ),
     "QuireBlocksDamaged": (
-        {f'ray_quire_fetch_failures_total{{{ONE}, cause="checksum"}}': "0x230 1x10"},
-        {f'ray_quire_fetch_failures_total{{{ONE}, cause="deadline"}}': "0x230 1x10"},
+        {f'ray_quire_fetch_failures_total{{{ONE}, cause="checksum"}}': "0x57 1x2"},
+        {f'ray_quire_fetch_failures_total{{{ONE}, cause="deadline"}}': "0x57 1x2"},
     ),
     "QuireHitRateCollapsed": (
         {
-            f'ray_quire_prompt_tokens_total{{{ONE}, source="local"}}': "0+900x160 144000+100x80",
-            f'ray_quire_prompt_tokens_total{{{ONE}, source="computed"}}': "0+300x160 48000+1100x80",
+            f'ray_quire_prompt_tokens_total{{{ONE}, source="local"}}': "0+900x40 36000+100x20",
+            f'ray_quire_prompt_tokens_total{{{ONE}, source="computed"}}': "0+300x40 12000+1100x20",
         },
         {
-            f'ray_quire_prompt_tokens_total{{{ONE}, source="local"}}': "0+900x160 144000+500x80",
-            f'ray_quire_prompt_tokens_total{{{ONE}, source="computed"}}': "0+300x160 48000+700x80",
+            f'ray_quire_prompt_tokens_total{{{ONE}, source="local"}}': "0+900x40 36000+500x20",
+            f'ray_quire_prompt_tokens_total{{{ONE}, source="computed"}}': "0+300x40 12000+700x20",
         },
     ),
 }
@@ -141,7 +141,7 @@ ALSO = {"QuireNoReplica": ["QuireReplicaMissing"]}
 def _case(series, minute, firing):
     """Over these series, which alerts fire so many minutes later."""
     return {
-        "interval": "15s",
+        "interval": "1m",
         "input_series": [{"series": name, "values": values} for name, values in series.items()],
         "promql_expr_test": [
             {
@@ -155,7 +155,7 @@ def _case(series, minute, firing):
 
 def _check(folder, cases):
     path = folder / "test.yml"
-    tree = {"rule_files": [str(RULES)], "evaluation_interval": "15s", "tests": cases}
+    tree = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": cases}
     path.write_text(yaml.safe_dump(tree))
     done = subprocess.run(["promtool", "test", "rules", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -175,13 +175,13 @@ def test_each_is_quiet_when_all_is_well(tmp_path):
 
 def test_a_condition_must_last(tmp_path):
     """QuireReplicaMissing holds five minutes: a replica may take so long to load."""
-    series = {WANTED: "2x240", f"ray_quire_replica_up{{{ONE}}}": "1x240"}
+    series = {WANTED: "2x60", f"ray_quire_replica_up{{{ONE}}}": "1x60"}
     _check(tmp_path, [_case(series, 4, []), _case(series, 6, ["QuireReplicaMissing"])])
 
 
 def test_an_application_does_not_hide_another_one(tmp_path):
-    ours = {WANTED: "1x240", f"ray_quire_replica_up{{{ONE}}}": "1x240"}
-    theirs = {WANTED.replace(APP, 'application="other"'): "1x240"}
+    ours = {WANTED: "1x60", f"ray_quire_replica_up{{{ONE}}}": "1x60"}
+    theirs = {WANTED.replace(APP, 'application="other"'): "1x60"}
     _check(tmp_path, [_case({**ours, **theirs}, 3, ["QuireNoReplica"])])
 
 

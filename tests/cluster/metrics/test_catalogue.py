@@ -1,10 +1,11 @@
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from quire.cluster.gateway.meter import Answered, GatewayNumbers
 from quire.cluster.metrics.catalogue import CATALOGUE, Kind, Origin
 from quire.cluster.metrics.samples import format_name, gateway_samples, observations, replica_samples
 from quire.replicas.config import SchedulerConfig
+from quire.replicas.pressure import Pressure
 from quire.replicas.request import EngineStats, ModelInfo
 
 INFO = ModelInfo(
@@ -31,7 +32,7 @@ ANSWERED = Answered(
 
 
 def _replica(**numbers):
-    samples = replica_samples(EngineStats(**numbers), INFO, SchedulerConfig(), alive=True)
+    samples = replica_samples(EngineStats(**numbers), INFO, SchedulerConfig(), Pressure(), alive=True)
     return {(s.metric.name, *sorted(s.labels.values())): s.value for s in samples}
 
 
@@ -55,7 +56,7 @@ def test_names_follow_prometheus_rules():
 
 def test_every_metric_is_said_with_its_labels_by_the_process_it_names():
     said = {
-        Origin.REPLICA: list(replica_samples(EngineStats(), INFO, SchedulerConfig(), alive=True)),
+        Origin.REPLICA: list(replica_samples(EngineStats(), INFO, SchedulerConfig(), Pressure(), alive=True)),
         Origin.GATEWAY: _gateway(),
     }
     observed = {metric for metric, _ in observations(ANSWERED)}
@@ -105,7 +106,5 @@ def test_failures_that_have_not_happened_count_nothing_and_are_there():
 
 def test_a_format_has_one_short_name():
     assert format_name(INFO) == "int8/int4"
-    from dataclasses import replace
-
     assert format_name(replace(INFO, kv_formats=(("int8", "int8"),) * 3)) == "int8"
     assert format_name(replace(INFO, kv_formats=(("int8", "int8"), ("bf16", "bf16")))) == "mixed"
