@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
@@ -47,7 +47,7 @@ class Policy:
         if self._target is not None and target != self._target:
             reasons = self._change.reasons if self._target else ("a request came while none ran",)
             logging.getLogger(_LOG).info(
-                "quire: %d → %d replicas: %s", self._target, target, "; ".join(reasons)
+                "quire: %d → %d replicas: %s", self._target, target, "; ".join(reasons[:2])
             )
         decision = decide(observed(context), self._config)
         if decision.replicas != target:
@@ -65,15 +65,16 @@ class Policy:
 def observed(context: AutoscalingContext) -> Observed:
     """What Serve's controller knows of the replicas and of what waits for them."""
     metrics = context.aggregated_metrics or {}
-    names = [name for name in Pressure.__dataclass_fields__ if name in metrics]
-    reported = [replica for replica in context.running_replicas if all(replica in metrics[n] for n in names)]
+    names = [f.name for f in fields(Pressure)]
     return Observed(
         running=context.current_num_replicas,
         target=context.target_num_replicas,
         waiting=context.total_queued_requests or 0.0,
-        pressures=tuple(Pressure(**{n: metrics[n][replica] for n in names}) for replica in reported)
-        if names
-        else (),
+        pressures=tuple(
+            Pressure(**{name: metrics[name][replica] for name in names})
+            for replica in context.running_replicas
+            if all(replica in metrics.get(name, {}) for name in names)
+        ),
     )
 
 
@@ -99,8 +100,8 @@ def last_record(app: str) -> ScalingRecord | None:
     said = _internal_kv_get(_key(app))
     if said is None:
         return None
-    fields = json.loads(said)
-    return ScalingRecord(**fields | {"reasons": tuple(fields["reasons"])})
+    record = json.loads(said)
+    return ScalingRecord(**record | {"reasons": tuple(record["reasons"])})
 
 
 def _key(app: str) -> bytes:
