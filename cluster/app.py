@@ -32,18 +32,23 @@ def application(config: ServeConfig) -> Application:
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     gpus = gpus_per_shard(config, cluster.get("GPU", 0))
     engine = config.engine
-    if config.replicas.most == 1:  # nobody to share with
+    if config.most_replicas == 1:  # nobody to share with
         engine = replace(engine, store=replace(engine.store, share=False))
-    replica = serve.deployment(**_replica_options(engine, config.replicas, gpus))(Replica).bind(
-        engine, secret, config.replicas.cpus_per_shard, gpus, publish_replica
-    )
+    bound = (engine, secret, config.replicas.cpus_per_shard, gpus, publish_replica)
+    options = _replica_options(engine, config.replicas, gpus)
+    replica = serve.deployment(name="Replica", **_how_many(config.replicas), **options)(Replica).bind(*bound)
+    prefill = None
+    if config.prefill.count:
+        prefill = serve.deployment(name="Prefill", num_replicas=config.prefill.count, **options)(
+            Replica
+        ).bind(*bound)
     gateway = serve.deployment(
         name="Gateway",
         num_replicas=1,
         ray_actor_options={"num_cpus": config.gateway.cpus},
         graceful_shutdown_timeout_s=config.replicas.graceful_shutdown_s,
     )(Gateway)
-    return gateway.bind(replica, config.gateway, config.engine.model, secret)
+    return gateway.bind(replica, config.gateway, config.engine.model, secret, prefill, config.prefill)
 
 
 def gpus_per_shard(config: ServeConfig, cluster_gpus: float) -> float:
@@ -62,8 +67,6 @@ def _how_many(replicas: ReplicaConfig) -> dict[str, Any]:
 def _replica_options(engine: EngineConfig, replicas: ReplicaConfig, gpus: float) -> dict[str, Any]:
     shard = {"CPU": replicas.cpus_per_shard} | ({"GPU": gpus} if gpus else {})
     return {
-        "name": "Replica",
-        **_how_many(replicas),
         "max_ongoing_requests": engine.scheduler.max_running + engine.scheduler.max_queued + _SLACK,
         "ray_actor_options": {"num_cpus": replicas.cpus_per_shard, "num_gpus": gpus},
         "placement_group_bundles": [shard] * engine.tp,

@@ -87,14 +87,45 @@ class ReplicaConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillConfig:
+    """Replicas besides the others that only compute long prompts, whose blocks the others then fetch."""
+
+    count: int = 0
+    """Prefill replicas, made like all others; 0: every replica computes its own prompts."""
+    least_tokens: int = 2048
+    """Shorter prompts are computed where they decode."""
+    wait_s: float = 1.0
+    """How long a prompt waits while no prefill replica is ready; then it is computed where it decodes."""
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise ConfigError(f"prefill.count must not be negative, got {self.count}")
+        for name in ("least_tokens", "wait_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"prefill.{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """A served application."""
 
     engine: EngineConfig
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     replicas: ReplicaConfig = field(default_factory=ReplicaConfig)
+    prefill: PrefillConfig = field(default_factory=PrefillConfig)
     secret: str | None = None
     """What gateways show to replicas. None: made anew at every deployment, which then replaces them all."""
+
+    @property
+    def most_replicas(self) -> int:
+        """That there may be at once, prefill replicas included."""
+        return self.replicas.most + self.prefill.count
+
+    def __post_init__(self) -> None:
+        if self.prefill.count and not self.engine.store.share:
+            raise ConfigError(
+                "prefill replicas hand blocks over: set engine.store.share to true, or prefill.count to 0"
+            )
 
 
 def parse(tree: Mapping[str, Any]) -> ServeConfig:

@@ -84,7 +84,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def _cpus(config: ServeConfig) -> int:
-    shards = config.replicas.most * config.engine.tp
+    shards = config.most_replicas * config.engine.tp
     return round(config.gateway.cpus + shards * config.replicas.cpus_per_shard + 0.5)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
 
+from quire.kvstore.messages import ReplicaId
 from quire.replicas.errors import InvalidRequest, Status
 
 RequestId = NewType("RequestId", str)
@@ -113,6 +114,8 @@ class Request:
     """Blocks are shared between requests of one tenant only."""
     deadline_s: float | None = None
     """On the engine's clock (time.monotonic of its process); a request still queued then fails."""
+    computed_by: ReplicaId | None = None
+    """The replica that has just computed the prompt: its blocks are fetched from there."""
 
 
 class FinishReason(StrEnum):

@@ -95,7 +95,11 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         lease = _Lease(self._leases)
         reader = asyncio.create_task(self._read(lease, requests))
         try:
-            hello = engine_pb2.Hello(model=model_to_proto(self._engine.info), replica_id=self._replica_id)
+            hello = engine_pb2.Hello(
+                model=model_to_proto(self._engine.info),
+                replica_id=self._replica_id,
+                peer_id=self._peer_id or "",
+            )
             yield engine_pb2.ReplicaMessage(hello=hello)
             while not lease.ended:
                 await lease.wake.wait()

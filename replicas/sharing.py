@@ -7,6 +7,7 @@ Runs on the engine's thread, as the pool does whose pages it fills. Other thread
           └── no answer in time, nobody holds them, or computing is sooner ──→ admitted, computed
 
 While a sequence is looked up or fetched for, it waits and holds nobody up. Whatever fails ends in computing.
+Where a request says who has just computed its prompt, that replica is asked at once.
 
 A replica that leaves says which chains of blocks were used last; those that stay fetch them into free pages.
 """
@@ -227,7 +228,10 @@ class BlockSharing:
         if len(keys) - here < self._config.min_fetch_blocks:
             return
         self._pending[seq.id] = _Pending(seq, keys, now_s + self._config.lookup_timeout_s)
-        self._neighbours.lookup(keys, lambda holders: self._put(_Answer(seq.id, holders)))
+        if (holder := seq.progress.request.computed_by) is not None:
+            self._put(_Answer(seq.id, (Holder(holder, len(keys)),)))
+        else:
+            self._neighbours.lookup(keys, lambda holders: self._put(_Answer(seq.id, holders)))
 
     def forget(self, seq: SeqId) -> None:
         """The sequence has ended."""
@@ -298,15 +302,17 @@ class BlockSharing:
         if (transfer := self._transfer_of.get(wanted[0])) is not None:
             pending.transfer = transfer
             return
-        tokens = len(wanted) * self._page_tokens
-        decision = self._cost.decide(
-            best.owner,
-            len(wanted) * self._block_bytes,
-            tokens,
-            queued_tokens,
-            now_s,
-            here * self._page_tokens,
-        )
+        if best.owner == pending.seq.progress.request.computed_by:  # so that it need not be computed here
+            decision = Decision(Choice.FETCH, None, None)
+        else:
+            decision = self._cost.decide(
+                best.owner,
+                len(wanted) * self._block_bytes,
+                len(wanted) * self._page_tokens,
+                queued_tokens,
+                now_s,
+                here * self._page_tokens,
+            )
         tried = _Tried(decision, now_s)
         if decision.choice is Choice.FETCH:
             try:

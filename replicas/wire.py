@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from quire.kvstore.messages import ReplicaId
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
 from quire.replicas.request import (
     EngineStats,
@@ -74,6 +75,7 @@ def request_from_proto(submit: engine_pb2.Submit, request_id: RequestId) -> Requ
         priority=submit.priority,
         tenant=submit.tenant,
         deadline_s=deadline_s,
+        computed_by=ReplicaId(submit.computed_by) if submit.computed_by else None,
     )
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from quire.cluster.config import GatewayConfig
+from quire.cluster.config import GatewayConfig, PrefillConfig
 from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService
 from quire.cluster.gateway.meter import Answered, Meter
+from quire.cluster.gateway.prefill import PrefillFirst
 from quire.cluster.gateway.prompts import Prompts
 from quire.cluster.gateway.server import listen
 from quire.cluster.metrics.publish import Publisher
@@ -38,15 +39,26 @@ class Gateway:
     """Options (name, resources) are set by `cluster/app.py`."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, replicas: DeploymentHandle[Any], config: GatewayConfig, model: str, secret: str
+        self,
+        replicas: DeploymentHandle[Any],
+        config: GatewayConfig,
+        model: str,
+        secret: str,
+        prefill: DeploymentHandle[Any] | None,
+        split: PrefillConfig,
     ) -> None:
         """Listens when done. Raises ConfigError if the port is taken or the model has no tokenizer."""
         self._fleet = Fleet(ServeChooser(replicas), secret=secret, wait_s=config.replica_wait_s)
+        self._prefill: PrefillFirst | None = None
+        if prefill is not None:
+            prefillers = Fleet(ServeChooser(prefill), secret=secret, wait_s=split.wait_s)
+            self._prefill = PrefillFirst(prefillers, least_tokens=split.least_tokens)
         service = InferenceService(
             self._fleet,
             Prompts(find_model(model)),
             max_open_requests=config.max_open_requests,
             meter=Meter(self._observe),
+            prefill=self._prefill,
         )
         self._metrics = Publisher(lambda: gateway_samples(service.numbers()))
         self._listener = await listen(service, config)
@@ -63,3 +75,5 @@ class Gateway:
         await asyncio.to_thread(self._metrics.close)
         await self._listener.stop(_STOP_GRACE_S)
         await self._fleet.close()
+        if self._prefill is not None:
+            await self._prefill.close()

@@ -16,6 +16,7 @@ import grpc
 
 from quire.cluster.gateway.fleet import Fleet
 from quire.cluster.gateway.meter import GatewayNumbers, Meter, Watch
+from quire.cluster.gateway.prefill import PrefillFirst
 from quire.cluster.gateway.prompts import Prompts
 from quire.cluster.gateway.relay import Relay
 from quire.cluster.status import code_of
@@ -33,9 +34,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     """One for each gateway; all methods run on its event loop."""
 
     def __init__(
-        self, fleet: Fleet, prompts: Prompts, *, max_open_requests: int, meter: Meter | None = None
+        self,
+        fleet: Fleet,
+        prompts: Prompts,
+        *,
+        max_open_requests: int,
+        meter: Meter | None = None,
+        prefill: PrefillFirst | None = None,
     ) -> None:
         self._fleet = fleet
+        self._prefill = prefill
         self._meter = meter or Meter()
         self._prompts = prompts
         self._max_open_requests = max_open_requests
@@ -168,7 +176,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 f"request_id {request.request_id!r} is in use; ids of open requests are unique"
             )
         remaining_s = context.time_remaining()
-        relay = Relay(self._fleet, None if remaining_s is None else time.monotonic() + remaining_s)
+        deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
+        relay = Relay(self._fleet, deadline_s, self._prefill)
         if request.request_id:
             self._relays[request.request_id] = relay
         try:

@@ -61,6 +61,7 @@ class ReplicaLink:
         self, channel: grpc.aio.Channel, stream: Any, outbox: Outbox, hello: engine_pb2.Hello
     ) -> None:
         self.replica_id: str = hello.replica_id
+        self.peer_id: str = hello.peer_id
         self.model: inference_pb2.Model = hello.model
         self.alive = True
         self._channel = channel

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from quire.cluster.gateway.fleet import Fleet, NoReplicaReady
 from quire.cluster.gateway.links import Call, ReplicaLink
+from quire.cluster.gateway.prefill import PrefillFirst
 from quire.cluster.status import error_of
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
 from quire.replicas.errors import ReplicaDied, Status
@@ -27,9 +28,10 @@ class _Delivered:
 class Relay:
     """Carries one request until its last delta has been sent."""
 
-    def __init__(self, fleet: Fleet, deadline_s: float | None) -> None:
+    def __init__(self, fleet: Fleet, deadline_s: float | None, prefill: PrefillFirst | None = None) -> None:
         """`deadline_s` is on this process' monotonic clock."""
         self._fleet = fleet
+        self._prefill = prefill
         self._submit = engine_pb2.Submit()
         self._deadline_s = deadline_s
         self._call: Call | None = None
@@ -46,6 +48,8 @@ class Relay:
     async def run(self, submit: engine_pb2.Submit, send: Send) -> None:
         """Raises the QuireError that the replica failed the request with."""
         self._submit = submit
+        if self._prefill is not None:
+            await self._prefill.compute(submit)
         try:
             await self._attempt(send, skip=False)
         except ReplicaDied as error:

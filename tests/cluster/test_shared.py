@@ -36,3 +36,35 @@ def test_a_prompt_that_one_replica_computed_is_fetched_by_the_other(pair: Served
     received, sent = (sum(getattr(r, f"bytes_{way}") for r in stats) for way in ("received", "sent"))
     assert received == sent > 0
     assert sum(replica.bytes_saved for replica in stats) > 0.9 * received  # int8 at head size 64
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    with quire_serve(
+        tmp_path_factory.mktemp("split"),
+        engine={"tp": 1, "pool": {"bytes": 16 << 20}},
+        prefill={"count": 1, "least_tokens": 300},
+    ) as served:
+        yield served
+
+
+def test_long_prompts_are_computed_by_a_prefill_replica_and_answered_by_another(pair: Served, split: Served):
+    long, short = mixed_prompts(load_tokenizer("demo"), [700, 120])
+    with Client(split.address) as client, Client(pair.address) as unsplit:
+        for prompt, found in ((long, 699 // 64 * 64), (short, 0)):
+            answer = collect(client.generate(prompt, SAMPLING))
+            assert answer.usage.cached_tokens == found
+            expected = collect(unsplit.generate(prompt, SAMPLING))
+            assert answer.outputs[0].token_ids == expected.outputs[0].token_ids
+        (replica,) = client.stats().replicas  # those that decode
+    assert replica.fetched_blocks == 699 // 64
+    assert replica.failed_fetches == 0
+
+
+def test_without_its_prefill_replica_long_prompts_are_answered_all_the_same(split: Served):
+    (prompt,) = mixed_prompts(load_tokenizer("demo"), [800])
+    for process in split.processes("Prefill"):
+        process.kill()
+    with Client(split.address) as client:
+        answer = collect(client.generate(prompt, SAMPLING))
+    assert len(answer.outputs[0].token_ids) == 6

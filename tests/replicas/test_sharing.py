@@ -70,6 +70,29 @@ def test_a_prefix_computed_by_one_is_used_by_the_other_with_the_same_logits(kv):
             assert resident.stats.pages_used == 0
 
 
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "fp8", "int8", "int4", "k8v4"])
+def test_a_prompt_is_fetched_from_the_replica_that_was_told_to_compute_it(kv):
+    a, b = neighbours(config(kv), config(kv))
+    with a, b:
+        b.way.looks = False  # the directory need not know yet
+        a.ask(PROMPT, new_tokens=1)
+        split = b.ask(PROMPT, computed_by=a.way.me)
+        assert split[-1].usage.cached_tokens == BLOCKS * 64
+        assert b.stats.fetch_choices == {"fetch": 0, "recompute": 0}  # it was not the cost model's to choose
+        assert answer(split) == answer(b.ask(PROMPT, tenant="another"))
+        b.engine.check()
+
+
+def test_a_prompt_whose_computer_is_gone_or_has_forgotten_is_computed():
+    a, b = neighbours(config(), config())
+    with a, b:
+        assert b.ask(PROMPT, computed_by=a.way.me)[-1].usage.cached_tokens == 0
+        computed = b.ask(OTHER, tenant="another")
+        a.move_out()
+        assert answer(b.ask(OTHER, computed_by=a.way.me)) == answer(computed)
+        b.engine.check()
+
+
 @pytest.mark.parametrize(("of_a", "of_b"), [(1, 2), (2, 1), (2, 2)])
 def test_replicas_of_different_sizes_share_too(of_a, of_b):
     a, b = neighbours(config("int4", of_a), config("int4", of_b))

@@ -72,12 +72,26 @@ class Resident:
         town.residents[self.way.me] = self.engine
         self.engine.start(self._deliver)
 
-    def ask(self, prompt: Sequence[int], new_tokens: int = 8, tenant: str = "") -> list[Output]:
+    def ask(
+        self,
+        prompt: Sequence[int],
+        new_tokens: int = 8,
+        tenant: str = "",
+        computed_by: ReplicaId | None = None,
+    ) -> list[Output]:
         """The events of one greedy request, once it has ended."""
         self._requests += 1
         request_id = RequestId(str(self._requests))
         sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True, logprobs=0)
-        self.engine.submit(Request(id=request_id, prompt=tuple(prompt), sampling=sampling, tenant=tenant))
+        self.engine.submit(
+            Request(
+                id=request_id,
+                prompt=tuple(prompt),
+                sampling=sampling,
+                tenant=tenant,
+                computed_by=computed_by,
+            )
+        )
         deadline = time.monotonic() + 60
         with self._more:
             while True:

@@ -57,7 +57,7 @@ def quire_serve(
     `environment`: what is to be added to the test's own.
     """
     config = folder / "config.yaml"
-    tree = {branch: {**values, **changes.get(branch, {})} for branch, values in CONFIG.items()}
+    tree = {branch: CONFIG.get(branch, {}) | changes.get(branch, {}) for branch in CONFIG | changes}
     config.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "quire.cluster.cli", "serve", "--config", str(config)]
     process = subprocess.Popen(

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from quire.protos.quire.v1 import inference_pb2 as quire_dot_protos_dot_quire_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"quire/protos/quire/v1/engine.proto\x12\x08quire.v1\x1a%quire/protos/quire/v1/inference.proto\":\n\x0bPeerMessage\x12\n\n\x02to\x18\x01 \x01(\t\x12\x0e\n\x06sender\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\x0c\"\x0b\n\tPeerHeard\"\x8e\x01\n\x0eGatewayMessage\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x10.quire.v1.SubmitH\x00\x12&\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x14.quire.v1.CancelCallH\x00\x12%\n\x05stats\x18\x03 \x01(\x0b\x32\x14.quire.v1.StatsQueryH\x00\x42\t\n\x07message\"\x9b\x01\n\x06Submit\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.quire.v1.Sampling\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x18\n\x0bremaining_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_remaining_s\"\x1a\n\nCancelCall\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\"\x1b\n\nStatsQuery\x12\r\n\x05query\x18\x01 \x01(\x04\"\x85\x01\n\x0eReplicaMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.quire.v1.HelloH\x00\x12\x1e\n\x04step\x18\x02 \x01(\x0b\x32\x0e.quire.v1.StepH\x00\x12&\n\x05stats\x18\x03 \x01(\x0b\x32\x15.quire.v1.StatsAnswerH\x00\x42\t\n\x07message\";\n\x05Hello\x12\x1e\n\x05model\x18\x01 \x01(\x0b\x32\x0f.quire.v1.Model\x12\x12\n\nreplica_id\x18\x02 \x01(\t\"\'\n\x04Step\x12\x1f\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x0f.quire.v1.Event\"e\n\x05\x45vent\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12 \n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0f.quire.v1.DeltaH\x00\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x11.quire.v1.FailureH\x00\x42\x06\n\x04what\"*\n\x07\x46\x61ilure\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"C\n\x0bStatsAnswer\x12\r\n\x05query\x18\x01 \x01(\x04\x12%\n\x05stats\x18\x02 \x01(\x0b\x32\x16.quire.v1.ReplicaStats2~\n\x06\x45ngine\x12\x41\n\x07\x43onnect\x12\x18.quire.v1.GatewayMessage\x1a\x18.quire.v1.ReplicaMessage(\x01\x30\x01\x12\x31\n\x03Say\x12\x15.quire.v1.PeerMessage\x1a\x13.quire.v1.PeerHeardb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"quire/protos/quire/v1/engine.proto\x12\x08quire.v1\x1a%quire/protos/quire/v1/inference.proto\":\n\x0bPeerMessage\x12\n\n\x02to\x18\x01 \x01(\t\x12\x0e\n\x06sender\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\x0c\"\x0b\n\tPeerHeard\"\x8e\x01\n\x0eGatewayMessage\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x10.quire.v1.SubmitH\x00\x12&\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x14.quire.v1.CancelCallH\x00\x12%\n\x05stats\x18\x03 \x01(\x0b\x32\x14.quire.v1.StatsQueryH\x00\x42\t\n\x07message\"\xb0\x01\n\x06Submit\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.quire.v1.Sampling\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x18\n\x0bremaining_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0b\x63omputed_by\x18\x07 \x01(\tB\x0e\n\x0c_remaining_s\"\x1a\n\nCancelCall\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\"\x1b\n\nStatsQuery\x12\r\n\x05query\x18\x01 \x01(\x04\"\x85\x01\n\x0eReplicaMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.quire.v1.HelloH\x00\x12\x1e\n\x04step\x18\x02 \x01(\x0b\x32\x0e.quire.v1.StepH\x00\x12&\n\x05stats\x18\x03 \x01(\x0b\x32\x15.quire.v1.StatsAnswerH\x00\x42\t\n\x07message\"L\n\x05Hello\x12\x1e\n\x05model\x18\x01 \x01(\x0b\x32\x0f.quire.v1.Model\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\"\'\n\x04Step\x12\x1f\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x0f.quire.v1.Event\"e\n\x05\x45vent\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12 \n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0f.quire.v1.DeltaH\x00\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x11.quire.v1.FailureH\x00\x42\x06\n\x04what\"*\n\x07\x46\x61ilure\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"C\n\x0bStatsAnswer\x12\r\n\x05query\x18\x01 \x01(\x04\x12%\n\x05stats\x18\x02 \x01(\x0b\x32\x16.quire.v1.ReplicaStats2~\n\x06\x45ngine\x12\x41\n\x07\x43onnect\x12\x18.quire.v1.GatewayMessage\x1a\x18.quire.v1.ReplicaMessage(\x01\x30\x01\x12\x31\n\x03Say\x12\x15.quire.v1.PeerMessage\x1a\x13.quire.v1.PeerHeardb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,23 +39,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GATEWAYMESSAGE']._serialized_start=161
   _globals['_GATEWAYMESSAGE']._serialized_end=303
   _globals['_SUBMIT']._serialized_start=306
-  _globals['_SUBMIT']._serialized_end=461
-  _globals['_CANCELCALL']._serialized_start=463
-  _globals['_CANCELCALL']._serialized_end=489
-  _globals['_STATSQUERY']._serialized_start=491
-  _globals['_STATSQUERY']._serialized_end=518
-  _globals['_REPLICAMESSAGE']._serialized_start=521
-  _globals['_REPLICAMESSAGE']._serialized_end=654
-  _globals['_HELLO']._serialized_start=656
-  _globals['_HELLO']._serialized_end=715
-  _globals['_STEP']._serialized_start=717
-  _globals['_STEP']._serialized_end=756
-  _globals['_EVENT']._serialized_start=758
-  _globals['_EVENT']._serialized_end=859
-  _globals['_FAILURE']._serialized_start=861
-  _globals['_FAILURE']._serialized_end=903
-  _globals['_STATSANSWER']._serialized_start=905
-  _globals['_STATSANSWER']._serialized_end=972
-  _globals['_ENGINE']._serialized_start=974
-  _globals['_ENGINE']._serialized_end=1100
+  _globals['_SUBMIT']._serialized_end=482
+  _globals['_CANCELCALL']._serialized_start=484
+  _globals['_CANCELCALL']._serialized_end=510
+  _globals['_STATSQUERY']._serialized_start=512
+  _globals['_STATSQUERY']._serialized_end=539
+  _globals['_REPLICAMESSAGE']._serialized_start=542
+  _globals['_REPLICAMESSAGE']._serialized_end=675
+  _globals['_HELLO']._serialized_start=677
+  _globals['_HELLO']._serialized_end=753
+  _globals['_STEP']._serialized_start=755
+  _globals['_STEP']._serialized_end=794
+  _globals['_EVENT']._serialized_start=796
+  _globals['_EVENT']._serialized_end=897
+  _globals['_FAILURE']._serialized_start=899
+  _globals['_FAILURE']._serialized_end=941
+  _globals['_STATSANSWER']._serialized_start=943
+  _globals['_STATSANSWER']._serialized_end=1010
+  _globals['_ENGINE']._serialized_start=1012
+  _globals['_ENGINE']._serialized_end=1138
 # @@protoc_insertion_point(module_scope)

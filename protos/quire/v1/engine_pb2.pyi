@@ -32,20 +32,22 @@ class GatewayMessage(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[CancelCall, _Mapping]] = ..., stats: _Optional[_Union[StatsQuery, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("call", "token_ids", "sampling", "priority", "tenant", "remaining_s")
+    __slots__ = ("call", "token_ids", "sampling", "priority", "tenant", "remaining_s", "computed_by")
     CALL_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     REMAINING_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_BY_FIELD_NUMBER: _ClassVar[int]
     call: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _inference_pb2.Sampling
     priority: int
     tenant: str
     remaining_s: float
-    def __init__(self, call: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., remaining_s: _Optional[float] = ...) -> None: ...
+    computed_by: str
+    def __init__(self, call: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., remaining_s: _Optional[float] = ..., computed_by: _Optional[str] = ...) -> None: ...
 
 class CancelCall(_message.Message):
     __slots__ = ("call",)
@@ -70,12 +72,14 @@ class ReplicaMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., stats: _Optional[_Union[StatsAnswer, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("model", "replica_id")
+    __slots__ = ("model", "replica_id", "peer_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
     model: _inference_pb2.Model
     replica_id: str
-    def __init__(self, model: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., replica_id: _Optional[str] = ...) -> None: ...
+    peer_id: str
+    def __init__(self, model: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., replica_id: _Optional[str] = ..., peer_id: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("events",)

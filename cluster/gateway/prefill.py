@@ -1,0 +1,45 @@
+"""Long prompts are computed first by replicas that do nothing else; those that decode fetch the blocks.
+
+So no decoding step waits for a long prompt. Whatever fails here, the decoding replica computes the prompt.
+"""
+
+from __future__ import annotations
+
+from quire.cluster.gateway.fleet import Fleet
+from quire.protos.quire.v1 import engine_pb2, inference_pb2
+from quire.replicas.errors import ReplicaDied, Status
+
+
+class PrefillFirst:
+    """The way to the prefill replicas of one gateway."""
+
+    def __init__(self, fleet: Fleet, *, least_tokens: int) -> None:
+        """`least_tokens`: shorter prompts are computed where they decode."""
+        self._fleet = fleet
+        self._least_tokens = least_tokens
+
+    async def compute(self, submit: engine_pb2.Submit) -> None:
+        """Where the prompt is long, have it computed, and note in `submit` by whom."""
+        if len(submit.token_ids) < self._least_tokens:
+            return
+        prompt = engine_pb2.Submit()
+        prompt.CopyFrom(submit)
+        prompt.sampling.CopyFrom(inference_pb2.Sampling(max_tokens=1, ignore_eos=True))
+        try:
+            async with self._fleet.reserve() as link:
+                call = link.submit(prompt)
+                try:
+                    event = await call.next()
+                    while not (event.HasField("failure") or event.delta.HasField("usage")):
+                        event = await call.next()
+                finally:
+                    call.close()
+                if event.failure.status == Status.UNAVAILABLE:
+                    await self._fleet.report_lost(link)
+                elif not event.HasField("failure"):
+                    submit.computed_by = link.peer_id
+        except ReplicaDied:
+            return  # none is ready
+
+    async def close(self) -> None:
+        await self._fleet.close()
