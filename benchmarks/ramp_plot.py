@@ -45,7 +45,7 @@ def draw(rows: Sequence[Row]) -> bytes:
         )
         above.step(*_line(rows, "replicas"), where="post", color=_BLUE, lw=2, label="replicas that run")
         above.set_ylim(0, 3.4)
-        above.legend(frameon=False, loc="upper left", ncols=3, bbox_to_anchor=(0, 1.16), borderpad=0)
+        above.legend(frameon=False, loc="upper left", ncols=2, bbox_to_anchor=(0, 1.16), borderpad=0)
         below.plot(*_line(rows, "first token p90 of target"), color=_ORANGE, marker="o", ms=3.5)
         target_s = next(r.value / r.ratio for r in rows if r.baseline == "target")
         below.axhline(target_s, color=_FAINT, lw=0.8)
