@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Asked = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 MAX_PRIORITY = 100
+_DEADLINE_SLACK_S = 0.1
+"""A client's clock began when it asked: its deadline comes before ours. A cancel so near to ours is that."""
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -137,7 +139,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 await context.abort(code_of(error), str(error))
             except asyncio.CancelledError:  # the client has gone, or its time is over
                 left_s = context.time_remaining()
-                over = left_s is not None and left_s <= 0
+                over = left_s is not None and left_s <= _DEADLINE_SLACK_S
                 watch.status = (Status.DEADLINE_EXCEEDED if over else Status.CANCELLED).value
                 raise
             except Exception:

@@ -42,6 +42,7 @@ TUNING = Tuning(
     hold_critical="1s",
     first_token_s=0.1,
     inter_token_s=0.001,
+    bad_share=0.001,
     full_share=0.6,
     pool_share=0.6,
     preemptions_s=0.01,
@@ -71,8 +72,10 @@ class Stage:
         def work(number: int) -> None:
             with Client(self.address) as client:
                 while not over.is_set():
-                    with suppress(QuireError):
+                    try:
                         ask(client, number)
+                    except QuireError:
+                        over.wait(0.1)
                     number += clients
 
         threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(clients)]
@@ -94,6 +97,12 @@ class Stage:
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(ask, prompts))
+
+    def until_alive(self, replicas: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.prometheus.query(f"sum(ray_quire_replica_up == 1) == {replicas}"):
+            assert time.monotonic() < deadline
+            time.sleep(0.3)
 
     def look(self) -> None:
         """Notes what fires now."""
@@ -251,6 +260,7 @@ def test_a_replica_that_dies_is_missed_and_so_are_its_blocks(stage: Stage):
     deadline = time.monotonic() + PATIENCE_S
     with stage.load(short_answers, 2):
         while not stage.fired >= due:
+            stage.until_alive(2)
             prompts = [shared_prefix(next(numbers), sentences=20) for _ in range(6)]
             stage.ask_each(prompts)
             stage.cluster.replicas()[0].kill()
