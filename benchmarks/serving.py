@@ -33,9 +33,12 @@ from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService
 from quire.cluster.gateway.prompts import Prompts
 from quire.cluster.gateway.server import listen as listen_to_clients
+from quire.cluster.routing.book import Route
+from quire.kvstore.keys import KeySpace
 from quire.replicas import service
 from quire.replicas.async_engine import AsyncEngine
 from quire.replicas.config import EngineConfig, PoolConfig
+from quire.replicas.load_report import LoadReport
 from quire.replicas.model.checkpoint import find_model
 from quire.replicas.request import (
     EngineStats,
@@ -75,6 +78,8 @@ class StubEngine:
             bytes_per_token=1.0,
             bf16_bytes_per_token=2.0,
         )
+        self.keys = KeySpace(b"", b"", b"")
+        self.load = LoadReport()
         self._left: dict[RequestId, int] = {}
         self._arrived = threading.Condition()
 
@@ -129,6 +134,14 @@ class Watched:
     @property
     def info(self) -> ModelInfo:
         return self._engine.info
+
+    @property
+    def keys(self) -> KeySpace:
+        return self._engine.keys
+
+    @property
+    def load(self) -> LoadReport:
+        return self._engine.load
 
     def start(self, deliver: Deliver) -> None:
         def sort(events: tuple[Event, ...]) -> None:
@@ -210,12 +223,12 @@ class _Only:
     replica: ReplicaAddress
 
     @asynccontextmanager
-    async def choose(self) -> AsyncIterator[ReplicaAddress]:
+    async def choose(self, route: Route) -> AsyncIterator[ReplicaAddress]:
         yield self.replica
 
 
 @dataclass
-class Load:
+class Traffic:
     """What the clients saw."""
 
     tokens: int = 0
@@ -228,9 +241,9 @@ class Load:
         return self.tokens / self.seconds
 
 
-async def load(address: str, prompts: list[list[int]], new_tokens: int, leave: dict[int, float]) -> Load:
+async def load(address: str, prompts: list[list[int]], new_tokens: int, leave: dict[int, float]) -> Traffic:
     """All prompts at once; stream n in `leave` is dropped after so many seconds."""
-    seen = Load()
+    seen = Traffic()
     sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     async with AsyncClient(address) as client:
         await client.model()
@@ -281,7 +294,7 @@ def prompts_of(count: int, seed: int) -> list[list[int]]:
 def served(rounds: int) -> list[Row]:
     """64 streams against the same 64 requests without service, in turn; then the cancellations."""
     sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
-    seen: list[Load] = []
+    seen: list[Traffic] = []
     with child(replica_process, True) as (replica, address), child(gateway_process, address) as (_, gateway):
 
         def alone(number: int) -> float:
@@ -332,7 +345,7 @@ def gateway_alone(rounds: int) -> list[Row]:
     return [_speed(case, median([s.speed for s in seen]), "target", TARGET_GATEWAY), *_latencies(case, seen)]
 
 
-def _latencies(case: str, seen: list[Load]) -> list[Row]:
+def _latencies(case: str, seen: list[Traffic]) -> list[Row]:
     """p50 and p99 over all rounds; the baseline of a p99 is its p50."""
     rows = []
     for metric, times in (

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from quire.cluster.autoscaling_policy import serve_options
 from quire.cluster.config import ReplicaConfig, ServeConfig, parse
@@ -20,14 +21,16 @@ from quire.replicas.deployment import Replica
 _SLACK = 64
 """Requests a replica may take beyond its engine's bounds, so that the engine and not Serve says no."""
 
+ROUTER = "quire.cluster.routing.serve_router:FirstTokenRouter"
+
 
 def build(args: dict[str, Any]) -> Application:
     """The application for a configuration tree (`ServeConfig` as plain dicts). Raises ConfigError."""
     return application(parse(args))
 
 
-def application(config: ServeConfig) -> Application:
-    """Asks the connected Ray cluster, if any, whether it has GPUs."""
+def application(config: ServeConfig, router: str = ROUTER) -> Application:
+    """Asks the connected Ray cluster, if any, whether it has GPUs. `router`: the class that chooses."""
     secret = config.secret or secrets.token_hex(32)
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     gpus = gpus_per_shard(config, cluster.get("GPU", 0))
@@ -36,6 +39,7 @@ def application(config: ServeConfig) -> Application:
         engine = replace(engine, store=replace(engine.store, share=False))
     bound = (engine, secret, config.replicas.cpus_per_shard, gpus, publish_replica)
     options = _replica_options(engine, config.replicas, gpus)
+    options["request_router_config"] = RequestRouterConfig(request_router_class=router)
     replica = serve.deployment(name="Replica", **_how_many(config.replicas), **options)(Replica).bind(*bound)
     prefill = None
     if config.prefill.count:

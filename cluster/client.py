@@ -42,6 +42,8 @@ class CallOptions:
     """Cached blocks are shared within a tenant only."""
     model: str = ""
     """Empty: whatever is served."""
+    explain_routing: bool = False
+    """Have the answer say why which replica was chosen."""
 
 
 @dataclass(slots=True)
@@ -62,6 +64,8 @@ class Answer:
     usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
     timings: inference_pb2.Timings = field(default_factory=inference_pb2.Timings)
     prompt_logprobs: list[inference_pb2.TokenLogprob] = field(default_factory=list)
+    routing: inference_pb2.Routing | None = None
+    """If it was asked for."""
 
     @property
     def text(self) -> str:
@@ -77,6 +81,7 @@ class Answer:
         output.finish_reason = delta.finish_reason or output.finish_reason
         if delta.HasField("usage"):
             self.usage, self.timings = delta.usage, delta.timings
+            self.routing = delta.routing if delta.HasField("routing") else None
 
 
 def collect(deltas: Iterable[inference_pb2.Delta]) -> Answer:
@@ -275,6 +280,7 @@ def _common(sampling: SamplingParams | None, options: CallOptions) -> dict[str, 
         "request_id": options.request_id,
         "priority": options.priority,
         "tenant": options.tenant,
+        "explain_routing": options.explain_routing,
     }
 
 

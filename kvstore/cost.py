@@ -97,16 +97,21 @@ class _Line:
         self._xy.add(size_bytes * seconds)
 
     def seconds(self, size_bytes: float) -> float:
-        """Neither latency nor pace is negative. Sizes that hardly differ tell pace alone, and no latency."""
+        latency, pace = self.line
+        return latency + pace * size_bytes
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """Latency and pace, neither negative. Sizes that hardly differ tell pace alone, and no latency."""
         x, y = self._x.value, self._y.value
         spread = self._xx.value - x * x
         pace = y / x
         if spread > 0.01 * x * x:
             pace = min(max((self._xy.value - x * y) / spread, 0.0), pace)
-        return max(y - pace * x, 0.0) + pace * size_bytes
+        return max(y - pace * x, 0.0), pace
 
 
-class _Prefill:
+class PrefillPace:
     """seconds a token = base + slope * tokens before it, which attention reads.
 
     Least squares in which a step weighs, and makes forgotten, as much as its tokens are: what fetches leave
@@ -132,13 +137,19 @@ class _Prefill:
         self._xy = kept * self._xy + seconds * before
 
     def pace(self, before: float) -> float:
-        """Seconds a token. Neither base nor slope is negative; like places tell no slope."""
+        """Seconds a token."""
+        base, slope = self.line
+        return base + slope * before
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """Base and slope. Neither is negative; like places tell no slope."""
         x, y = self._x / self._tokens, self._y / self._tokens
         spread = self._xx / self._tokens - x * x
         slope = 0.0
         if spread > 0.01 * x * x:
             slope = min(max((self._xy / self._tokens - x * y) / spread, 0.0), y / x)
-        return y + slope * (before - x)
+        return y - slope * x, slope
 
 
 @dataclass(slots=True)
@@ -156,8 +167,14 @@ class CostModel:
     def __init__(self, config: CostConfig | None = None) -> None:
         self.stats = CostStats()
         self._config = config or CostConfig()
-        self._prefill = _Prefill(self._config.prefill_memory)
+        self._prefill = PrefillPace(self._config.prefill_memory)
+        self._all_links = _Line(self._config.memory)
         self._links: OrderedDict[ReplicaId, _Link] = OrderedDict()
+
+    @property
+    def fetch_line(self) -> tuple[float, float] | None:
+        """Seconds of a fetch before its first byte, and for each byte; over all links. None: no fetch yet."""
+        return self._all_links.line if self._all_links.known else None
 
     def prefilled(self, tokens: int, seconds: float, before: float = 0.0) -> None:
         """A step computed so many prompt tokens in so long (its whole time: others share it later, too).
@@ -174,6 +191,7 @@ class CostModel:
         link = self._link(owner)
         link.trying, link.measured_s = False, now_s
         link.line.add(size_bytes, seconds)
+        self._all_links.add(size_bytes, seconds)
         self._regret(seconds, decision.recompute_s)
 
     def failed(self, owner: ReplicaId, seconds: float, now_s: float, decision: Decision) -> None:

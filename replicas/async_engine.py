@@ -11,12 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from quire.kvstore.keys import KeySpace
 from quire.kvstore.messages import Message, ReplicaId
 from quire.replicas.config import EngineConfig
 from quire.replicas.engine import Engine
 from quire.replicas.errors import QueueFull, QuireError, ReplicaDied, Status
 from quire.replicas.executor import Executor, ShardLauncher
 from quire.replicas.load import load_engine
+from quire.replicas.load_report import LoadReport
 from quire.replicas.pressure import Pressure
 from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Request, RequestId
 from quire.replicas.shard_process import use_threads
@@ -67,6 +69,16 @@ class AsyncEngine:
     @property
     def info(self) -> ModelInfo:
         return self._engine.info
+
+    @property
+    def keys(self) -> KeySpace:
+        """What its blocks' keys begin with."""
+        return self._engine.keys
+
+    @property
+    def load(self) -> LoadReport:
+        """As of the end of the last step."""
+        return self._engine.load
 
     def start(self, deliver: Callable[[tuple[Event, ...]], None]) -> None:
         """Begin stepping. `deliver` is called on the engine's thread with each step's events."""

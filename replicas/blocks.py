@@ -47,7 +47,8 @@ class BlockStore:
         """A sequence has come: blocks that are neither in the pool nor in host memory may be fetched."""
         keys = seq.shareable_keys()
         here, _ = self.pool.lookup(keys)
-        self.sharing.consider(seq, here + self.host.match(keys[here:]), now_s)
+        seq.found_blocks = here + self.host.match(keys[here:])
+        self.sharing.consider(seq, seq.found_blocks, now_s)
 
     def find(self, seq: Sequence) -> tuple[int, int]:
         """Leading blocks of the sequence that are in the pool now, and how many of them nobody uses."""
@@ -55,7 +56,9 @@ class BlockStore:
         if not seq.brought_back:
             seq.promoted_blocks = self._bring_back(keys)
             seq.brought_back = True
-        return self.pool.lookup(keys)
+        found = self.pool.lookup(keys)
+        seq.found_blocks = found[0]
+        return found
 
     def publish(self, blocks: Seq[tuple[BlockKey, PageId]]) -> None:
         """These blocks are complete: sequences and neighbours may have them."""

@@ -27,6 +27,7 @@ from quire.replicas.config import SchedulerConfig
 from quire.replicas.detokenize import Detokenizer
 from quire.replicas.errors import QueueFull, Status
 from quire.replicas.jobs import Job, LaunchedStep, lay_out, note_prompt_logprobs
+from quire.replicas.load_report import LoadReport, Pace
 from quire.replicas.plan import PROMPT_ROWS, StepBatch
 from quire.replicas.pressure import Load, Pressure, PressureGauge
 from quire.replicas.request import (
@@ -77,12 +78,14 @@ class Engine:
         """`share`: makes this engine's part of the store; None for an engine alone."""
         self.info = info
         self._executor = executor
-        self._keys = keys
+        self.keys = keys
         self._limits = scheduler
         self._max_step_tokens = max_step_tokens
         self._tokenizer = tokenizer
         self._clock = clock
         self._time = StepClock(clock)
+        self._pace = Pace()
+        self._taken = 0
         self._blocks = BlockStore(executor, share)
         self._pool, self._sharing = self._blocks.pool, self._blocks.sharing
         self._gauge = PressureGauge(pages=self._pool.total, max_running=scheduler.max_running)
@@ -95,6 +98,8 @@ class Engine:
         self._events: list[Event] = []
         self._counts: Counter[str] = Counter()
         self._end_tokens = frozenset(info.eos_token_ids)
+        self.load = self._report()
+        """As of the end of the last step. From any thread."""
 
     @property
     def has_work(self) -> bool:
@@ -127,6 +132,23 @@ class Engine:
         """As of a moment ago: taken on the engine's thread, to be read from any."""
         return self._gauge.latest
 
+    def _report(self) -> LoadReport:
+        fetch_s, fetch_s_per_token = self._sharing.fetch_pace or (0.0, 0.0)
+        return LoadReport(
+            **dict[str, Any](self._pace.numbers()),
+            taken=self._taken,
+            queued_tokens=self._queued_tokens(),
+            running=len(self._running),
+            waiting=len(self._waiting),
+            max_running=self._limits.max_running,
+            pages_total=self._pool.total,
+            pages_free=self._pool.free,
+            pages_cached=self._pool.cached,
+            host_slots=self._blocks.host.slots,
+            fetch_s=fetch_s,
+            fetch_s_per_token=fetch_s_per_token,
+        )
+
     def check(self) -> None:
         """Hold the pool's books against the pages the sequences hold. Raises IntegrityError."""
         self._blocks.check(page for seq in self._sequences() for page in seq.pages)
@@ -144,6 +166,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a valid request. Raises InvalidRequest or QueueFull, and then nothing of it remains."""
+        self._taken += 1
         self.validate(request)
         if self.queued >= self._limits.max_queued:
             raise QueueFull(
@@ -212,6 +235,7 @@ class Engine:
         elif launched:
             self._absorb(launched)
         self._gauge.update(self._load, self._clock())
+        self.load = self._report()
         return self.take_events()
 
     def take_events(self) -> tuple[Event, ...]:
@@ -235,8 +259,10 @@ class Engine:
 
     def _queued_tokens(self) -> int:
         """Of prompts to compute: not of those that wait for news of their prefix, which may be fetched."""
-        ours = (seq for seq in self._sequences() if not self._sharing.holds_back(seq.id))
-        return sum(seq.length - seq.computed for seq in ours)
+        waiting = (seq for seq in self._waiting.values() if not self._sharing.holds_back(seq.id))
+        todo = sum(seq.length - seq.found_blocks * self.info.page_tokens for seq in waiting)
+        left = (seq.length - seq.computed for seq in self._running.values())
+        return todo + sum(tokens for tokens in left if tokens > 1)  # one: it decodes
 
     def _load(self) -> Load:
         """Shared pages count once where they are held; those that wait may find some of theirs here."""
@@ -265,6 +291,7 @@ class Engine:
             if seq.progress.admitted_s is None:
                 seq.progress.admitted_s = self._clock()
                 seq.progress.cached_tokens = seq.computed
+                self._pace.admitted(seq.prompt_tokens, seq.computed)
                 self._counts.update(seq.hits())
         jobs = []
         prompt_rows = PROMPT_ROWS
@@ -331,6 +358,7 @@ class Engine:
         seconds = now - max(step.launched_s, self._absorbed_s)
         self._sharing.prefilled(step.prompt_tokens, seconds, step.prompt_before)
         self._gauge.prefilled(step.prompt_tokens, seconds, now)
+        self._pace.stepped(seconds, step.prompt_tokens, step.prompt_before)
         self._absorbed_s = now
         for job in step.jobs:
             seq = job.seq
@@ -367,6 +395,8 @@ class Engine:
         finished = seq.finish_reason is not None
         if finished:
             self._leave(seq)
+            if progress.admitted_s is not None:
+                self._pace.released(now - progress.admitted_s)
             progress.open -= 1
         done = progress.open == 0
         self._events.append(
@@ -405,7 +435,7 @@ class Engine:
             id=seq_id,
             progress=progress,
             index=index,
-            root=self._keys.root(request.tenant),
+            root=self.keys.root(request.tenant),
             page_tokens=self.info.page_tokens,
             detokenizer=detokenizer,
         )

@@ -74,6 +74,8 @@ class Sequence:
     """Leading blocks already offered to the prefix index."""
     brought_back: bool = False
     """Whether host memory was asked for its prefix since it last gave its pages back."""
+    found_blocks: int = 0
+    """Leading blocks that were in the pool when they were last looked for."""
     fetched_blocks: int = 0
     """That another replica sent while it waited."""
     promoted_blocks: int = 0

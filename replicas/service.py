@@ -8,17 +8,28 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
 
+from quire.kvstore.keys import KeySpace
 from quire.kvstore.messages import Message, ReplicaId, from_bytes
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
 from quire.replicas.errors import QuireError
+from quire.replicas.load_report import LoadReport
 from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Output, Request, RequestId
-from quire.replicas.wire import model_to_proto, request_from_proto, stats_to_proto, write_event
+from quire.replicas.wire import (
+    keys_to_proto,
+    load_to_proto,
+    model_to_proto,
+    request_from_proto,
+    stats_to_proto,
+    write_event,
+)
 
 SECRET_METADATA = "quire-secret"
 INTERNAL_CHANNEL = (
@@ -31,6 +42,10 @@ INTERNAL_CHANNEL = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 """Options of both ends of the stream between a gateway and a replica."""
+_QUIET_S = 0.25
+"""So often a gateway that gets no steps hears of the replica's load, if it has changed."""
+_SILENT_S = 1.0
+"""And so often in any case: a gateway takes an older report for no report."""
 
 
 class Engine(Protocol):
@@ -38,6 +53,10 @@ class Engine(Protocol):
 
     @property
     def info(self) -> ModelInfo: ...
+    @property
+    def keys(self) -> KeySpace: ...
+    @property
+    def load(self) -> LoadReport: ...
 
     def start(self, deliver: Callable[[tuple[Event, ...]], None]) -> None: ...
     def submit(self, request: Request) -> None: ...
@@ -55,6 +74,11 @@ class _Lease:
     outbox: list[engine_pb2.ReplicaMessage] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ended: bool = False
+    unseen: deque[tuple[int, int]] = field(default_factory=deque)
+    """Calls that the engine had not taken in when it was last looked at: (requests up to it, call)."""
+    seen_call: int = 0
+    told: LoadReport | None = None
+    told_s: float = 0.0
 
     def post(self, message: engine_pb2.ReplicaMessage) -> None:
         self.outbox.append(message)
@@ -83,6 +107,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._replica_id = replica_id
         self._started_s = time.monotonic()
         self._leases = 0
+        self._submitted = 0
         self._owners: dict[RequestId, tuple[_Lease, int]] = {}
         self._loop = asyncio.get_running_loop()
         engine.start(self._from_engine_thread)
@@ -99,14 +124,18 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 model=model_to_proto(self._engine.info),
                 replica_id=self._replica_id,
                 peer_id=self._peer_id or "",
+                keys=keys_to_proto(self._engine.keys),
             )
             yield engine_pb2.ReplicaMessage(hello=hello)
             while not lease.ended:
-                await lease.wake.wait()
-                lease.wake.clear()
+                self._tell_load(lease)
                 outbox, lease.outbox = lease.outbox, []
                 for message in outbox:
                     yield message
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_QUIET_S):
+                        await lease.wake.wait()
+                lease.wake.clear()
         finally:  # also on CancelledError and GeneratorExit: both happen when a gateway goes
             reader.cancel()
             lease.ended = True
@@ -157,8 +186,24 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         lease.open[submit.call] = request_id
         try:
             self._engine.submit(request_from_proto(submit, request_id))
+            self._submitted += 1
+            lease.unseen.append((self._submitted, submit.call))
         except QuireError as error:
             self._dispatch((Failure(request_id, error.status, str(error)),))
+
+    def _tell_load(self, lease: _Lease) -> None:
+        """With the step that goes out anyhow, or alone."""
+        load, now_s = self._engine.load, time.monotonic()
+        if load == lease.told and now_s - lease.told_s < _SILENT_S:
+            return
+        lease.told, lease.told_s = load, now_s
+        while lease.unseen and lease.unseen[0][0] <= load.taken:
+            lease.seen_call = lease.unseen.popleft()[1]
+        said = load_to_proto(load, lease.seen_call)
+        if lease.outbox and lease.outbox[-1].WhichOneof("message") == "step":
+            lease.outbox[-1].step.load.CopyFrom(said)
+        else:
+            lease.outbox.append(engine_pb2.ReplicaMessage(load=said))
 
     def _stats(self, query: int) -> engine_pb2.ReplicaMessage:
         uptime_s = time.monotonic() - self._started_s

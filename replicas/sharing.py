@@ -114,6 +114,7 @@ class Alone:
 
     has_news = lends = False
     next_deadline_s: float | None = None
+    fetch_pace: tuple[float, float] | None = None
 
     def __init__(self) -> None:
         self.stats = TransferStats()
@@ -180,6 +181,13 @@ class BlockSharing:
     @property
     def has_news(self) -> bool:
         return bool(self._inbox)
+
+    @property
+    def fetch_pace(self) -> tuple[float, float] | None:
+        """Seconds of a fetch before its first byte, and for each token. None: none was made."""
+        if (line := self._cost.fetch_line) is None:
+            return None
+        return line[0], line[1] * self._block_bytes / self._page_tokens
 
     @property
     def next_deadline_s(self) -> float | None:

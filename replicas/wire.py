@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import fields
 
 from quire.kvstore.messages import ReplicaId
+from quire.kvstore.keys import KeySpace
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
+from quire.replicas.load_report import LoadReport
 from quire.replicas.request import (
     EngineStats,
     Event,
@@ -39,6 +42,9 @@ _COUNTERS = (
     "remote_tokens", "host_tokens", "nonfinite_outputs", "step_part_seconds", "dropped_blocks", "host_blocks",
     "host_slots", "fetches", "fetch_seconds", "fetch_failures", "loans", "loan_failures", "fetch_choices",
 )  # fmt: skip
+
+
+_LOAD = tuple(field.name for field in fields(LoadReport) if field.name != "taken")
 
 
 def sampling_from_proto(message: inference_pb2.Sampling) -> SamplingParams:
@@ -133,6 +139,24 @@ def model_to_proto(info: ModelInfo) -> inference_pb2.Model:
         bytes_per_token=info.bytes_per_token,
         bf16_bytes_per_token=info.bf16_bytes_per_token,
     )
+
+
+def keys_to_proto(keys: KeySpace) -> engine_pb2.KeySpace:
+    return engine_pb2.KeySpace(layout=keys.layout, weights=keys.model, transforms=keys.transforms)
+
+
+def keys_from_proto(message: engine_pb2.KeySpace) -> KeySpace:
+    return KeySpace(message.layout, message.weights, message.transforms)
+
+
+def load_to_proto(load: LoadReport, seen_call: int) -> engine_pb2.Load:
+    """`seen_call`: `taken`, in the words of one stream."""
+    return engine_pb2.Load(seen_call=seen_call, **{name: getattr(load, name) for name in _LOAD})
+
+
+def load_from_proto(message: engine_pb2.Load) -> LoadReport:
+    """`taken` stays with the replica."""
+    return LoadReport(**{name: getattr(message, name) for name in _LOAD})
 
 
 def stats_to_proto(stats: EngineStats, replica_id: str, uptime_s: float) -> inference_pb2.ReplicaStats:

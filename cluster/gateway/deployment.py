@@ -18,6 +18,7 @@ from quire.cluster.gateway.prompts import Prompts
 from quire.cluster.gateway.server import listen
 from quire.cluster.metrics.publish import Publisher
 from quire.cluster.metrics.samples import gateway_samples, observations
+from quire.cluster.routing.book import Route
 from quire.replicas.model.checkpoint import find_model
 
 _STOP_GRACE_S = 1.0
@@ -30,8 +31,8 @@ class ServeChooser:
         self._replicas = replicas
 
     @asynccontextmanager
-    async def choose(self) -> AsyncIterator[ReplicaAddress]:
-        async with self._replicas.choose_replica() as chosen:
+    async def choose(self, route: Route) -> AsyncIterator[ReplicaAddress]:
+        async with self._replicas.choose_replica(route) as chosen:
             yield ReplicaAddress(chosen.replica_id, chosen.replica_metadata["address"])
 
 

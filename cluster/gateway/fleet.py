@@ -1,25 +1,28 @@
 """The replicas as a gateway sees them: which one takes a request, and the links to them.
 
-Whoever decides (`ReplicaChooser`: Ray Serve's router, or a fixed address in tests) only names a replica;
-requests and tokens travel on the link.
+Whoever decides (`ReplicaChooser`: Ray Serve's router, which asks the request's `Route`, or a fixed address in
+tests) only names a replica; requests and tokens travel on the link.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from quire.cluster.gateway.links import ReplicaLink
+from quire.cluster.routing.book import Route, Routes
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.errors import ReplicaDied
 
 _ANSWER_S = 5.0
 """How long a replica may take to say hello, or to tell its stats."""
 _PAUSE_S = 0.1
+_MEETINGS = 16
+"""Links that are made at once beside requests."""
 _AVOID_S = 5.0
 """For so long a replica that failed as dead is passed over: time for Serve to replace it, if it is."""
 
@@ -37,7 +40,15 @@ class ReplicaAddress:
 class ReplicaChooser(Protocol):
     """Decides which replica takes a request, and counts it there as long as the context is held."""
 
-    def choose(self) -> AbstractAsyncContextManager[ReplicaAddress]: ...
+    def choose(self, route: Route) -> AbstractAsyncContextManager[ReplicaAddress]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A request's place on a replica."""
+
+    link: ReplicaLink
+    route: Route
 
 
 class NoReplicaReady(ReplicaDied):
@@ -47,14 +58,18 @@ class NoReplicaReady(ReplicaDied):
 class Fleet:
     """All links of one gateway."""
 
-    def __init__(self, chooser: ReplicaChooser, *, secret: str, wait_s: float) -> None:
+    def __init__(
+        self, chooser: ReplicaChooser, *, secret: str, wait_s: float, routes: Routes | None = None
+    ) -> None:
         """`wait_s`: how long a request may wait for a replica while none is ready."""
+        self.routes = routes or Routes()
         self._chooser = chooser
         self._secret = secret
         self._wait_s = wait_s
         self._links: dict[str, ReplicaLink] = {}
         self._avoid_until_s: dict[str, float] = {}
         self._connecting = asyncio.Lock()
+        self._meeting: set[asyncio.Task[None]] = set()
         self._model: inference_pb2.Model | None = None
 
     @property
@@ -63,32 +78,36 @@ class Fleet:
         return sum(link.alive for link in tuple(self._links.values()))
 
     @asynccontextmanager
-    async def reserve(self) -> AsyncIterator[ReplicaLink]:
-        """A place on a living replica, given back at the end.
+    async def reserve(self, token_ids: Sequence[int] = (), tenant: str = "") -> AsyncIterator[Place]:
+        """A place on a living replica, given back at the end: on the best one for this prompt.
 
         Raises NoReplicaReady after `wait_s`.
         """
         async with AsyncExitStack() as slot:
+            route = self.routes.route(token_ids, tenant)
+            slot.callback(route.ended)
             try:
                 async with asyncio.timeout(self._wait_s):
-                    link = await self._reserve(slot)
+                    link = await self._reserve(slot, route)
             except TimeoutError as error:
                 raise NoReplicaReady(
                     f"no replica was ready within {self._wait_s:g} s; it may still be loading: try again, "
                     "or look at `quire stats` and the replica's log"
                 ) from error
-            yield link
+            self._meet_unknown()
+            yield Place(link, route)
 
     async def model(self) -> inference_pb2.Model:
         """What all replicas of this application serve. Raises NoReplicaReady."""
         if self._model is None:
-            async with self.reserve() as link:
-                self._model = link.model
+            async with self.reserve() as place:
+                self._model = place.link.model
         return self._model
 
     async def report_lost(self, link: ReplicaLink) -> None:
         """The replica failed a request as dead: pass it over for a while, though Serve may still name it."""
-        self._avoid_until_s[link.replica_id] = time.monotonic() + _AVOID_S
+        self._avoid_until_s[link.replica_id] = until_s = time.monotonic() + _AVOID_S
+        self.routes.left(link.replica_id, until_s)
         if self._links.get(link.replica_id) is link:
             del self._links[link.replica_id]
         await link.close()
@@ -103,18 +122,38 @@ class Fleet:
         return [answer for answer in answers if isinstance(answer, inference_pb2.ReplicaStats)]
 
     async def close(self) -> None:
+        for task in self._meeting:
+            task.cancel()
         links, self._links = self._links, {}
         for link in links.values():
             await link.close()
 
-    async def _reserve(self, slot: AsyncExitStack) -> ReplicaLink:
+    async def _reserve(self, slot: AsyncExitStack, route: Route) -> ReplicaLink:
         while True:
-            chosen = await slot.enter_async_context(self._chooser.choose())
-            if self._avoid_until_s.get(chosen.replica_id, 0.0) <= time.monotonic():
-                with suppress(ReplicaDied):  # then another one, or this one a little later
-                    return await self._link(chosen)
-            await slot.aclose()
+            async with AsyncExitStack() as attempt:
+                chosen = await attempt.enter_async_context(self._chooser.choose(route))
+                if self._avoid_until_s.get(chosen.replica_id, 0.0) <= time.monotonic():
+                    with suppress(ReplicaDied):  # then another one, or this one a little later
+                        link = await self._link(chosen)
+                        route.reserved(chosen.replica_id)
+                        slot.push_async_exit(attempt.pop_all())
+                        return link
             await asyncio.sleep(_PAUSE_S)
+
+    def _meet_unknown(self) -> None:
+        """Replicas that Serve knows and nobody was sent to yet: whoever is to be chosen must be heard."""
+        for link in [link for link in self._links.values() if not link.alive]:
+            del self._links[link.replica_id]
+            self.routes.left(link.replica_id)
+        for replica_id, address in self.routes.unknown().items():
+            if replica_id not in self._links and len(self._meeting) < _MEETINGS:
+                task = asyncio.create_task(self._meet(ReplicaAddress(replica_id, address)))
+                self._meeting.add(task)
+                task.add_done_callback(self._meeting.discard)
+
+    async def _meet(self, replica: ReplicaAddress) -> None:
+        with suppress(ReplicaDied):  # it is asked again with the next request
+            await self._link(replica)
 
     async def _link(self, chosen: ReplicaAddress) -> ReplicaLink:
         link = self._links.get(chosen.replica_id)
@@ -122,9 +161,13 @@ class Fleet:
             async with self._connecting:
                 link = self._links.get(chosen.replica_id)
                 if link is None:
-                    link = await ReplicaLink.connect(chosen.address, self._secret, _ANSWER_S)
+                    link = await ReplicaLink.connect(
+                        chosen.address, self._secret, _ANSWER_S, self.routes.heard
+                    )
                     self._links[chosen.replica_id] = link
+                    self.routes.joined(chosen.replica_id, link.keys, link.model.page_tokens)
         if not link.alive:
-            del self._links[chosen.replica_id]
+            self._links.pop(chosen.replica_id, None)
+            self.routes.left(chosen.replica_id)
             raise ReplicaDied(f"replica {chosen.replica_id} is gone")
         return link

@@ -179,7 +179,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        relay = Relay(self._fleet, deadline_s, self._prefill)
+        relay = Relay(self._fleet, deadline_s, self._prefill, explain=request.explain_routing)
         if request.request_id:
             self._relays[request.request_id] = relay
         try:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 
+from quire.kvstore.keys import KeySpace
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from quire.replicas.errors import ReplicaDied, Status
+from quire.replicas.load_report import LoadReport
 from quire.replicas.service import INTERNAL_CHANNEL, SECRET_METADATA
+from quire.replicas.wire import keys_from_proto, load_from_proto
+
+Heard = Callable[[str, LoadReport, int], None]
+"""Which replica, how busy it is, and up to which call on the link it knows of them."""
 
 
 class Call:
@@ -19,7 +25,8 @@ class Call:
 
     def __init__(self, link: ReplicaLink, number: int) -> None:
         self._link = link
-        self._number = number
+        self.number = number
+        """On its link: counted up."""
         self._events: deque[engine_pb2.Event] = deque()
         self._arrived = asyncio.Event()
         self._over = False
@@ -39,13 +46,13 @@ class Call:
 
     def cancel(self) -> None:
         """Asks the replica to end it; its last event still comes."""
-        self._link.send(engine_pb2.GatewayMessage(cancel=engine_pb2.CancelCall(call=self._number)))
+        self._link.send(engine_pb2.GatewayMessage(cancel=engine_pb2.CancelCall(call=self.number)))
 
     def close(self) -> None:
         """Gives everything back, on the replica too if the last event has not come."""
         if not self._over:
             self.cancel()
-        self._link.forget(self._number)
+        self._link.forget(self.number)
 
     def feed(self, event: engine_pb2.Event) -> None:
         """For the link: an event has come."""
@@ -58,11 +65,17 @@ class ReplicaLink:
     """A connected replica. Made by `connect`; of no more use once `alive` is False."""
 
     def __init__(
-        self, channel: grpc.aio.Channel, stream: Any, outbox: Outbox, hello: engine_pb2.Hello
+        self,
+        channel: grpc.aio.Channel,
+        stream: Any,
+        outbox: Outbox,
+        hello: engine_pb2.Hello,
+        heard: Heard,
     ) -> None:
         self.replica_id: str = hello.replica_id
         self.peer_id: str = hello.peer_id
         self.model: inference_pb2.Model = hello.model
+        self.keys: KeySpace = keys_from_proto(hello.keys)
         self.alive = True
         self._channel = channel
         self._stream = stream
@@ -70,11 +83,15 @@ class ReplicaLink:
         self._calls: dict[int, Call] = {}
         self._queries: dict[int, asyncio.Future[inference_pb2.ReplicaStats]] = {}
         self._numbers = 0
+        self._heard = heard
         self._reader = asyncio.create_task(self._read())
 
     @staticmethod
-    async def connect(address: str, secret: str, timeout_s: float) -> ReplicaLink:
-        """Raises ReplicaDied if the replica at `address` (host:port) does not say hello in time."""
+    async def connect(address: str, secret: str, timeout_s: float, heard: Heard) -> ReplicaLink:
+        """`heard` is called with every report of the replica's load.
+
+        Raises ReplicaDied if the replica at `address` (host:port) does not say hello in time.
+        """
         channel = grpc.aio.insecure_channel(address, options=INTERNAL_CHANNEL)
         outbox: Outbox = asyncio.Queue()
         stream = engine_pb2_grpc.EngineStub(channel).Connect(
@@ -85,7 +102,7 @@ class ReplicaLink:
                 first = await stream.read()
             if first is grpc.aio.EOF:
                 raise ReplicaDied(f"the replica at {address} closed the stream before its hello")
-            return ReplicaLink(channel, stream, outbox, first.hello)
+            return ReplicaLink(channel, stream, outbox, first.hello, heard)
         except BaseException as error:  # also when the request that wanted the link is cancelled
             await channel.close()
             if isinstance(error, grpc.aio.AioRpcError | TimeoutError):
@@ -139,12 +156,19 @@ class ReplicaLink:
                     for event in message.step.events:
                         if (call := self._calls.get(event.call)) is not None:
                             call.feed(event)
+                    if message.step.HasField("load"):
+                        self._hear(message.step.load)
+                elif message.HasField("load"):
+                    self._hear(message.load)
                 elif (answer := self._queries.get(message.stats.query)) is not None and not answer.done():
                     answer.set_result(message.stats.stats)
         except grpc.aio.AioRpcError:
             pass  # the replica died or its machine is gone: what `_fail_all` tells every call
         finally:
             self._fail_all()
+
+    def _hear(self, load: engine_pb2.Load) -> None:
+        self._heard(self.replica_id, load_from_proto(load), load.seen_call)
 
     def _fail_all(self) -> None:
         self.alive = False

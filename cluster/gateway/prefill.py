@@ -26,18 +26,20 @@ class PrefillFirst:
         prompt.CopyFrom(submit)
         prompt.sampling.CopyFrom(inference_pb2.Sampling(max_tokens=1, ignore_eos=True))
         try:
-            async with self._fleet.reserve() as link:
-                call = link.submit(prompt)
+            async with self._fleet.reserve(submit.token_ids, submit.tenant) as place:
+                call = place.link.submit(prompt)
+                place.route.submitted(call.number)
                 try:
                     event = await call.next()
                     while not (event.HasField("failure") or event.delta.HasField("usage")):
                         event = await call.next()
                 finally:
                     call.close()
+                    place.route.answered()
                 if event.failure.status == Status.UNAVAILABLE:
-                    await self._fleet.report_lost(link)
+                    await self._fleet.report_lost(place.link)
                 elif not event.HasField("failure"):
-                    submit.computed_by = link.peer_id
+                    submit.computed_by = place.link.peer_id
         except ReplicaDied:
             return  # none is ready
 

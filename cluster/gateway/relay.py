@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from quire.cluster.gateway.fleet import Fleet, NoReplicaReady
-from quire.cluster.gateway.links import Call, ReplicaLink
+from quire.cluster.gateway.explained import explained
+from quire.cluster.gateway.fleet import Fleet, NoReplicaReady, Place
+from quire.cluster.gateway.links import Call
 from quire.cluster.gateway.prefill import PrefillFirst
 from quire.cluster.status import error_of
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
@@ -28,12 +29,20 @@ class _Delivered:
 class Relay:
     """Carries one request until its last delta has been sent."""
 
-    def __init__(self, fleet: Fleet, deadline_s: float | None, prefill: PrefillFirst | None = None) -> None:
-        """`deadline_s` is on this process' monotonic clock."""
+    def __init__(
+        self,
+        fleet: Fleet,
+        deadline_s: float | None,
+        prefill: PrefillFirst | None = None,
+        *,
+        explain: bool = False,
+    ) -> None:
+        """`deadline_s` is on this process' monotonic clock. `explain`: say why which replica was chosen."""
         self._fleet = fleet
         self._prefill = prefill
         self._submit = engine_pb2.Submit()
         self._deadline_s = deadline_s
+        self._explain = explain
         self._call: Call | None = None
         self._cancelled = False
         self._delivered: defaultdict[int, _Delivered] = defaultdict(_Delivered)
@@ -64,34 +73,43 @@ class Relay:
         return sampling.temperature == 0 or sampling.HasField("seed")
 
     async def _attempt(self, send: Send, *, skip: bool) -> None:
-        async with self._fleet.reserve() as link:
+        async with self._fleet.reserve(self._submit.token_ids, self._submit.tenant) as place:
             if self._deadline_s is not None:
                 self._submit.remaining_s = max(0.0, self._deadline_s - time.monotonic())
-            call = self._call = link.submit(self._submit)
+            call = self._call = place.link.submit(self._submit)
+            place.route.submitted(call.number)
             try:
                 if self._cancelled:
                     call.cancel()
-                await self._forward(link, call, _Resumed(self._delivered, send).send if skip else send)
+                await self._forward(place, call, _Resumed(self._delivered, send).send if skip else send)
             finally:
                 self._call = None
                 call.close()
 
-    async def _forward(self, link: ReplicaLink, call: Call, send: Send) -> None:
+    async def _forward(self, place: Place, call: Call, send: Send) -> None:
+        output_ids: list[int] = []
         while True:
             event = await call.next()
             if event.HasField("failure"):
-                await self._fail(link, event.failure)
+                await self._fail(place, event.failure)
             delta = event.delta
-            await send(delta)
+            place.route.answered()
+            if delta.index == 0:
+                output_ids.extend(delta.token_ids)
             if delta.HasField("usage"):
+                if self._explain and (decision := place.route.decision):
+                    delta.routing.CopyFrom(explained(decision))
+                await send(delta)
+                place.route.ended(output_ids)
                 return
+            await send(delta)
             delivered = self._delivered[delta.index]
             delivered.token_ids.extend(delta.token_ids)
             delivered.characters += len(delta.text)
 
-    async def _fail(self, link: ReplicaLink, failure: engine_pb2.Failure) -> None:
+    async def _fail(self, place: Place, failure: engine_pb2.Failure) -> None:
         if failure.status == Status.UNAVAILABLE:
-            await self._fleet.report_lost(link)
+            await self._fleet.report_lost(place.link)
             raise ReplicaDied(failure.message)
         raise error_of(failure.status, failure.message)
 

@@ -14,7 +14,10 @@ from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService
 from quire.cluster.gateway.prompts import Prompts
 from quire.cluster.gateway.server import listen as listen_to_clients
+from quire.cluster.routing.book import Route
+from quire.kvstore.keys import KeySpace
 from quire.replicas import service
+from quire.replicas.load_report import LoadReport
 from quire.replicas.model.checkpoint import find_model
 from quire.replicas.request import (
     EngineStats,
@@ -42,12 +45,16 @@ INFO = ModelInfo(
     bf16_bytes_per_token=200.0,
 )
 
+KEYS = KeySpace(b"layout", b"weights", b"transforms")
+
 
 class ScriptedEngine:
     """Does what the test tells it: the test sends events, and sees requests and cancellations."""
 
     def __init__(self) -> None:
         self.info = INFO
+        self.keys = KEYS
+        self.load = LoadReport(pages_total=7)
         self.requests: asyncio.Queue[Request] = asyncio.Queue()
         self.cancelled: asyncio.Queue[RequestId] = asyncio.Queue()
         self.refusal: Exception | None = None
@@ -96,7 +103,7 @@ class Listed:
         self._turn = 0
 
     @asynccontextmanager
-    async def choose(self) -> AsyncIterator[ReplicaAddress]:
+    async def choose(self, route: Route) -> AsyncIterator[ReplicaAddress]:
         while not self.replicas:
             await asyncio.sleep(0.01)
         self._turn += 1

@@ -62,30 +62,82 @@ class StatsQuery(_message.Message):
     def __init__(self, query: _Optional[int] = ...) -> None: ...
 
 class ReplicaMessage(_message.Message):
-    __slots__ = ("hello", "step", "stats")
+    __slots__ = ("hello", "step", "stats", "load")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     step: Step
     stats: StatsAnswer
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., stats: _Optional[_Union[StatsAnswer, _Mapping]] = ...) -> None: ...
+    load: Load
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., stats: _Optional[_Union[StatsAnswer, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("model", "replica_id", "peer_id")
+    __slots__ = ("model", "replica_id", "peer_id", "keys")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     model: _inference_pb2.Model
     replica_id: str
     peer_id: str
-    def __init__(self, model: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., replica_id: _Optional[str] = ..., peer_id: _Optional[str] = ...) -> None: ...
+    keys: KeySpace
+    def __init__(self, model: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., replica_id: _Optional[str] = ..., peer_id: _Optional[str] = ..., keys: _Optional[_Union[KeySpace, _Mapping]] = ...) -> None: ...
+
+class KeySpace(_message.Message):
+    __slots__ = ("layout", "weights", "transforms")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFORMS_FIELD_NUMBER: _ClassVar[int]
+    layout: bytes
+    weights: bytes
+    transforms: bytes
+    def __init__(self, layout: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., transforms: _Optional[bytes] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("seen_call", "queued_tokens", "running", "waiting", "max_running", "pages_total", "pages_free", "pages_cached", "host_slots", "prefill_s_per_token", "prefill_s_per_token_before", "step_s", "hold_s", "hit_share", "fetch_s", "fetch_s_per_token")
+    SEEN_CALL_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
+    PAGES_CACHED_FIELD_NUMBER: _ClassVar[int]
+    HOST_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_PER_TOKEN_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    HOLD_S_FIELD_NUMBER: _ClassVar[int]
+    HIT_SHARE_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    seen_call: int
+    queued_tokens: int
+    running: int
+    waiting: int
+    max_running: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int
+    host_slots: int
+    prefill_s_per_token: float
+    prefill_s_per_token_before: float
+    step_s: float
+    hold_s: float
+    hit_share: float
+    fetch_s: float
+    fetch_s_per_token: float
+    def __init__(self, seen_call: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., host_slots: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., prefill_s_per_token_before: _Optional[float] = ..., step_s: _Optional[float] = ..., hold_s: _Optional[float] = ..., hit_share: _Optional[float] = ..., fetch_s: _Optional[float] = ..., fetch_s_per_token: _Optional[float] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("events",)
+    __slots__ = ("events", "load")
     EVENTS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     events: _containers.RepeatedCompositeFieldContainer[Event]
-    def __init__(self, events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
+    load: Load
+    def __init__(self, events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("call", "delta", "failure")

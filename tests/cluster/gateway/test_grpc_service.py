@@ -260,7 +260,7 @@ async def test_a_bug_is_internal_without_its_traceback(stage: Stage, monkeypatch
 class _Never:
     """A chooser with no replica."""
 
-    def choose(self):
+    def choose(self, route):
         return self
 
     async def __aenter__(self):

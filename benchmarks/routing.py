@@ -1,0 +1,235 @@
+"""Hit rate and time to first token of three routers: ours, Serve's default, and Ray's for prefixes.
+
+    scripts/loopback env PYTHONPATH=src:benchmarks python benchmarks/routing.py WORKLOAD... [--json FILE]
+
+Real Ray Serve: for each router an application of its own, with a gateway and three replicas of the demo model
+whose pools hold less than the workload's prompts; replicas share nothing unless told to (`--share`). Rounds
+alternate between the applications. Requests arrive as a Poisson process, whether answers come or not; a seed
+fixes when and what, and all routers get the same. Workloads (`routing_workloads.py`):
+`chat` system prompts under growing conversations; `agent` long tool prefixes with short tails;
+`hot` one prefix that everybody asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import (
+    PrefixCacheAffinityRouter,
+)
+from ray.serve.request_router import PendingRequest, RunningReplica
+from routing_workloads import WORKLOADS, Arrival, Workload
+from rows import Row, merge, report
+
+from quire.cluster.app import ROUTER, application
+from quire.cluster.client import AsyncClient, CallOptions, SamplingParams
+from quire.cluster.config import GatewayConfig, ReplicaConfig, ServeConfig
+from quire.cluster.local import cluster
+from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig, StoreConfig
+
+NEW_TOKENS = 12
+CONFIG = ServeConfig(
+    engine=EngineConfig(
+        model="demo",
+        kv="int8",
+        device="cpu",
+        threads_per_shard=1,
+        shard_timeout_s=60.0,
+        pool=PoolConfig(bytes=6 << 20),
+        scheduler=SchedulerConfig(max_running=16),
+        store=StoreConfig(share=False),
+    ),
+    gateway=GatewayConfig(port=0, cpus=0.05),
+    replicas=ReplicaConfig(count=3, cpus_per_shard=0.05, graceful_shutdown_s=1, health_check_timeout_s=60.0),
+)
+TARGET_P90 = 0.7
+
+
+class RayPrefixRouter(PrefixCacheAffinityRouter):
+    """Ray's own, fed as its documentation feeds it: a prompt's text, at every request that is routed.
+
+    Our gateway reserves places and dispatches nothing, so Serve does not call `on_request_routed`: it is
+    called here, when a replica is chosen. A token is a character of the text.
+    """
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        super().initialize_state(imbalanced_threshold=5, match_rate_threshold=0.15, **kwargs)
+
+    def _extract_text_from_request(self, pending_request: PendingRequest) -> str:
+        return "".join(map(chr, pending_request.args[0].token_ids)) or " "
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        replica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        self.on_request_routed(pending_request, replica.replica_id, None)
+        return replica
+
+
+ROUTERS = {
+    "quire": ROUTER,
+    "default": "ray.serve._private.request_router.pow_2_router:PowerOfTwoChoicesRequestRouter",
+    "prefix": f"{Path(__file__).stem}:RayPrefixRouter",
+}
+
+
+@dataclass
+class Seen:
+    """What clients saw of one router."""
+
+    first_s: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    replicas: dict[str, int] = field(default_factory=dict)
+    errors_s: list[float] = field(default_factory=list)
+    """Predicted less actual time to the first token."""
+    scoring_us: list[float] = field(default_factory=list)
+
+    def quantile(self, share: float) -> float:
+        ordered = sorted(self.first_s)
+        return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
+
+    @property
+    def hit_rate(self) -> float:
+        return self.cached_tokens / self.prompt_tokens
+
+
+@contextmanager
+def applications(names: Sequence[str], config: ServeConfig):
+    """The gateways' addresses by router; all applications run at once."""
+    with ExitStack() as stack:
+        handles = {}
+        for name in names:
+            app = application(config, ROUTERS[name])
+            handles[name] = serve.run(app, name=f"bench-{name}", route_prefix=None)
+            stack.callback(serve.delete, f"bench-{name}")
+        yield {name: f"127.0.0.1:{handle.port.remote().result()}" for name, handle in handles.items()}
+
+
+async def play(address: str, arrivals: Sequence[Arrival], seen: Seen) -> None:
+    """Send everything when it is due."""
+    async with AsyncClient(address) as client:
+        start_s = time.perf_counter()
+
+        async def ask(arrival: Arrival) -> None:
+            await asyncio.sleep(start_s + arrival.at_s - time.perf_counter())
+            sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+            due_s, first_s = start_s + arrival.at_s, None
+            async for delta in client.generate(
+                arrival.prompt, sampling, CallOptions(explain_routing=True, deadline_s=120)
+            ):
+                if first_s is None and delta.token_ids:
+                    first_s = time.perf_counter() - due_s
+                if delta.HasField("usage"):
+                    seen.prompt_tokens += delta.usage.prompt_tokens
+                    seen.cached_tokens += delta.usage.cached_tokens
+                    routing = delta.routing
+                    seen.replicas[routing.replica_id] = seen.replicas.get(routing.replica_id, 0) + 1
+                    if routing.HasField("predicted_first_token_s") and first_s is not None:
+                        seen.errors_s.append(routing.predicted_first_token_s - first_s)
+                        seen.scoring_us.append(routing.scoring_us)
+            assert first_s is not None
+            seen.first_s.append(first_s)
+
+        await asyncio.gather(*map(ask, arrivals))
+
+
+async def warm_up(address: str) -> None:
+    """Every replica computes something, so that all routers find measured replicas."""
+    seen = Seen()
+    prompts = [[7 + at] * 96 for at in range(12)]
+    await play(address, [Arrival(0.15 * at, prompt) for at, prompt in enumerate(prompts)], seen)
+
+
+def measure(workload: Workload, addresses: dict[str, str], rounds: int) -> dict[str, Seen]:
+    """Alternating rounds, each with contents of its own."""
+    seen = {name: Seen() for name in addresses}
+    names = list(addresses)
+    for number in range(rounds):
+        arrivals = workload.arrivals(seed=number)
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            asyncio.run(play(addresses[name], arrivals, seen[name]))
+    return seen
+
+
+def rows_of(workload: Workload, seen: dict[str, Seen], case: str) -> list[Row]:
+    """Every figure against Serve's default router."""
+    base = seen["default"]
+    rows = []
+    for name, what in seen.items():
+        rows.append(
+            Row(
+                f"{case} {name}",
+                "hit rate",
+                what.hit_rate,
+                "",
+                "default",
+                what.hit_rate / max(base.hit_rate, 1e-9),
+            )
+        )
+        for label, share in (("p50", 0.5), ("p90", 0.9)):
+            value, against = what.quantile(share) * 1e3, base.quantile(share) * 1e3
+            rows.append(
+                Row(f"{case} {name}", f"first token {label}", value, "ms", "default", value / against)
+            )
+    return rows
+
+
+def say_more(case: str, seen: dict[str, Seen]) -> None:
+    for name, what in seen.items():
+        spread = sorted(what.replicas.values())
+        line = f"{case} {name}: requests by replica {spread}"
+        if what.errors_s:
+            off = sorted(map(abs, what.errors_s))
+            us = sorted(what.scoring_us)
+            line += f"; prediction off by {off[len(off) // 2] * 1e3:.0f} ms (median)"
+            line += f", choosing took {us[len(us) // 2]:.0f} us (p90 {us[int(len(us) * 0.9)]:.0f})"
+        print(line, flush=True)
+
+
+def held(workload: str, seen: dict[str, Seen]) -> bool:
+    """p90 of 0.7 x the better of the two; on the hot prefix never worse than the default."""
+    ours, default, prefix = (seen[name].quantile(0.9) for name in ("quire", "default", "prefix"))
+    return ours <= default if workload == "hot" else ours <= TARGET_P90 * min(default, prefix)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("workloads", nargs="+", choices=sorted(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--share", action="store_true", help="replicas fetch blocks from each other")
+    parser.add_argument("--routers", nargs="+", choices=sorted(ROUTERS), default=list(ROUTERS))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    config = CONFIG
+    if args.share:
+        config = replace(CONFIG, engine=replace(CONFIG.engine, store=StoreConfig(share=True)))
+    good = True
+    with cluster(config, None), applications(args.routers, config) as addresses:
+        for address in addresses.values():
+            asyncio.run(warm_up(address))
+        for name in args.workloads:
+            case = f"routing {name}" + (" shared" if args.share else "")
+            seen = measure(WORKLOADS[name], addresses, args.rounds)
+            if "default" in seen:
+                rows = rows_of(WORKLOADS[name], seen, case)
+                report(rows, None)
+                if args.json:
+                    merge(rows, args.json)
+            say_more(case, seen)
+            good = good and (len(seen) < len(ROUTERS) or held(name, seen))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

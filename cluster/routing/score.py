@@ -1,0 +1,195 @@
+"""Which replica gives a prompt its first token soonest: a prediction for each, and a choice. Pure.
+
+    time to first token = wait (what is queued there, and the step under way)
+                        + pressure (until there are pages and a place)
+                        + work (compute what it has not, or fetch that from a neighbour)
+
+All rates are the replicas' own measurements. A prompt that makes blocks leave a full pool is charged what
+they cost to compute again, as often as blocks are found there: it does not wait for that, but others will.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from quire.replicas.load_report import LoadReport
+
+STALE_S = 3.0
+"""A report so old says nothing any more: replicas report once a second at least."""
+_TIE_S = 0.002
+_TIE_SHARE = 0.2
+"""Predictions closer than this are equal: like machines measure rates that differ by as much."""
+
+
+class Reason(StrEnum):
+    """Why a replica was chosen."""
+
+    PREFIX = "prefix"  # soonest, and it holds some of the prompt
+    LOAD = "load"  # soonest, and it holds nothing of the prompt
+    ONLY = "only"  # there was no other
+    BLIND = "blind"  # nothing is known: the one with less of this gateway's work, of two drawn
+    FALLBACK = "fallback"  # choosing failed, and any was taken
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is to be computed somewhere."""
+
+    tokens: int
+    page_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A replica, as one gateway knows it."""
+
+    replica_id: str
+    load: LoadReport | None = None
+    """None: it has not said anything yet."""
+    age_s: float = 0.0
+    """Of the load."""
+    sent_tokens: int = 0
+    """Prompt tokens to compute in requests of this gateway that the load does not know of yet."""
+    sent_requests: int = 0
+    open_requests: int = 0
+    """Of this gateway, all of them."""
+    chosen: int = 0
+    """How often, lately: ties go to the one that was chosen less."""
+    known_blocks: int = 0
+    """Leading blocks of the prompt that it is thought to hold."""
+    holder_blocks: int = 0
+    """Leading blocks that it could fetch from another replica; 0 where nothing is shared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What would happen at one replica."""
+
+    replica_id: str
+    wait_s: float
+    pressure_s: float
+    work_s: float
+    evict_s: float
+    """Computing again what it makes leave: others pay that."""
+    cached_tokens: int
+    fetched_tokens: int
+
+    @property
+    def first_token_s(self) -> float:
+        return self.wait_s + self.pressure_s + self.work_s
+
+    @property
+    def cost_s(self) -> float:
+        """What is made small."""
+        return self.first_token_s + self.evict_s
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Replicas, best first, and why the first one is."""
+
+    order: tuple[str, ...]
+    reason: Reason
+    best: Prediction | None
+    """None: nothing could be predicted."""
+
+
+def rank(prompt: Prompt, candidates: Sequence[Candidate], draw: Sequence[float]) -> Ranking:
+    """`draw`: one random number for each candidate, which breaks what ties remain."""
+    if len(candidates) == 1:
+        return Ranking((candidates[0].replica_id,), Reason.ONLY, None)
+    typical = _typical([c.load for c in candidates if c.load is not None and c.age_s <= STALE_S])
+    if typical is None:
+        return Ranking(_of_two(candidates, draw), Reason.BLIND, None)
+    heard = [c for c in candidates if c.load is None or c.age_s <= STALE_S]
+    silent = [c for c in candidates if c not in heard]  # stalled, or the way to it is: last
+    predictions = {c.replica_id: predict(prompt, c, typical) for c in heard}
+    least = min(p.cost_s for p in predictions.values())
+    equal_s = least + max(_TIE_S, _TIE_SHARE * least)
+
+    def place(at: int) -> tuple[bool, float, int, int, float]:
+        candidate = heard[at]
+        cost_s = predictions[candidate.replica_id].cost_s
+        ties = cost_s <= equal_s
+        kept = candidate.known_blocks if ties else 0
+        return (not ties, 0.0 if ties else cost_s, -kept, candidate.chosen, draw[at])
+
+    order = [heard[at] for at in sorted(range(len(heard)), key=place)] + silent
+    best = predictions[order[0].replica_id]
+    reason = Reason.PREFIX if best.cached_tokens else Reason.LOAD
+    return Ranking(tuple(c.replica_id for c in order), reason, best)
+
+
+def predict(prompt: Prompt, candidate: Candidate, typical: LoadReport) -> Prediction:
+    """`typical`: what stands for a rate that the replica has not measured yet."""
+    load = candidate.load or LoadReport(pages_total=1, pages_free=1 << 30, max_running=1 << 30)
+    rates = load if load.prefill_s_per_token else typical
+    cached = min(candidate.known_blocks * prompt.page_tokens, prompt.tokens - 1)
+    fetchable = min(candidate.holder_blocks * prompt.page_tokens, prompt.tokens - 1)
+    work_s, fetched = _work(rates, prompt.tokens, cached, fetchable)
+    need = -(-prompt.tokens // prompt.page_tokens) - candidate.known_blocks
+    leave = max(min(need - load.pages_free, load.pages_cached), 0) * prompt.page_tokens
+    return Prediction(
+        replica_id=candidate.replica_id,
+        wait_s=_wait(load, rates, candidate),
+        pressure_s=_pressure(load, need, candidate.sent_requests),
+        work_s=work_s,
+        evict_s=load.hit_share * _compute(rates, prompt.tokens // 2, leave),
+        cached_tokens=cached,
+        fetched_tokens=fetched,
+    )
+
+
+def _wait(load: LoadReport, rates: LoadReport, candidate: Candidate) -> float:
+    """What was queued when the load was told has been worked on since."""
+    queued_s = max(load.queued_tokens * rates.prefill_s_per_token - candidate.age_s, 0.0)
+    sent_s = candidate.sent_tokens * rates.prefill_s_per_token
+    busy = load.running or load.waiting or candidate.sent_requests
+    return queued_s + sent_s + (rates.step_s / 2 if busy else 0.0)
+
+
+def _pressure(load: LoadReport, need_pages: int, sent_requests: int) -> float:
+    """Running sequences end evenly over the time they hold their pages."""
+    if not load.running:
+        return 0.0
+    before = load.waiting + sent_requests
+    places = max(load.running + before + 1 - load.max_running, 0) / load.running
+    used = max(load.pages_total - load.pages_free - load.pages_cached, 1)
+    pages = max(need_pages - load.pages_free - load.pages_cached, 0) / used
+    return load.hold_s * max(places, pages)
+
+
+def _work(rates: LoadReport, tokens: int, cached: int, fetchable: int) -> tuple[float, int]:
+    """Seconds, and how many tokens are fetched for it, which the replica does only where it is sooner."""
+    compute_s = _compute(rates, cached, tokens - cached)
+    fetch = fetchable - cached
+    if fetch <= 0 or not rates.fetch_s_per_token:
+        return compute_s, 0
+    fetch_s = rates.fetch_s + fetch * rates.fetch_s_per_token
+    fetch_s += _compute(rates, fetchable, tokens - fetchable)
+    return (fetch_s, fetch) if fetch_s < compute_s else (compute_s, 0)
+
+
+def _compute(rates: LoadReport, before: int, tokens: int) -> float:
+    pace = rates.prefill_s_per_token + rates.prefill_s_per_token_before * (before + tokens / 2)
+    return tokens * pace
+
+
+def _typical(loads: Sequence[LoadReport]) -> LoadReport | None:
+    """Mean rates of those that have measured any; None: nobody has."""
+    measured = [load for load in loads if load.prefill_s_per_token]
+    if not measured:
+        return None
+    names = ("prefill_s_per_token", "prefill_s_per_token_before", "step_s", "fetch_s", "fetch_s_per_token")
+    return LoadReport(
+        **{name: sum(getattr(load, name) for load in measured) / len(measured) for name in names}
+    )
+
+
+def _of_two(candidates: Sequence[Candidate], draw: Sequence[float]) -> tuple[str, ...]:
+    """Power of two choices: of two drawn ones the less busy first, then all others."""
+    drawn = [candidates[at] for at in sorted(range(len(candidates)), key=lambda at: draw[at])]
+    two = sorted(drawn[:2], key=lambda c: c.open_requests)
+    return tuple(c.replica_id for c in [*two, *drawn[2:]])

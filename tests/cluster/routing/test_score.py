@@ -1,0 +1,127 @@
+"""Which replica is predicted to be soonest, from values alone."""
+
+from dataclasses import replace
+
+import pytest
+
+from quire.cluster.routing.score import STALE_S, Candidate, Prompt, Reason, predict, rank
+from quire.replicas.load_report import LoadReport
+
+PROMPT = Prompt(tokens=1000, page_tokens=64)
+IDLE = LoadReport(
+    max_running=16,
+    pages_total=100,
+    pages_free=100,
+    prefill_s_per_token=1e-3,
+    step_s=0.02,
+    hold_s=2.0,
+)
+BUSY = replace(IDLE, running=4, queued_tokens=800, pages_free=60)
+DRAW = (0.1, 0.2, 0.3, 0.4)
+
+
+def replica(name, load=IDLE, **fields):
+    return Candidate(replica_id=name, load=load, **fields)
+
+
+def ranked(*candidates, prompt=PROMPT, draw=DRAW):
+    return rank(prompt, candidates, draw)
+
+
+def test_the_only_one_is_taken_and_nothing_is_predicted():
+    ranking = ranked(replica("a", load=None))
+    assert (ranking.order, ranking.reason, ranking.best) == (("a",), Reason.ONLY, None)
+
+
+def test_the_one_that_holds_the_prefix_is_soonest():
+    ranking = ranked(replica("a"), replica("b", known_blocks=12))
+    assert ranking.order == ("b", "a")
+    assert ranking.reason is Reason.PREFIX
+    assert ranking.best.cached_tokens == 12 * 64
+    assert ranking.best.work_s == pytest.approx((1000 - 768) * 1e-3)
+
+
+def test_a_hot_holder_of_the_prefix_loses_to_an_idle_replica():
+    ranking = ranked(replica("hot", replace(BUSY, queued_tokens=1500), known_blocks=12), replica("idle"))
+    assert ranking.order == ("idle", "hot")
+    assert ranking.reason is Reason.LOAD
+
+
+def test_what_was_just_sent_counts_though_no_report_has_it_yet():
+    behind = replica("a", known_blocks=12, sent_tokens=1500, sent_requests=3)
+    assert ranked(behind, replica("b")).order == ("b", "a")
+
+
+def test_a_queue_is_worked_on_while_nobody_reports():
+    told, typical = replica("a", BUSY), IDLE
+    older = replace(told, age_s=0.5)
+    waits = [predict(PROMPT, c, typical).wait_s for c in (told, older)]
+    assert waits[0] - waits[1] == pytest.approx(0.5)
+
+
+def test_the_later_tokens_of_long_prompts_cost_more():
+    load = replace(IDLE, prefill_s_per_token_before=1e-6)
+    cold = predict(PROMPT, replica("a", load), IDLE)
+    assert cold.work_s == pytest.approx(1000 * (1e-3 + 1e-6 * 500))
+
+
+def test_fetching_counts_where_it_is_sooner():
+    fetches = replace(IDLE, fetch_s=0.01, fetch_s_per_token=1e-5)
+    near = predict(PROMPT, replica("a", fetches, holder_blocks=10), IDLE)
+    assert near.fetched_tokens == 640
+    assert near.work_s == pytest.approx(0.01 + 0.0064 + 0.36)
+    slow = replace(fetches, fetch_s_per_token=1e-2)
+    far = predict(PROMPT, replica("a", slow, holder_blocks=10), IDLE)
+    assert (far.fetched_tokens, far.work_s) == (0, pytest.approx(1.0))
+
+
+def test_a_full_pool_or_scheduler_makes_it_wait():
+    no_pages = replace(IDLE, running=4, pages_free=0, pages_cached=0)
+    no_place = replace(IDLE, running=16, waiting=8, pages_free=100)
+    for load in (no_pages, no_place):
+        assert predict(PROMPT, replica("a", load), IDLE).pressure_s > 0.1
+        assert ranked(replica("a", load), replica("b", replace(IDLE, running=4))).order[0] == "b"
+
+
+def test_blocks_that_must_leave_cost_as_much_as_they_are_used():
+    full = replace(IDLE, pages_free=0, pages_cached=100, hit_share=0.8)
+    prediction = predict(PROMPT, replica("a", full), IDLE)
+    assert prediction.evict_s == pytest.approx(0.8 * 16 * 64 * 1e-3)
+    assert prediction.cost_s == pytest.approx(prediction.first_token_s + prediction.evict_s)
+    assert predict(PROMPT, replica("a", replace(full, hit_share=0.0)), IDLE).evict_s == 0
+    assert ranked(replica("full", full), replica("empty")).order[0] == "empty"
+
+
+def test_ties_go_to_the_one_chosen_less_then_to_the_draw():
+    assert ranked(replica("a", chosen=3), replica("b", chosen=1)).order == ("b", "a")
+    assert ranked(replica("a"), replica("b"), draw=(0.9, 0.1)).order == ("b", "a")
+
+
+def test_ties_never_give_up_a_prefix():
+    barely = Prompt(tokens=70, page_tokens=64)
+    ranking = ranked(replica("a", chosen=0), replica("b", known_blocks=1, chosen=9), prompt=barely)
+    assert ranking.order[0] == "b"
+
+
+def test_a_new_replica_is_thought_to_be_like_the_others_and_idle():
+    ranking = ranked(replica("a", BUSY), replica("new", load=None))
+    assert ranking.order[0] == "new"
+    assert ranking.best.work_s == pytest.approx(1.0)
+
+
+def test_one_that_fell_silent_comes_last():
+    silent = replica("a", age_s=STALE_S + 1, known_blocks=15)
+    assert ranked(silent, replica("b", BUSY)).order == ("b", "a")
+
+
+def test_blind_it_takes_the_less_busy_of_two_drawn():
+    unmeasured = replace(IDLE, prefill_s_per_token=0.0)
+    ranking = ranked(
+        replica("a", unmeasured, open_requests=5),
+        replica("b", None, open_requests=2),
+        replica("c", unmeasured, open_requests=0),
+        draw=(0.1, 0.2, 0.3),
+    )
+    assert (ranking.order, ranking.reason) == (("b", "a", "c"), Reason.BLIND)
+    stale = [replica(name, age_s=STALE_S + 1) for name in "ab"]
+    assert ranked(*stale).reason is Reason.BLIND

@@ -1,0 +1,95 @@
+"""Three replicas under Ray Serve: prefixes find their replica, and what Serve counts stays true."""
+
+import asyncio
+import random
+import time
+
+import pytest
+from served_app import Served, quire_serve
+
+from quire.cluster.client import AsyncClient, CallOptions, Client, SamplingParams, collect, collect_async
+
+SAMPLING = SamplingParams(max_tokens=4, ignore_eos=True)
+EXPLAIN = CallOptions(explain_routing=True)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    with quire_serve(
+        tmp_path_factory.mktemp("three"),
+        engine={"tp": 1, "store": {"share": False}},
+        replicas={"count": 3},
+    ) as served:
+        measure_all(served)
+        yield served
+
+
+def measure_all(served: Served) -> None:
+    """Until predictions are made, so that every replica has been met and one has been measured."""
+    deadline, rng = time.monotonic() + 60, random.Random(0)
+    with Client(served.address) as client:
+        while True:
+            answer = collect(client.generate(prompt(rng, 70), SAMPLING, EXPLAIN))
+            assert answer.routing.candidates == 3
+            if answer.routing.HasField("predicted_first_token_s") and len(client.stats().replicas) == 3:
+                return
+            assert time.monotonic() < deadline, answer.routing
+
+
+def prompt(rng: random.Random, tokens: int) -> list[int]:
+    return rng.choices(range(10, 4096), k=tokens)
+
+
+def test_prompts_go_where_their_prefix_is(three: Served):
+    rng = random.Random(1)
+    prefixes = [prompt(rng, 320) for _ in range(4)]
+    with Client(three.address) as client:
+
+        def ask(prefix):
+            answer = collect(client.generate(prefix + prompt(rng, 20), SAMPLING, EXPLAIN))
+            return answer.routing, answer.usage
+
+        homes = [ask(prefix)[0].replica_id for prefix in prefixes]
+        assert len(set(homes)) == 3, "cold prompts spread over idle replicas"
+        for _ in range(3):
+            for prefix, home in zip(prefixes, homes, strict=True):
+                routing, usage = ask(prefix)
+                assert (routing.replica_id, routing.reason) == (home, "prefix")
+                assert usage.cached_tokens == routing.expected_cached_tokens == 320
+                assert 0 < routing.predicted_first_token_s < 10
+
+
+async def test_a_prefix_that_all_ask_for_at_once_is_served_by_all(three: Served):
+    rng = random.Random(2)
+    hot = prompt(rng, 320)
+    async with AsyncClient(three.address) as client:
+        await collect_async(client.generate(hot, SAMPLING))
+        asked = [client.generate(hot + prompt(rng, 300), SAMPLING, EXPLAIN) for _ in range(24)]
+        answers = await asyncio.gather(*map(collect_async, asked))
+    went = [answer.routing.replica_id for answer in answers]
+    assert len(set(went)) == 3
+    assert max(map(went.count, went)) <= 14
+
+
+async def test_requests_are_explained_only_if_asked(three: Served):
+    async with AsyncClient(three.address) as client:
+        answer = await collect_async(client.generate([5, 6, 7], SAMPLING))
+    assert answer.routing is None
+
+
+async def test_when_a_replica_dies_its_prompts_are_answered_by_others(three: Served):
+    rng = random.Random(3)
+    prefix = prompt(rng, 320)
+    async with AsyncClient(three.address) as client:
+        home = (await collect_async(client.generate(prefix, SAMPLING, EXPLAIN))).routing.replica_id
+        victims = three.processes(":Replica")
+        assert len(victims) == 3
+        long = SamplingParams(max_tokens=200, ignore_eos=True)
+        streams = [client.generate(prefix + [9] * n, long, EXPLAIN) for n in (1, 2)]
+        await asyncio.gather(*(anext(s) for s in streams))
+        victims[0].kill()
+        rest = await asyncio.gather(*map(collect_async, streams))
+        assert all(answer.usage.output_tokens == 200 for answer in rest)
+        again = await collect_async(client.generate(prefix, SAMPLING, EXPLAIN))
+        assert again.usage.output_tokens == 4
+        assert home
