@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray import serve
@@ -39,7 +39,8 @@ def application(config: ServeConfig, router: str = ROUTER) -> Application:
         engine = replace(engine, store=replace(engine.store, share=False))
     bound = (engine, secret, config.replicas.cpus_per_shard, gpus, publish_replica)
     options = _replica_options(engine, config.replicas, gpus)
-    options["request_router_config"] = RequestRouterConfig(request_router_class=router)
+    routed: Any = RequestRouterConfig  # its signature is wrong about its values
+    options["request_router_config"] = routed(request_router_class=router)
     replica = serve.deployment(name="Replica", **_how_many(config.replicas), **options)(Replica).bind(*bound)
     prefill = None
     if config.prefill.count:

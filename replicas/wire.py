@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import fields
 
-from quire.kvstore.messages import ReplicaId
 from quire.kvstore.keys import KeySpace
+from quire.kvstore.messages import ReplicaId
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
 from quire.replicas.load_report import LoadReport
 from quire.replicas.request import (

@@ -88,8 +88,6 @@ class Route:
         """To compute at the replica."""
         self.waits = False
         """Whether its first token is still to come."""
-        self.holders: Mapping[str, int] = {}
-        """Leading blocks that replicas at these addresses say they hold."""
         self.chains: dict[KeySpace, list[BlockKey]] = {}
 
     def rank(self, replicas: Mapping[str, str]) -> tuple[str, ...]:
@@ -191,17 +189,6 @@ class Routes:
 
     # ---- a request's way
 
-    def best_match(self, route: Route) -> tuple[Sequence[BlockKey], int]:
-        """Of the prompt's blocks (by the keys of any replica), how many somebody is thought to hold."""
-        with self._lock:
-            best: tuple[Sequence[BlockKey], int] = ((), 0)
-            for known in self._replicas.values():
-                chain = self._chain(route, known)
-                best = max(
-                    best, (chain, known.blocks.match(chain)), key=lambda found: (found[1], len(found[0]))
-                )
-            return best
-
     def rank(self, route: Route, replicas: Mapping[str, str]) -> tuple[str, ...]:
         """See `Route.rank`."""
         began_s = self._clock()
@@ -290,8 +277,7 @@ class Routes:
         held: dict[str, int] = {}
         for name in names:
             known = self._replicas[name]
-            here = 0 if alone else known.blocks.match(self._chain(route, known))
-            held[name] = max(here, route.holders.get(known.address, 0))
+            held[name] = 0 if alone else known.blocks.match(self._chain(route, known))
         for name in names:
             known = self._replicas[name]
             later = [r for r in known.open if r.waits and (not r.call or r.call > known.seen_call)]

@@ -4,7 +4,7 @@
                         + pressure (until there are pages and a place)
                         + work (compute what it has not, or fetch that from a neighbour)
 
-All rates are the replicas' own measurements. A prompt that makes blocks leave a full pool is charged what
+All rates are measured by the replicas. A prompt that makes blocks leave a full pool is charged what
 they cost to compute again, as often as blocks are found there: it does not wait for that, but others will.
 """
 
@@ -19,8 +19,10 @@ from quire.replicas.load_report import LoadReport
 STALE_S = 3.0
 """A report so old says nothing any more: replicas report once a second at least."""
 _TIE_S = 0.002
-_TIE_SHARE = 0.2
-"""Predictions closer than this are equal: like machines measure rates that differ by as much."""
+_TIE_SHARE = 0.1
+"""Predictions closer than this are equal."""
+_TYPICAL_BEFORE = 1000
+"""Tokens behind which paces of prefill are compared."""
 
 
 class Reason(StrEnum):
@@ -64,6 +66,25 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """How quick the replicas are, all of them: one deployment has like machines.
+
+    A replica by itself may have measured badly, at its start above all. Believed, it would be sent nothing
+    and never measure again.
+    """
+
+    prefill_s_per_token: float
+    prefill_s_per_token_before: float
+    fetch_s: float
+    fetch_s_per_token: float
+
+    def compute_s(self, before: int, tokens: int) -> float:
+        """For so many tokens that stand behind so many others."""
+        middle = before + tokens / 2
+        return tokens * (self.prefill_s_per_token + self.prefill_s_per_token_before * middle)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """What would happen at one replica."""
 
@@ -100,12 +121,12 @@ def rank(prompt: Prompt, candidates: Sequence[Candidate], draw: Sequence[float])
     """`draw`: one random number for each candidate, which breaks what ties remain."""
     if len(candidates) == 1:
         return Ranking((candidates[0].replica_id,), Reason.ONLY, None)
-    typical = _typical([c.load for c in candidates if c.load is not None and c.age_s <= STALE_S])
-    if typical is None:
+    rates = rates_of([c.load for c in candidates if c.load is not None and c.age_s <= STALE_S])
+    if rates is None:
         return Ranking(_of_two(candidates, draw), Reason.BLIND, None)
     heard = [c for c in candidates if c.load is None or c.age_s <= STALE_S]
     silent = [c for c in candidates if c not in heard]  # stalled, or the way to it is: last
-    predictions = {c.replica_id: predict(prompt, c, typical) for c in heard}
+    predictions = {c.replica_id: predict(prompt, c, rates) for c in heard}
     least = min(p.cost_s for p in predictions.values())
     equal_s = least + max(_TIE_S, _TIE_SHARE * least)
 
@@ -122,10 +143,9 @@ def rank(prompt: Prompt, candidates: Sequence[Candidate], draw: Sequence[float])
     return Ranking(tuple(c.replica_id for c in order), reason, best)
 
 
-def predict(prompt: Prompt, candidate: Candidate, typical: LoadReport) -> Prediction:
-    """`typical`: what stands for a rate that the replica has not measured yet."""
+def predict(prompt: Prompt, candidate: Candidate, rates: Rates) -> Prediction:
+    """For one replica. One that has not said anything yet is thought to be idle and empty."""
     load = candidate.load or LoadReport(pages_total=1, pages_free=1 << 30, max_running=1 << 30)
-    rates = load if load.prefill_s_per_token else typical
     cached = min(candidate.known_blocks * prompt.page_tokens, prompt.tokens - 1)
     fetchable = min(candidate.holder_blocks * prompt.page_tokens, prompt.tokens - 1)
     work_s, fetched = _work(rates, prompt.tokens, cached, fetchable)
@@ -136,18 +156,38 @@ def predict(prompt: Prompt, candidate: Candidate, typical: LoadReport) -> Predic
         wait_s=_wait(load, rates, candidate),
         pressure_s=_pressure(load, need, candidate.sent_requests),
         work_s=work_s,
-        evict_s=load.hit_share * _compute(rates, prompt.tokens // 2, leave),
+        evict_s=load.hit_share * rates.compute_s(prompt.tokens // 2, leave),
         cached_tokens=cached,
         fetched_tokens=fetched,
     )
 
 
-def _wait(load: LoadReport, rates: LoadReport, candidate: Candidate) -> float:
+def rates_of(loads: Sequence[LoadReport]) -> Rates | None:
+    """The medians of what was measured; None: nobody has computed anything yet."""
+    computed = sorted(
+        (load for load in loads if load.prefill_s_per_token),
+        key=lambda load: load.prefill_s_per_token + load.prefill_s_per_token_before * _TYPICAL_BEFORE,
+    )
+    if not computed:
+        return None
+    fetched = sorted(
+        (load for load in loads if load.fetch_s_per_token), key=lambda load: load.fetch_s_per_token
+    )
+    prefill, fetch = computed[(len(computed) - 1) // 2], fetched[(len(fetched) - 1) // 2] if fetched else None
+    return Rates(
+        prefill_s_per_token=prefill.prefill_s_per_token,
+        prefill_s_per_token_before=prefill.prefill_s_per_token_before,
+        fetch_s=fetch.fetch_s if fetch else 0.0,
+        fetch_s_per_token=fetch.fetch_s_per_token if fetch else 0.0,
+    )
+
+
+def _wait(load: LoadReport, rates: Rates, candidate: Candidate) -> float:
     """What was queued when the load was told has been worked on since."""
     queued_s = max(load.queued_tokens * rates.prefill_s_per_token - candidate.age_s, 0.0)
     sent_s = candidate.sent_tokens * rates.prefill_s_per_token
     busy = load.running or load.waiting or candidate.sent_requests
-    return queued_s + sent_s + (rates.step_s / 2 if busy else 0.0)
+    return queued_s + sent_s + (load.step_s / 2 if busy else 0.0)
 
 
 def _pressure(load: LoadReport, need_pages: int, sent_requests: int) -> float:
@@ -161,31 +201,15 @@ def _pressure(load: LoadReport, need_pages: int, sent_requests: int) -> float:
     return load.hold_s * max(places, pages)
 
 
-def _work(rates: LoadReport, tokens: int, cached: int, fetchable: int) -> tuple[float, int]:
+def _work(rates: Rates, tokens: int, cached: int, fetchable: int) -> tuple[float, int]:
     """Seconds, and how many tokens are fetched for it, which the replica does only where it is sooner."""
-    compute_s = _compute(rates, cached, tokens - cached)
+    compute_s = rates.compute_s(cached, tokens - cached)
     fetch = fetchable - cached
     if fetch <= 0 or not rates.fetch_s_per_token:
         return compute_s, 0
     fetch_s = rates.fetch_s + fetch * rates.fetch_s_per_token
-    fetch_s += _compute(rates, fetchable, tokens - fetchable)
+    fetch_s += rates.compute_s(fetchable, tokens - fetchable)
     return (fetch_s, fetch) if fetch_s < compute_s else (compute_s, 0)
-
-
-def _compute(rates: LoadReport, before: int, tokens: int) -> float:
-    pace = rates.prefill_s_per_token + rates.prefill_s_per_token_before * (before + tokens / 2)
-    return tokens * pace
-
-
-def _typical(loads: Sequence[LoadReport]) -> LoadReport | None:
-    """Mean rates of those that have measured any; None: nobody has."""
-    measured = [load for load in loads if load.prefill_s_per_token]
-    if not measured:
-        return None
-    names = ("prefill_s_per_token", "prefill_s_per_token_before", "step_s", "fetch_s", "fetch_s_per_token")
-    return LoadReport(
-        **{name: sum(getattr(load, name) for load in measured) / len(measured) for name in names}
-    )
 
 
 def _of_two(candidates: Sequence[Candidate], draw: Sequence[float]) -> tuple[str, ...]:

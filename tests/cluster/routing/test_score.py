@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from quire.cluster.routing.score import STALE_S, Candidate, Prompt, Reason, predict, rank
+from quire.cluster.routing.score import STALE_S, Candidate, Prompt, Reason, predict, rank, rates_of
 from quire.replicas.load_report import LoadReport
 
 PROMPT = Prompt(tokens=1000, page_tokens=64)
@@ -22,6 +22,10 @@ DRAW = (0.1, 0.2, 0.3, 0.4)
 
 def replica(name, load=IDLE, **fields):
     return Candidate(replica_id=name, load=load, **fields)
+
+
+def predicted(candidate):
+    return predict(PROMPT, candidate, rates_of([candidate.load]))
 
 
 def ranked(*candidates, prompt=PROMPT, draw=DRAW):
@@ -53,25 +57,25 @@ def test_what_was_just_sent_counts_though_no_report_has_it_yet():
 
 
 def test_a_queue_is_worked_on_while_nobody_reports():
-    told, typical = replica("a", BUSY), IDLE
+    told = replica("a", BUSY)
     older = replace(told, age_s=0.5)
-    waits = [predict(PROMPT, c, typical).wait_s for c in (told, older)]
+    waits = [predicted(c).wait_s for c in (told, older)]
     assert waits[0] - waits[1] == pytest.approx(0.5)
 
 
 def test_the_later_tokens_of_long_prompts_cost_more():
     load = replace(IDLE, prefill_s_per_token_before=1e-6)
-    cold = predict(PROMPT, replica("a", load), IDLE)
+    cold = predicted(replica("a", load))
     assert cold.work_s == pytest.approx(1000 * (1e-3 + 1e-6 * 500))
 
 
 def test_fetching_counts_where_it_is_sooner():
     fetches = replace(IDLE, fetch_s=0.01, fetch_s_per_token=1e-5)
-    near = predict(PROMPT, replica("a", fetches, holder_blocks=10), IDLE)
+    near = predicted(replica("a", fetches, holder_blocks=10))
     assert near.fetched_tokens == 640
     assert near.work_s == pytest.approx(0.01 + 0.0064 + 0.36)
     slow = replace(fetches, fetch_s_per_token=1e-2)
-    far = predict(PROMPT, replica("a", slow, holder_blocks=10), IDLE)
+    far = predicted(replica("a", slow, holder_blocks=10))
     assert (far.fetched_tokens, far.work_s) == (0, pytest.approx(1.0))
 
 
@@ -79,16 +83,16 @@ def test_a_full_pool_or_scheduler_makes_it_wait():
     no_pages = replace(IDLE, running=4, pages_free=0, pages_cached=0)
     no_place = replace(IDLE, running=16, waiting=8, pages_free=100)
     for load in (no_pages, no_place):
-        assert predict(PROMPT, replica("a", load), IDLE).pressure_s > 0.1
+        assert predicted(replica("a", load)).pressure_s > 0.1
         assert ranked(replica("a", load), replica("b", replace(IDLE, running=4))).order[0] == "b"
 
 
 def test_blocks_that_must_leave_cost_as_much_as_they_are_used():
     full = replace(IDLE, pages_free=0, pages_cached=100, hit_share=0.8)
-    prediction = predict(PROMPT, replica("a", full), IDLE)
+    prediction = predicted(replica("a", full))
     assert prediction.evict_s == pytest.approx(0.8 * 16 * 64 * 1e-3)
     assert prediction.cost_s == pytest.approx(prediction.first_token_s + prediction.evict_s)
-    assert predict(PROMPT, replica("a", replace(full, hit_share=0.0)), IDLE).evict_s == 0
+    assert predicted(replica("a", replace(full, hit_share=0.0))).evict_s == 0
     assert ranked(replica("full", full), replica("empty")).order[0] == "empty"
 
 
@@ -106,6 +110,14 @@ def test_ties_never_give_up_a_prefix():
 def test_a_new_replica_is_thought_to_be_like_the_others_and_idle():
     ranking = ranked(replica("a", BUSY), replica("new", load=None))
     assert ranking.order[0] == "new"
+    assert ranking.best.work_s == pytest.approx(1.0)
+
+
+def test_one_bad_measurement_starves_nobody():
+    """As of the first step in a new process: believed, it would never be corrected."""
+    slow = replace(IDLE, prefill_s_per_token=20e-3)
+    ranking = ranked(replica("slow", slow), replica("b", chosen=1), replica("c", chosen=1))
+    assert ranking.order[0] == "slow"
     assert ranking.best.work_s == pytest.approx(1.0)
 
 
