@@ -126,6 +126,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             retries=self._retries,
             replicas=self._fleet.linked,
             outcomes=dict(self._meter.outcomes),
+            routing=self._fleet.routes.numbers(),
         )
 
     @asynccontextmanager

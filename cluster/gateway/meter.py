@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from quire.cluster.routing.book import RoutingNumbers
 from quire.protos.quire.v1 import inference_pb2
 
 Send = Callable[[inference_pb2.Delta], Awaitable[None]]
@@ -43,6 +44,7 @@ class GatewayNumbers:
     replicas: int
     outcomes: Mapping[tuple[str, str], int]
     """By RPC and status."""
+    routing: RoutingNumbers
 
 
 class Watch:

@@ -133,6 +133,50 @@ RETRIES = _gateway(
     "Requests sent to a second replica because the first one died",
 )
 
+# ---- gateways: which replica a request goes to
+
+ROUTES = _gateway(
+    "quire_route_decisions_total",
+    Kind.COUNTER,
+    "requests",
+    "Choices of a replica, by reason: prefix (soonest, and it holds some of the prompt), load (soonest, "
+    "and it holds none), only (there was no other), blind (nothing is known), fallback (choosing failed, "
+    "any was taken)",
+    "reason",
+)
+ROUTE_SCORING = _gateway("quire_route_scoring_seconds_total", Kind.COUNTER, "seconds", "Time spent choosing")
+ROUTE_PREDICTED = _gateway(
+    "quire_route_predicted_requests_total",
+    Kind.COUNTER,
+    "requests",
+    "Requests that were answered and whose time to first token was predicted. The next three are sums over "
+    "them",
+)
+ROUTE_PREDICTED_SECONDS = _gateway(
+    "quire_route_predicted_seconds_total", Kind.COUNTER, "seconds", "Predicted times to first token"
+)
+ROUTE_ACTUAL_SECONDS = _gateway(
+    "quire_route_actual_seconds_total",
+    Kind.COUNTER,
+    "seconds",
+    "What they came to, from the choice to the first token",
+)
+ROUTE_ERROR_SECONDS = _gateway(
+    "quire_route_error_seconds_total", Kind.COUNTER, "seconds", "How far predictions were off, up or down"
+)
+ROUTE_EXPECTED_CACHED = _gateway(
+    "quire_route_expected_cached_tokens_total",
+    Kind.COUNTER,
+    "tokens",
+    "Prompt tokens that were thought to be cached at the chosen replica",
+)
+ROUTE_KNOWN_BLOCKS = _gateway(
+    "quire_route_known_blocks",
+    Kind.GAUGE,
+    "blocks",
+    "Blocks that the gateway thinks replicas hold; bounded, so is its memory",
+)
+
 # ---- replicas: scheduler and steps
 
 UP = _replica("quire_replica_up", Kind.GAUGE, "replicas", "1 while the replica's engine lives")

@@ -216,6 +216,52 @@ _CACHE = Row(
         ),
     ),
 )
+_ROUTING = Row(
+    "Routing",
+    "Where gateways send requests, and how well they foresee. `blind` and `fallback` are for the first "
+    "seconds of a replica; many of them, or predictions that are far off, mean that loads do not arrive.",
+    (
+        Panel(
+            "Choices by reason",
+            "Requests a second.",
+            Unit.PER_SECOND,
+            (Query(HERE.rate(c.ROUTES, "reason"), "{{reason}}"),),
+            stacked=True,
+        ),
+        Panel(
+            "First token, predicted and actual",
+            "Means of requests with a prediction, from the choice on; and how far off it was.",
+            Unit.SECONDS,
+            (
+                Query(HERE.mean(c.ROUTE_PREDICTED_SECONDS, c.ROUTE_PREDICTED), "predicted"),
+                Query(HERE.mean(c.ROUTE_ACTUAL_SECONDS, c.ROUTE_PREDICTED), "actual"),
+                Query(HERE.mean(c.ROUTE_ERROR_SECONDS, c.ROUTE_PREDICTED), "off by"),
+            ),
+        ),
+        Panel(
+            "Cached tokens, expected and found",
+            "Prompt tokens a second: thought to be in the pool or host memory of the replica that was "
+            "chosen, and found there.",
+            Unit.PER_SECOND,
+            (
+                Query(HERE.rate(c.ROUTE_EXPECTED_CACHED), "expected"),
+                Query(HERE.rate(c.PROMPT_TOKENS, source=("local", "host")), "found"),
+            ),
+        ),
+        Panel(
+            "A choice takes",
+            "On average.",
+            Unit.SECONDS,
+            (Query(HERE.mean(c.ROUTE_SCORING, c.ROUTES), "scoring"),),
+        ),
+        Panel(
+            "Known blocks",
+            "That each gateway thinks replicas hold.",
+            Unit.COUNT,
+            (Query(HERE.sum(c.ROUTE_KNOWN_BLOCKS, "replica"), "{{replica}}"),),
+        ),
+    ),
+)
 _TRANSFERS = Row(
     "Transfers between replicas",
     "Blocks that replicas fetch from each other. Failures cost no request: the blocks are computed. "
@@ -290,5 +336,5 @@ OPERATORS = Dashboard(
     "quire-operators",
     "Quire: operation",
     "Is it well, and if not, where to look.",
-    (_NOW, _REQUESTS, _LATENCY, _SCHEDULER, _CACHE, _TRANSFERS, _QUALITY),
+    (_NOW, _REQUESTS, _LATENCY, _SCHEDULER, _CACHE, _ROUTING, _TRANSFERS, _QUALITY),
 )

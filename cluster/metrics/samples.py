@@ -38,6 +38,16 @@ def gateway_samples(numbers: GatewayNumbers) -> Iterator[Sample]:
     outcomes = {(method, status): 0 for method in ASKING for status in statuses} | dict(numbers.outcomes)
     for (method, status), count in outcomes.items():
         yield Sample(c.REQUESTS, count, {"method": method, "status": status})
+    routing = numbers.routing
+    for reason, count in routing.decisions.items():
+        yield Sample(c.ROUTES, count, {"reason": reason.value})
+    yield Sample(c.ROUTE_SCORING, routing.scoring_s)
+    yield Sample(c.ROUTE_PREDICTED, routing.predicted)
+    yield Sample(c.ROUTE_PREDICTED_SECONDS, routing.predicted_first_token_s)
+    yield Sample(c.ROUTE_ACTUAL_SECONDS, routing.actual_first_token_s)
+    yield Sample(c.ROUTE_ERROR_SECONDS, routing.error_s)
+    yield Sample(c.ROUTE_EXPECTED_CACHED, routing.expected_cached_tokens)
+    yield Sample(c.ROUTE_KNOWN_BLOCKS, routing.known_blocks)
 
 
 def observations(answered: Answered) -> Iterator[tuple[c.Metric, float]]:

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 from quire.cluster.gateway.meter import Answered, GatewayNumbers
 from quire.cluster.metrics.catalogue import CATALOGUE, Kind, Origin
 from quire.cluster.metrics.samples import format_name, gateway_samples, observations, replica_samples
+from quire.cluster.routing.book import Routes
 from quire.replicas.config import SchedulerConfig
 from quire.replicas.pressure import Pressure
 from quire.replicas.request import EngineStats, ModelInfo
@@ -36,9 +37,14 @@ def _replica(**numbers):
     return {(s.metric.name, *sorted(s.labels.values())): s.value for s in samples}
 
 
-def _gateway(**outcomes):
+def _gateway(outcomes=None):
     numbers = GatewayNumbers(
-        open_requests=1, max_open_requests=2, retries=3, replicas=4, outcomes=outcomes.get("outcomes", {})
+        open_requests=1,
+        max_open_requests=2,
+        retries=3,
+        replicas=4,
+        outcomes=outcomes or {},
+        routing=Routes().numbers(),
     )
     return list(gateway_samples(numbers))
 
