@@ -13,7 +13,7 @@ Label = str | tuple[str, ...]
 
 NOTHING: Mapping[str, Label] = MappingProxyType({})
 
-TARGET_REPLICAS = 'ray_serve_autoscaling_target_replicas{deployment="Replica"}'
+TARGET_REPLICAS = 'ray_serve_autoscaling_target_replicas{deployment=~"Replica|Prefill"}'
 """Ray Serve's: how many replicas it wants."""
 
 
