@@ -132,17 +132,21 @@ class Exchange:
     def __init__(
         self,
         pool: PagePool,
-        layout: bytes,
+        space: bytes,
         endpoints: Sequence[Endpoint],
         config: ExchangeConfig | None = None,
         *,
         kv_heads: int,
         bf16_ratio: float = 1.0,
     ) -> None:
-        """`endpoints`: of the own shards, by rank. `bf16_ratio`: a block's bytes in bf16 by its bytes."""
+        """`space`: `KeySpace.fingerprint`; nothing is lent to or taken from another one.
+
+        `endpoints`: of the own shards, by rank. `bf16_ratio`: a block's bytes in bf16 by its bytes.
+        """
+        self.space = space
         self._kv_heads = kv_heads
         self.stats = TransferStats()
-        self._pool, self._layout, self._endpoints = pool, layout, tuple(endpoints)
+        self._pool, self._endpoints = pool, tuple(endpoints)
         self._config, self._bf16_ratio = config or ExchangeConfig(), bf16_ratio
         self._fetches: dict[TransferId, _Fetch] = {}
         self._loans: dict[tuple[ReplicaId, TransferId], Lease] = {}
@@ -181,7 +185,7 @@ class Exchange:
         fetch = _Fetch(TransferId(self._started), owner, tuple(keys), now_s, now_s + timeout_s)
         self._fetches[fetch.transfer] = fetch
         self.stats.fetches += 1
-        self._say(owner, Offer(fetch.transfer, fetch.keys, self._layout, self._endpoints, timeout_s))
+        self._say(owner, Offer(fetch.transfer, fetch.keys, self.space, self._endpoints, timeout_s))
         return fetch.transfer
 
     def expire(self, now_s: float) -> None:
@@ -247,8 +251,10 @@ class Exchange:
         lease_s = min(offer.timeout_s, self._config.max_lease_s)
         room = int(self._pool.total * self._config.max_lent_share) - self._pool.leased
         busy = len(self._loans) >= self._config.max_loans or (receiver, offer.transfer) in self._loans
-        if offer.layout != self._layout or not fits(len(offer.endpoints), self._kv_heads):
-            refusal = Cause.REFUSED, "pages are laid out differently here"
+        if offer.space != self.space:
+            refusal = Cause.REFUSED, "another model, or another KV format, is served here"
+        elif not fits(len(offer.endpoints), self._kv_heads):
+            refusal = Cause.REFUSED, "the pages cannot be cut for so many shards"
         elif busy or room < 1:
             refusal = Cause.BUSY, f"{len(self._loans)} loans of {self._pool.leased} pages are under way"
         else:

@@ -29,6 +29,11 @@ class KeySpace:
     transforms: bytes
     """Fingerprint of the static transforms and their calibration."""
 
+    @property
+    def fingerprint(self) -> bytes:
+        """32 bytes that are equal where the key spaces are: equal prompts have equal KV, and equal answers."""
+        return self.root()
+
     def root(self, tenant: str = "") -> BlockKey:
         """The parent of a tenant's first blocks. Fields are length-prefixed, so that none run together."""
         digest = hashlib.blake2b(digest_size=KEY_BYTES, person=b"quire-root")

@@ -39,8 +39,8 @@ class Offer:
     transfer: TransferId
     keys: tuple[BlockKey, ...]
     """Successive blocks of one chain."""
-    layout: bytes
-    """`PageLayout.fingerprint`."""
+    space: bytes
+    """`KeySpace.fingerprint` of the receiver."""
     endpoints: tuple[Endpoint, ...]
     """Of the receiver's shards, by rank."""
     timeout_s: float
@@ -81,6 +81,8 @@ class Released:
 class Leaving:
     """I am about to go. These chains of blocks are worth having, the hottest first: fetch what you like."""
 
+    space: bytes
+    """`KeySpace.fingerprint`: of use to those with the same."""
     chains: tuple[tuple[BlockKey, ...], ...]
 
 

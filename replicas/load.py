@@ -40,14 +40,16 @@ def load_engine(
     links = LinkConfig.on(shard_device(config, 0)) if neighbours else None
     executor = Executor(config, launcher, progress, host=host, links=links)
 
+    keys = _key_space(executor.shard)
+
     def share(pool: PagePool) -> BlockSharing:
         assert neighbours is not None
-        return _sharing(pool, executor, neighbours, config, wake)
+        return _sharing(pool, executor, neighbours, config, keys, wake)
 
     engine = Engine(
         executor=executor,
         info=executor.shard.info,
-        keys=_key_space(executor.shard),
+        keys=keys,
         scheduler=config.scheduler,
         max_step_tokens=executor.shard.max_step_tokens,
         tokenizer=None if tokenizer is None else _fast(tokenizer),
@@ -61,12 +63,13 @@ def _sharing(
     executor: Executor,
     neighbours: Neighbours,
     config: EngineConfig,
+    keys: KeySpace,
     wake: Callable[[], None],
 ) -> BlockSharing:
     shard, info = executor.shard, executor.shard.info
     exchange = Exchange(
         pool,
-        shard.layout.fingerprint,
+        keys.fingerprint,
         executor.endpoints,
         ExchangeConfig(timeout_s=config.store.fetch_timeout_s),
         kv_heads=shard.kv_heads,

@@ -268,8 +268,9 @@ class BlockSharing:
         """Take the news in, give up what is late, do what follows. `queued_tokens`: of prompts to compute."""
         while self._inbox:
             match self._inbox.popleft():
-                case _Heard(sender, Leaving(chains)):
-                    self._legacy.extend((sender, chain) for chain in chains)
+                case _Heard(sender, Leaving(space, chains)):
+                    if space == self._exchange.space:
+                        self._legacy.extend((sender, chain) for chain in chains)
                 case _Heard(sender, message):
                     self._exchange.handle(sender, message, now_s)
                 case _Gone(peer):
@@ -346,7 +347,7 @@ class BlockSharing:
         """Each chain to one of the others."""
         hot = list(reversed(self._chains.values()))
         for at, peer in enumerate(peers):
-            leaving = Leaving(tuple(hot[at :: len(peers)]))
+            leaving = Leaving(self._exchange.space, tuple(hot[at :: len(peers)]))
             self._neighbours.say(peer, leaving, partial(self.peer_gone, peer))
 
     def _inherit(self, now_s: float) -> None:

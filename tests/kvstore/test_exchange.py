@@ -27,7 +27,7 @@ from quire.kvstore.messages import (
 from quire.kvstore.pool import PagePool
 from quire.kvstore.transport import Endpoint
 
-LAYOUT, HEADS = b"\1" * 32, 4
+SPACE, HEADS = b"\1" * 32, 4
 CONFIG = ExchangeConfig(timeout_s=5, max_fetches=3, max_loans=3, max_lent_share=1.0)
 
 
@@ -44,11 +44,11 @@ class Side:
     fetched: list[Fetched] = field(default_factory=list)
 
     @staticmethod
-    def of(name: str, pages: int = 16, tp: int = 1, layout: bytes = LAYOUT, **config: object) -> Side:
+    def of(name: str, pages: int = 16, tp: int = 1, space: bytes = SPACE, **config: object) -> Side:
         pool = PagePool(pages)
         ends = [Endpoint(f"{name}{r}", "h", r) for r in range(tp)]
         exchange = Exchange(
-            pool, layout, ends, ExchangeConfig(**config) if config else CONFIG, kv_heads=HEADS, bf16_ratio=2.0
+            pool, space, ends, ExchangeConfig(**config) if config else CONFIG, kv_heads=HEADS, bf16_ratio=2.0
         )
         return Side(ReplicaId(name), pool, exchange, tp)
 
@@ -256,10 +256,10 @@ def refusal(owner: Side, receiver: Side, keys: list[BlockKey]) -> Cause:
     return refuse.cause
 
 
-def test_an_owner_refuses_what_it_does_not_hold_and_other_layouts(sides):
+def test_an_owner_refuses_what_it_does_not_hold_and_other_models(sides):
     owner, receiver = sides
     assert refusal(owner, receiver, keys_of(2, seed=1)) is Cause.REFUSED
-    assert refusal(owner, Side.of("r", layout=b"\2" * 32), keys_of(4)) is Cause.REFUSED
+    assert refusal(owner, Side.of("r", space=b"\2" * 32), keys_of(4)) is Cause.REFUSED
     assert refusal(owner, Side.of("r", tp=3), keys_of(4)) is Cause.REFUSED
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 from neighbourhood import Resident, Town, answer
 from recall import mixed_prompts
+from reweighed import reweighed
 
 from quire.kvstore.cost import CostConfig, CostModel
 from quire.kvstore.directory import Holder
@@ -23,9 +24,11 @@ PROMPT, WARM_UP, OTHER = mixed_prompts(TOKENIZER, [700, 150, 500])
 BLOCKS = (len(PROMPT) - 1) // 64
 
 
-def config(kv: str = "int8", tp: int = 1, pool_bytes: int = 24 << 20, **store: float) -> EngineConfig:
+def config(
+    kv: str = "int8", tp: int = 1, pool_bytes: int = 24 << 20, model: str = "demo", **store: float
+) -> EngineConfig:
     return EngineConfig(
-        model="demo",
+        model=model,
         kv=kv,
         tp=tp,
         device="cpu",
@@ -128,6 +131,19 @@ def test_other_formats_are_other_blocks():
     with a, b:
         a.ask(PROMPT)
         assert b.ask(PROMPT)[-1].usage.cached_tokens == 0
+
+
+def test_other_weights_are_other_blocks(tmp_path):
+    """As during an upgrade: neither what leaving replicas offer nor what others computed is taken."""
+    a, b = neighbours(config(), config(model=str(reweighed(tmp_path))))
+    with a, b:
+        computed = a.ask(PROMPT)
+        a.engine.hand_over((b.way.me,), within_s=5.0)
+        assert b.stats.fetches == 0
+        got = b.ask(PROMPT, computed_by=a.way.me)
+        assert got[-1].usage.cached_tokens == fetched(b) == 0
+        assert b.stats.fetch_failures == {Cause.REFUSED: 1}
+        assert answer(got) != answer(computed)
 
 
 def test_a_few_missing_blocks_are_not_asked_for():
