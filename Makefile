@@ -11,10 +11,16 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format protos observability clean
+.PHONY: demo install wheel test lint format protos observability clean
 
 demo: $(VENV)/.runtime
 	scripts/loopback $(BIN)/quire demo
+
+install: $(VENV)/.runtime
+
+wheel: $(VENV)/.runtime
+	rm -rf dist
+	$(BIN)/pip wheel -q --no-deps -w dist .
 
 test: $(VENV)/.dev
 	scripts/loopback $(BIN)/pytest $(PYTEST_ARGS)

@@ -50,7 +50,7 @@ def application(config: ServeConfig, router: str = ROUTER) -> Application:
     gateway = serve.deployment(
         name="Gateway",
         num_replicas=1,
-        ray_actor_options={"num_cpus": config.gateway.cpus},
+        ray_actor_options={"num_cpus": config.gateway.cpus, "resources": config.gateway.resources},
         graceful_shutdown_timeout_s=config.replicas.graceful_shutdown_s,
     )(Gateway)
     return gateway.bind(replica, config.gateway, config.engine.model, secret, prefill, config.prefill)

@@ -248,6 +248,16 @@ def demo(kv: str, tp: int) -> None:
         run_demo(f"127.0.0.1:{port}", click.echo, partial(click.echo, nl=False))
 
 
+@cli.command()
+@click.argument("cluster_file", type=_FILE)
+def down(cluster_file: Path) -> None:
+    """Take down the cluster of CLUSTER_FILE (as for `ray up`), and look whether nothing of it lives on."""
+    from quire.cluster.teardown import take_down
+
+    if not take_down(cluster_file, click.echo):
+        raise QuireError("something lives on, or may; the lines above say where")
+
+
 @contextmanager
 def _running(config: ServeConfig, ray_address: str | None) -> Iterator[int]:
     """The application, up; gives the gateway's port. Ctrl-C and SIGTERM both take it down in order."""

@@ -36,6 +36,8 @@ class GatewayConfig:
     """How long a request may wait while no replica is ready; then it fails with UNAVAILABLE."""
     cpus: float = 1.0
     """CPU cores that Ray reserves for the gateway."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Other resources that its node must have; {"node:__internal_head__": 0.001} keeps it on the head."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -43,6 +45,9 @@ class GatewayConfig:
         for name in ("max_open_requests", "max_message_bytes", "replica_wait_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"gateway.{name} must be positive, got {getattr(self, name)}")
+        for name, amount in self.resources.items():
+            if isinstance(amount, bool) or not isinstance(amount, int | float) or amount <= 0:
+                raise ConfigError(f"gateway.resources.{name} must be a positive number, got {amount!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ def test_a_tree_becomes_frozen_dataclasses_with_defaults():
         ({"engine": {}}, "engine lacks a key without a default: .*model"),
         ({}, "the configuration lacks .*engine"),
         ({"engine": {"model": "demo"}, "gateway": {"port": 70000}}, r"gateway\.port lies in"),
+        ({"engine": {"model": "demo"}, "gateway": {"resources": {"a": 0}}}, r"gateway\.resources\.a must be"),
         ({"engine": {"model": "demo"}, "replicas": {"count": 0}}, r"replicas\.count must be at least 1"),
         (
             {"engine": {"model": "demo", "pool": {"host_bytes": -1}}},
