@@ -31,7 +31,7 @@ class KeySpace:
 
     @property
     def fingerprint(self) -> bytes:
-        """32 bytes that are equal where the key spaces are: equal prompts have equal KV, and equal answers."""
+        """32 bytes, equal where the key spaces are: equal prompts have equal KV there, and equal answers."""
         return self.root()
 
     def root(self, tenant: str = "") -> BlockKey:
