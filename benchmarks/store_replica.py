@@ -49,9 +49,9 @@ class ToldCost(CostModel):
             return Decision(self.told, None, None)
         return super().decide(owner, size_bytes, tokens, queued_tokens, now_s, before)
 
-    def prefilled(self, tokens: int, seconds: float, before: float = 0.0) -> None:
+    def prefilled(self, tokens: int, seconds: float, now_s: float, before: float = 0.0) -> None:
         if self.told is None:
-            super().prefilled(tokens, seconds, before)
+            super().prefilled(tokens, seconds, now_s, before)
 
     def fetched(
         self, owner: ReplicaId, size_bytes: int, seconds: float, now_s: float, decision: Decision

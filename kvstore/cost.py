@@ -4,7 +4,8 @@ Pure: observations and times are passed in. There are no guessed constants, so b
 there is nothing to compare. The rule then is to try: a link that was never used is measured by one fetch (one
 at a time), and again after a while if it was too slow, because a fetch that disappoints costs at most one
 deadline, and a link that is never tried would never be used. Before the first prefill was measured,
-recomputing is tried, which measures that. `docs/decisions/0005` says more.
+recomputing is tried, which measures that; and again after a while in which everything was fetched, the later
+the more it is predicted to cost. `docs/decisions/0005` says more.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class CostConfig:
     retry_s: float = 10.0
     """A link that failed is not tried again before."""
     refresh_s: float = 60.0
-    """A link that seemed too slow is measured again after so long without a fetch."""
+    """A link that seemed too slow is measured again after so long without a fetch, prefill after so long
+    without a full step, as where everything is fetched."""
+    exploring: float = 0.01
+    """Share of the time that computing what could be fetched sooner, to measure prefill, may cost."""
     max_links: int = 4096
     """Peers remembered; the one not used for longest is forgotten."""
 
@@ -126,6 +130,10 @@ class PrefillPace:
     def known(self) -> bool:
         return self._tokens > 0
 
+    def full(self, tokens: int) -> bool:
+        """Whether a step of so many tokens says much."""
+        return 2 * tokens >= self._most
+
     def add(self, tokens: int, seconds: float, before: float) -> None:
         """`before`: the mean over the step's tokens."""
         self._most = max(self._most, tokens)
@@ -168,6 +176,7 @@ class CostModel:
         self.stats = CostStats()
         self._config = config or CostConfig()
         self._prefill = PrefillPace(self._config.prefill_memory)
+        self._prefilled_s = -math.inf
         self._all_links = _Line(self._config.memory)
         self._links: OrderedDict[ReplicaId, _Link] = OrderedDict()
 
@@ -176,12 +185,14 @@ class CostModel:
         """Seconds of a fetch before its first byte, and for each byte; over all links. None: no fetch yet."""
         return self._all_links.line if self._all_links.known else None
 
-    def prefilled(self, tokens: int, seconds: float, before: float = 0.0) -> None:
+    def prefilled(self, tokens: int, seconds: float, now_s: float, before: float = 0.0) -> None:
         """A step computed so many prompt tokens in so long (its whole time: others share it later, too).
 
         `before`: tokens that stood before each of them, on average.
         """
         if tokens > 0 and seconds > 0:
+            if self._prefill.full(tokens):
+                self._prefilled_s = now_s
             self._prefill.add(tokens, seconds, before)
 
     def fetched(
@@ -237,10 +248,20 @@ class CostModel:
             if choice is Choice.RECOMPUTE and now_s - link.measured_s > self._config.refresh_s:
                 choice, explores, link.trying = Choice.FETCH, True, True
         link.choice = choice if fetch_s is not None else None
+        if choice is Choice.FETCH and not explores and self._prefill_is_old(fetch_s, recompute_s, now_s):
+            choice, explores, self._prefilled_s = Choice.RECOMPUTE, True, now_s  # a short prompt counts, too
         self.stats.fetches += choice is Choice.FETCH
         self.stats.recomputes += choice is Choice.RECOMPUTE
         self.stats.explorations += explores
         return Decision(choice, fetch_s, recompute_s, explores)
+
+    def _prefill_is_old(self, fetch_s: float | None, recompute_s: float | None, now_s: float) -> bool:
+        """So that measuring it again is worth what it is predicted to cost."""
+        if fetch_s is None or recompute_s is None:
+            return False
+        cost_s = recompute_s - fetch_s
+        pause_s = max(self._config.refresh_s, cost_s / self._config.exploring)
+        return now_s - self._prefilled_s > pause_s
 
     def _compare(self, link: _Link, fetch_s: float, recompute_s: float) -> Choice:
         margin = 1 + self._config.hysteresis

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Generic
 
 import torch
+from torch._C._distributed_c10d import Store
 
 from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.groups import host_store
@@ -76,8 +77,9 @@ class LinkTransport:
     def __init__(self, host: str, device: torch.device, config: LinkConfig | None = None) -> None:
         """`host`: the address at which peers reach this process, and the only one it listens at."""
         config = config or LinkConfig()
-        self._meeting = host_store(host, config.operation_timeout_s)
-        self._endpoint = Endpoint(secrets.token_hex(8), host, self._meeting.port)
+        meeting = host_store(host, config.operation_timeout_s)
+        self._meeting: Store | None = meeting
+        self._endpoint = Endpoint(secrets.token_hex(8), host, meeting.port)
         here = Site(self._endpoint, device, config)
         self._out: _Table[Source] = _Table(lambda peer: OutLink(here, peer), config.max_links)
         self._in: _Table[Sink] = _Table(lambda peer: InLink(here, peer), config.max_links)
@@ -100,6 +102,7 @@ class LinkTransport:
         until_s = time.monotonic() + self._patience_s
         self._out.close(until_s)
         self._in.close(until_s)
+        self._meeting = None  # it stops listening
 
     def _start(self, table: _Table[Body], peer: Endpoint, stream: Stream[Body]) -> Future[None]:
         try:

@@ -356,7 +356,7 @@ class Engine:
         self._time.ended(Part.SAMPLE)
         now = self._clock()
         seconds = now - max(step.launched_s, self._absorbed_s)
-        self._sharing.prefilled(step.prompt_tokens, seconds, step.prompt_before)
+        self._sharing.prefilled(step.prompt_tokens, seconds, step.prompt_before, now)
         self._gauge.prefilled(step.prompt_tokens, seconds, now)
         self._pace.stepped(seconds, step.prompt_tokens, step.prompt_before)
         self._absorbed_s = now

@@ -17,7 +17,7 @@ UNKNOWN = Decision(Choice.FETCH, None, None)
 def model(latency_s: float, bytes_per_s: float, prefill_s: float) -> CostModel:
     """One that has measured a link to A and its own prefill."""
     cost = CostModel()
-    cost.prefilled(100, 100 * prefill_s)
+    cost.prefilled(100, 100 * prefill_s, 0.0)
     for tokens in (64, 512, 2048):
         size = tokens * TOKEN_BYTES
         cost.fetched(A, size, latency_s + size / bytes_per_s, 0.0, UNKNOWN)
@@ -31,7 +31,7 @@ def decide(cost: CostModel, tokens: int, owner: ReplicaId = A, queued: int = 0, 
 def test_before_anything_is_known_it_recomputes_and_then_tries_each_link_once():
     cost = CostModel()
     assert decide(cost, 100).choice is Choice.RECOMPUTE
-    cost.prefilled(100, 1.0)
+    cost.prefilled(100, 1.0, 0.0)
     first = decide(cost, 100)
     assert (first.choice, first.explores) == (Choice.FETCH, True)
     assert decide(cost, 100).choice is Choice.RECOMPUTE  # one trial at a time
@@ -66,7 +66,7 @@ def test_a_long_prompt_does_not_make_short_ones_look_slow():
     cost = model(latency_s=0.0, bytes_per_s=1e9, prefill_s=0.0003)
     for start in range(0, 16384, 512):
         before = start + 256
-        cost.prefilled(512, 512 * (0.0003 + before * 8e-8), before)
+        cost.prefilled(512, 512 * (0.0003 + before * 8e-8), 0.0, before)
     decision = cost.decide(A, 1, 512, 0, 0.0)
     assert decision.recompute_s == pytest.approx(512 * (0.0003 + 256 * 8e-8), rel=0.05)
     behind = cost.decide(A, 1, 512, 0, 0.0, before=15872)
@@ -77,14 +77,14 @@ def test_steps_of_a_few_tokens_say_little_about_prefill():
     """What a fetch leaves to compute takes a step of its own, which costs more a token."""
     cost = model(latency_s=0.0, bytes_per_s=1e9, prefill_s=0.001)
     for _ in range(20):
-        cost.prefilled(100, 0.1)
-        cost.prefilled(1, 0.02)
+        cost.prefilled(100, 0.1, 0.0)
+        cost.prefilled(1, 0.02, 0.0)
     assert decide(cost, 1000).recompute_s == pytest.approx(1.0, rel=0.25)
 
 
 def test_a_choice_is_kept_until_the_other_is_clearly_better():
     cost = CostModel(CostConfig(memory=1, hysteresis=0.2))
-    cost.prefilled(1000, 1.0)
+    cost.prefilled(1000, 1.0, 0.0)
     changes, last = 0, None
     for turn in range(50):
         cost.fetched(A, 1000 * TOKEN_BYTES, 0.95 if turn % 2 else 1.05, 0.0, UNKNOWN)
@@ -100,6 +100,7 @@ def test_a_link_that_failed_rests():
     cost = model(latency_s=0.0, bytes_per_s=1e9, prefill_s=0.001)
     decision = decide(cost, 1000)
     cost.failed(A, 1.0, 100.0, decision)
+    cost.prefilled(1000, 1.0, 101.0)
     assert decide(cost, 1000, now_s=105).choice is Choice.RECOMPUTE
     assert decide(cost, 1000, now_s=111).choice is Choice.FETCH
     assert cost.stats.regret_s == pytest.approx(1.0)
@@ -112,6 +113,29 @@ def test_a_link_that_was_too_slow_is_measured_again_after_a_while():
     assert (again.choice, again.explores) == (Choice.FETCH, True)
     cost.fetched(A, 1000 * TOKEN_BYTES, 10.0, 71.0, again)
     assert decide(cost, 1000, now_s=100).choice is Choice.RECOMPUTE
+
+
+def test_prefill_is_measured_again_after_a_while_in_which_everything_was_fetched():
+    cost = CostModel()
+    cost.prefilled(100, 10.0, 0.0)  # a first step, in which much was loaded
+    cost.fetched(A, 100 * TOKEN_BYTES, 0.5, 0.0, UNKNOWN)
+    cost.fetched(A, 200 * TOKEN_BYTES, 0.6, 0.0, UNKNOWN)
+    assert decide(cost, 15, now_s=61).choice is Choice.FETCH  # it is predicted to cost 1.1 s: not yet
+    again = decide(cost, 15, now_s=111)
+    assert (again.choice, again.explores) == (Choice.RECOMPUTE, True)
+    assert decide(cost, 15, now_s=112).choice is Choice.FETCH  # one is enough
+    cost.prefilled(15, 0.015, 112.0)
+    for _ in range(5):
+        cost.prefilled(100, 0.1, 113.0)
+    assert decide(cost, 15, now_s=120).recompute_s < 1.5
+
+
+def test_what_a_fetch_leaves_to_compute_does_not_count_as_a_measurement_of_prefill():
+    cost = model(latency_s=0.05, bytes_per_s=1e9, prefill_s=0.001)
+    for second in range(1, 70):
+        cost.prefilled(2, 0.01, float(second))
+    again = decide(cost, 100, now_s=70)
+    assert (again.choice, again.explores) == (Choice.RECOMPUTE, True)
 
 
 def test_regret_is_what_the_other_choice_would_have_saved():
@@ -139,7 +163,7 @@ def test_the_learned_choice_is_close_to_the_better_one(bytes_per_s, latency_s):
         if decision.choice is Choice.FETCH:
             cost.fetched(A, size, fetch_s, 0.0, decision)
         else:
-            cost.prefilled(tokens, recompute_s)
+            cost.prefilled(tokens, recompute_s, 0.0)
             cost.recomputed(recompute_s, decision)
         if turn >= 50:
             chosen += fetch_s if decision.choice is Choice.FETCH else recompute_s

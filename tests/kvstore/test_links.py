@@ -117,6 +117,15 @@ def test_it_listens_nowhere_but_at_its_host(ends):
     assert listening == {HOST}
 
 
+def test_nobody_listens_after_it_was_closed(ends):
+    move(*ends, 1)[1].result(5)
+    for end in ends:
+        end.close()
+    for end in ends:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((HOST, end.endpoint.port), 1).close()
+
+
 def test_a_receiver_that_never_comes_ends_at_the_deadline_and_the_next_stream_works(ends):
     started = time.monotonic()
     future = ends[0].send(ends[1].endpoint, Ticket(1), Numbers(SIZES), 0.4)
