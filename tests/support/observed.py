@@ -55,12 +55,12 @@ class Prometheus:
     def metadata(self) -> dict[str, list[dict[str, str]]]:
         return self._get("metadata")
 
-    def up(self) -> bool:
+    def ready(self) -> bool:
         try:
-            self.query("1")
-        except OSError:
+            with urllib.request.urlopen(f"http://{self._address}/-/ready", timeout=10):
+                return True
+        except OSError:  # not listening yet, or 503: still reading its own files
             return False
-        return True
 
     def _get(self, what: str, **parameters: str) -> Any:
         url = f"http://{self._address}/api/v1/{what}?{urllib.parse.urlencode(parameters)}"
@@ -146,7 +146,7 @@ def _prometheus(folder: Path, rules: Path, extra: list[str]) -> Iterator[Prometh
     ]
     with (folder / "prometheus.log").open("wb") as out, _running(command, out, {}):
         found = Prometheus(address)
-        yield _when(lambda: found if found.up() else None)
+        yield _when(lambda: found if found.ready() else None)
 
 
 @contextmanager
