@@ -31,7 +31,6 @@ from quire.cluster.client import AsyncClient, SamplingParams
 from quire.cluster.config import GatewayConfig
 from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService
-from quire.cluster.gateway.prompts import Prompts
 from quire.cluster.gateway.server import listen as listen_to_clients
 from quire.cluster.routing.book import Route
 from quire.kvstore.keys import KeySpace
@@ -52,6 +51,7 @@ from quire.replicas.request import (
     Timings,
     Usage,
 )
+from quire.replicas.tokenizer_files import read_tokenizer
 
 SECRET = "benchmark"
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
@@ -191,7 +191,12 @@ def replica_process(pipe: Connection, real: bool) -> None:
     engine = Watched(AsyncEngine(config)) if real else None
 
     async def main() -> None:
-        served = service.EngineService(engine or StubEngine(), secret=SECRET, replica_id="replica")
+        served = service.EngineService(
+            engine or StubEngine(),
+            secret=SECRET,
+            replica_id="replica",
+            tokenizer=read_tokenizer(find_model("demo")),
+        )
         _, address = await service.listen(served, "127.0.0.1")
         pipe.send(address)
         while (asked := await asyncio.to_thread(pipe.recv))[0] != "stop":
@@ -208,7 +213,7 @@ def replica_process(pipe: Connection, real: bool) -> None:
 def gateway_process(pipe: Connection, replica: str) -> None:
     async def main() -> None:
         fleet = Fleet(_Only(ReplicaAddress("replica", replica)), secret=SECRET, wait_s=30)
-        inference = InferenceService(fleet, Prompts(find_model("demo")), max_open_requests=4096)
+        inference = InferenceService(fleet, max_open_requests=4096)
         listener = await listen_to_clients(inference, GatewayConfig(port=0))
         pipe.send(f"127.0.0.1:{listener.port}")
         await asyncio.to_thread(pipe.recv)

@@ -2,6 +2,10 @@
 
 Errors are the server's own, as `QuireError`s. Needs neither Ray nor torch.
 
+Of several gateways ("a:8100,b:8100") another one is asked when one does not answer. An answer that has begun
+is carried on there if its tokens can be drawn again: greedy, or with a seed. Otherwise it ends with
+ReplicaDied, whose `retry_s` says when to ask anew.
+
     with Client("127.0.0.1:8100") as client:
         for delta in client.chat([("user", "Hello!")], SamplingParams(max_tokens=64)):
             print(delta.text, end="")
@@ -9,6 +13,9 @@ Errors are the server's own, as `QuireError`s. Needs neither Ray nor torch.
 
 from __future__ import annotations
 
+import asyncio
+import random
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,13 +24,21 @@ from typing import Any
 import grpc
 
 from quire.cluster.status import error_of_rpc
+from quire.cluster.tries import Tries
 from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
-from quire.replicas.errors import InvalidRequest, QuireError
+from quire.replicas.errors import ConfigError, InvalidRequest, QuireError, ReplicaDied
 from quire.replicas.request import SamplingParams
 from quire.replicas.wire import sampling_to_proto
 
-_CHANNEL = (("grpc.max_receive_message_length", 64 << 20),)  # a long prompt's logprobs are one message
+_CHANNEL = (
+    ("grpc.max_receive_message_length", 64 << 20),  # a long prompt's logprobs are one message
+    ("grpc.keepalive_time_ms", 10_000),  # a gateway whose machine is gone sends no FIN
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),  # a gateway that is replaced is soon back
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
 Prompt = str | Sequence[int]
+Asked = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 Messages = Sequence[tuple[str, str]]
 """(role, content), oldest first."""
 
@@ -99,51 +114,56 @@ async def collect_async(deltas: AsyncIterable[inference_pb2.Delta]) -> Answer:
 
 
 class Client:
-    """A connection to a gateway. Every method raises QuireErrors; dropping an iterator ends its request."""
+    """Connections to gateways. Every method raises QuireErrors; dropping an iterator ends its request."""
 
-    def __init__(self, address: str = "127.0.0.1:8100") -> None:
-        """`address` is host:port; nothing is sent before the first call."""
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL)
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+    def __init__(self, address: str = "127.0.0.1:8100", *, patience_s: float = 0.0) -> None:
+        """`address` is host:port, or several with commas; nothing is sent before the first call.
+
+        `patience_s`: while no gateway answers, all are asked again for so long.
+        """
+        self._channels = [grpc.insecure_channel(one, options=_CHANNEL) for one in addresses(address)]
+        self._stubs = [inference_pb2_grpc.InferenceStub(channel) for channel in self._channels]
+        self._first, self._patience_s = random.randrange(len(self._stubs)), patience_s
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams | None = None, options: CallOptions | None = None
     ) -> Iterator[inference_pb2.Delta]:
         """Continue a text or token ids."""
         options = options or CallOptions()
-        return self._stream(self._stub.Generate, generate_request(prompt, sampling, options), options)
+        return self._stream("Generate", generate_request(prompt, sampling, options), options)
 
     def chat(
         self, messages: Messages, sampling: SamplingParams | None = None, options: CallOptions | None = None
     ) -> Iterator[inference_pb2.Delta]:
         """The assistant's next turn."""
         options = options or CallOptions()
-        return self._stream(self._stub.Chat, chat_request(messages, sampling, options), options)
+        return self._stream("Chat", chat_request(messages, sampling, options), options)
 
     def cancel(self, request_id: str) -> bool:
-        """Whether such a request was open on this gateway."""
+        """Whether such a request was open."""
         request = inference_pb2.CancelRequest(request_id=request_id)
-        return bool(self._call(self._stub.Cancel, request).found)
+        return any(self._cancel_at(gateway, request) for gateway in range(len(self._stubs)))
 
     def tokenize(self, text: str = "", *, messages: Messages = ()) -> list[int]:
         """A text's token ids as `generate` would see them, or a chat's as `chat` would."""
         request = inference_pb2.TokenizeRequest(text=text, messages=_turns(messages))
-        return list(self._call(self._stub.Tokenize, request).token_ids)
+        return list(self._call("Tokenize", request).token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
-        return str(self._call(self._stub.Detokenize, request).text)
+        return str(self._call("Detokenize", request).text)
 
     def model(self) -> inference_pb2.Model:
-        model: inference_pb2.Model = self._call(self._stub.GetModel, inference_pb2.GetModelRequest())
+        model: inference_pb2.Model = self._call("GetModel", inference_pb2.GetModelRequest())
         return model
 
     def stats(self) -> inference_pb2.Stats:
-        stats: inference_pb2.Stats = self._call(self._stub.GetStats, inference_pb2.GetStatsRequest())
+        stats: inference_pb2.Stats = self._call("GetStats", inference_pb2.GetStatsRequest())
         return stats
 
     def close(self) -> None:
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Client:
         return self
@@ -153,67 +173,99 @@ class Client:
     ) -> None:
         self.close()
 
-    def _call(self, method: Any, request: object) -> Any:
-        try:
-            return method(request)
-        except grpc.RpcError as error:
-            raise error_of_rpc(error) from error
+    def _call(self, rpc: str, request: object, only: int | None = None) -> Any:
+        stubs = self._stubs if only is None else [self._stubs[only]]
+        tries = Tries(len(stubs), self._first % len(stubs), patience_s=self._patience_s)
+        while True:
+            try:
+                return getattr(stubs[tries.gateway], rpc)(request)
+            except grpc.RpcError as error:
+                pause_s = tries.failed(error_of_rpc(error))
+            time.sleep(pause_s)
 
-    def _stream(self, method: Any, request: object, options: CallOptions) -> Iterator[inference_pb2.Delta]:
-        call = method(request, timeout=options.deadline_s)
+    def _cancel_at(self, gateway: int, request: inference_pb2.CancelRequest) -> bool:
         try:
-            yield from call
-        except grpc.RpcError as error:
-            raise error_of_rpc(error) from error
-        finally:
-            call.cancel()  # of no effect once the stream has ended
+            return bool(self._call("Cancel", request, gateway).found)
+        except ReplicaDied:  # and its requests with it
+            if len(self._stubs) == 1:
+                raise
+            return False
+
+    def _stream(self, rpc: str, request: Asked, options: CallOptions) -> Iterator[inference_pb2.Delta]:
+        tries = Tries(
+            len(self._stubs),
+            self._first,
+            patience_s=self._patience_s,
+            deadline_s=options.deadline_s,
+            sampling=request.sampling,
+        )
+        while True:
+            call = getattr(self._stubs[tries.gateway], rpc)(request, timeout=tries.timeout_s)
+            try:
+                begun = False
+                for delta in call:
+                    if not begun:
+                        tries.began(dict(call.initial_metadata()))
+                        begun = True
+                    if (rest := tries.rest(delta)) is not None:
+                        yield rest
+                return
+            except grpc.RpcError as error:
+                pause_s = tries.failed(error_of_rpc(error))
+                self._first = tries.gateway
+            finally:
+                call.cancel()  # of no effect once the stream has ended
+            time.sleep(pause_s)
 
 
 class AsyncClient:
     """`Client` for an event loop; make it inside the loop."""
 
-    def __init__(self, address: str = "127.0.0.1:8100") -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+    def __init__(self, address: str = "127.0.0.1:8100", *, patience_s: float = 0.0) -> None:
+        """As of `Client`."""
+        self._channels = [grpc.aio.insecure_channel(one, options=_CHANNEL) for one in addresses(address)]
+        self._stubs = [inference_pb2_grpc.InferenceStub(channel) for channel in self._channels]
+        self._first, self._patience_s = random.randrange(len(self._stubs)), patience_s
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams | None = None, options: CallOptions | None = None
     ) -> AsyncIterator[inference_pb2.Delta]:
         """Continue a text or token ids."""
         options = options or CallOptions()
-        return self._stream(self._stub.Generate, generate_request(prompt, sampling, options), options)
+        return self._stream("Generate", generate_request(prompt, sampling, options), options)
 
     def chat(
         self, messages: Messages, sampling: SamplingParams | None = None, options: CallOptions | None = None
     ) -> AsyncIterator[inference_pb2.Delta]:
         """The assistant's next turn."""
         options = options or CallOptions()
-        return self._stream(self._stub.Chat, chat_request(messages, sampling, options), options)
+        return self._stream("Chat", chat_request(messages, sampling, options), options)
 
     async def cancel(self, request_id: str) -> bool:
         """Whether such a request was open on this gateway."""
         request = inference_pb2.CancelRequest(request_id=request_id)
-        return bool((await self._call(self._stub.Cancel, request)).found)
+        return any([await self._cancel_at(gateway, request) for gateway in range(len(self._stubs))])
 
     async def tokenize(self, text: str = "", *, messages: Messages = ()) -> list[int]:
         """A text's token ids as `generate` would see them, or a chat's as `chat` would."""
         request = inference_pb2.TokenizeRequest(text=text, messages=_turns(messages))
-        return list((await self._call(self._stub.Tokenize, request)).token_ids)
+        return list((await self._call("Tokenize", request)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
-        return str((await self._call(self._stub.Detokenize, request)).text)
+        return str((await self._call("Detokenize", request)).text)
 
     async def model(self) -> inference_pb2.Model:
-        model: inference_pb2.Model = await self._call(self._stub.GetModel, inference_pb2.GetModelRequest())
+        model: inference_pb2.Model = await self._call("GetModel", inference_pb2.GetModelRequest())
         return model
 
     async def stats(self) -> inference_pb2.Stats:
-        stats: inference_pb2.Stats = await self._call(self._stub.GetStats, inference_pb2.GetStatsRequest())
+        stats: inference_pb2.Stats = await self._call("GetStats", inference_pb2.GetStatsRequest())
         return stats
 
     async def close(self) -> None:
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -223,23 +275,59 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _call(self, method: Any, request: object) -> Any:
+    async def _call(self, rpc: str, request: object, only: int | None = None) -> Any:
+        stubs = self._stubs if only is None else [self._stubs[only]]
+        tries = Tries(len(stubs), self._first % len(stubs), patience_s=self._patience_s)
+        while True:
+            try:
+                return await getattr(stubs[tries.gateway], rpc)(request)
+            except grpc.aio.AioRpcError as error:
+                pause_s = tries.failed(error_of_rpc(error))
+            await asyncio.sleep(pause_s)
+
+    async def _cancel_at(self, gateway: int, request: inference_pb2.CancelRequest) -> bool:
         try:
-            return await method(request)
-        except grpc.aio.AioRpcError as error:
-            raise error_of_rpc(error) from error
+            return bool((await self._call("Cancel", request, gateway)).found)
+        except ReplicaDied:  # and its requests with it
+            if len(self._stubs) == 1:
+                raise
+            return False
 
     async def _stream(
-        self, method: Any, request: object, options: CallOptions
+        self, rpc: str, request: Asked, options: CallOptions
     ) -> AsyncIterator[inference_pb2.Delta]:
-        call = method(request, timeout=options.deadline_s)
-        try:
-            async for delta in call:
-                yield delta
-        except grpc.aio.AioRpcError as error:
-            raise error_of_rpc(error) from error
-        finally:
-            call.cancel()  # of no effect once the stream has ended
+        tries = Tries(
+            len(self._stubs),
+            self._first,
+            patience_s=self._patience_s,
+            deadline_s=options.deadline_s,
+            sampling=request.sampling,
+        )
+        while True:
+            call = getattr(self._stubs[tries.gateway], rpc)(request, timeout=tries.timeout_s)
+            try:
+                begun = False
+                async for delta in call:
+                    if not begun:
+                        tries.began(dict(await call.initial_metadata()))
+                        begun = True
+                    if (rest := tries.rest(delta)) is not None:
+                        yield rest
+                return
+            except grpc.aio.AioRpcError as error:
+                pause_s = tries.failed(error_of_rpc(error))
+                self._first = tries.gateway
+            finally:
+                call.cancel()  # of no effect once the stream has ended
+            await asyncio.sleep(pause_s)
+
+
+def addresses(text: str) -> list[str]:
+    """Of gateways: host:port, or several with commas. Raises ConfigError if there is none."""
+    found = [one.strip() for one in text.split(",") if one.strip()]
+    if not found:
+        raise ConfigError("no gateway's address was given; host:port is one, such as 127.0.0.1:8100")
+    return found
 
 
 def generate_request(

@@ -43,6 +43,19 @@ def error_of(status: str, message: str) -> QuireError:
     return _ERRORS.get(Status(status), QuireError)(message)
 
 
+FINGERPRINT_METADATA = "quire-fingerprint"
+"""In an answer's initial metadata: equal where the same model, in the same formats, answers."""
+RETRY_METADATA = "grpc-retry-pushback-ms"
+"""In the trailing metadata of UNAVAILABLE: milliseconds after which another try may succeed."""
+
+
+def retry_hint(error: QuireError) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata for it."""
+    if not isinstance(error, ReplicaDied):
+        return ()
+    return ((RETRY_METADATA, str(round(error.retry_s * 1000))),)
+
+
 def code_of(error: QuireError) -> grpc.StatusCode:
     return grpc.StatusCode[error.status.name]
 
@@ -53,4 +66,8 @@ def error_of_rpc(error: grpc.RpcError) -> QuireError:
     details = error.details() or code.name
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         details = "the deadline passed before the answer was complete; give a longer one, or ask for less"
-    return error_of(code.name, details)
+    raised = error_of(code.name, details)
+    hint = dict(error.trailing_metadata() or ()).get(RETRY_METADATA)
+    if isinstance(raised, ReplicaDied) and hint is not None:
+        raised.retry_s = int(hint) / 1000
+    return raised

@@ -25,10 +25,12 @@ from quire.kvstore.directory_actor import RayDirectory
 from quire.kvstore.messages import ReplicaId
 from quire.replicas.async_engine import AsyncEngine
 from quire.replicas.config import EngineConfig, StoreConfig
+from quire.replicas.model.checkpoint import find_model
 from quire.replicas.neighbours import GrpcNeighbours, peer_name
 from quire.replicas.service import EngineService, bind
 from quire.replicas.service import serve as serve_on
 from quire.replicas.shard_process import ShardSpec, serve_shard
+from quire.replicas.tokenizer_files import read_tokenizer
 
 _STOP_WAIT_S = 5.0
 _SERVER_GRACE_S = 1.0
@@ -117,6 +119,7 @@ class Replica:
 
         Raises UnknownModel, ModelNotServable, ConfigError, ReplicaDied.
         """
+        tokenizer = await asyncio.to_thread(lambda: read_tokenizer(find_model(config.model)))
         bundles = get_current_placement_group()
         assert bundles is not None, "cluster/app.py deploys replicas in placement groups"
         launcher = RayShards(bundles, cpus=cpus_per_shard, gpus=gpus_per_shard)
@@ -135,7 +138,7 @@ class Replica:
             host=_node_address(),
             neighbours=self._neighbours,
         )
-        service = EngineService(self._engine, secret=secret, replica_id=name, peer_id=me)
+        service = EngineService(self._engine, secret=secret, replica_id=name, tokenizer=tokenizer, peer_id=me)
         await serve_on(self._server, service)
         self._metrics = publish(self._engine, config)
         log.info("replica %s answers at %s", name, self._address)

@@ -53,6 +53,8 @@ class DeadlinePassed(QuireError):
 
 class ReplicaDied(QuireError):
     status = Status.UNAVAILABLE
+    retry_s = 0.5
+    """Seconds after which another try may succeed."""
 
 
 class ConfigError(QuireError):

@@ -19,6 +19,7 @@ from quire.replicas.executor import Executor, ShardLauncher
 from quire.replicas.model.checkpoint import find_model
 from quire.replicas.shard import Shard, shard_device
 from quire.replicas.sharing import BlockSharing, Neighbours
+from quire.replicas.tokenizer_files import has_tokenizer
 
 
 def load_engine(
@@ -90,7 +91,7 @@ def _sharing(
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a model's weights; None if there is none, as with test models."""
     folder = find_model(model)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(folder):
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return tokenizer

@@ -9,9 +9,10 @@ import asyncio
 import hmac
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import grpc
@@ -22,6 +23,7 @@ from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
 from quire.replicas.errors import QuireError
 from quire.replicas.load_report import LoadReport
 from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Output, Request, RequestId
+from quire.replicas.tokenizer_files import digest_of
 from quire.replicas.wire import (
     keys_to_proto,
     load_to_proto,
@@ -96,11 +98,19 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     """Runs on the event loop that creates it; the engine's thread only hands over whole steps."""
 
     def __init__(
-        self, engine: Engine, *, secret: str, replica_id: str, peer_id: ReplicaId | None = None
+        self,
+        engine: Engine,
+        *,
+        secret: str,
+        replica_id: str,
+        tokenizer: Mapping[str, bytes] = MappingProxyType({}),
+        peer_id: ReplicaId | None = None,
     ) -> None:
         """Starts the engine. `secret` is what gateways and other replicas must show; `peer_id` is how the
-        latter call this one, None where it shares nothing.
+        latter call this one, None where it shares nothing. `tokenizer`: its files, by name.
         """
+        self._tokenizer = engine_pb2.TokenizerFiles(files=tokenizer)
+        self._tokenizer_digest = digest_of(tokenizer)
         self._engine = engine
         self._peer_id = peer_id
         self._secret = secret.encode()
@@ -125,6 +135,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 replica_id=self._replica_id,
                 peer_id=self._peer_id or "",
                 keys=keys_to_proto(self._engine.keys),
+                tokenizer=self._tokenizer_digest,
             )
             yield engine_pb2.ReplicaMessage(hello=hello)
             while not lease.ended:
@@ -156,6 +167,12 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a message between replicas")
         self._engine.hear(ReplicaId(request.sender), message)
         return engine_pb2.PeerHeard()
+
+    async def GetTokenizer(
+        self, request: engine_pb2.TokenizerQuery, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> engine_pb2.TokenizerFiles:
+        await self._authenticate(context)
+        return self._tokenizer
 
     async def _authenticate(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         shown = dict(context.invocation_metadata() or ()).get(SECRET_METADATA, "")

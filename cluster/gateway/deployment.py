@@ -14,12 +14,11 @@ from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService
 from quire.cluster.gateway.meter import Answered, Meter
 from quire.cluster.gateway.prefill import PrefillFirst
-from quire.cluster.gateway.prompts import Prompts
+from quire.cluster.gateway.prompts import Tokenizers
 from quire.cluster.gateway.server import listen
 from quire.cluster.metrics.publish import Publisher
 from quire.cluster.metrics.samples import gateway_samples, observations
 from quire.cluster.routing.book import Route
-from quire.replicas.model.checkpoint import find_model
 
 _STOP_GRACE_S = 1.0
 
@@ -43,20 +42,23 @@ class Gateway:
         self,
         replicas: DeploymentHandle[Any],
         config: GatewayConfig,
-        model: str,
         secret: str,
         prefill: DeploymentHandle[Any] | None,
         split: PrefillConfig,
     ) -> None:
-        """Listens when done. Raises ConfigError if the port is taken or the model has no tokenizer."""
-        self._fleet = Fleet(ServeChooser(replicas), secret=secret, wait_s=config.replica_wait_s)
+        """Listens when done. Raises ConfigError if the port is taken."""
+        tokenizers = Tokenizers()
+        self._fleet = Fleet(
+            ServeChooser(replicas), secret=secret, wait_s=config.replica_wait_s, tokenizers=tokenizers
+        )
         self._prefill: PrefillFirst | None = None
         if prefill is not None:
-            prefillers = Fleet(ServeChooser(prefill), secret=secret, wait_s=split.wait_s)
+            prefillers = Fleet(
+                ServeChooser(prefill), secret=secret, wait_s=split.wait_s, tokenizers=tokenizers
+            )
             self._prefill = PrefillFirst(prefillers, least_tokens=split.least_tokens)
         service = InferenceService(
             self._fleet,
-            Prompts(find_model(model)),
             max_open_requests=config.max_open_requests,
             meter=Meter(self._observe),
             prefill=self._prefill,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from quire.cluster.gateway.links import ReplicaLink
+from quire.cluster.gateway.prompts import Tokenizers
 from quire.cluster.routing.book import Route, Routes
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.errors import ReplicaDied
@@ -54,12 +55,20 @@ class Place:
 class NoReplicaReady(ReplicaDied):
     """Nobody could take the request in time."""
 
+    retry_s = 5.0
+
 
 class Fleet:
     """All links of one gateway."""
 
     def __init__(
-        self, chooser: ReplicaChooser, *, secret: str, wait_s: float, routes: Routes | None = None
+        self,
+        chooser: ReplicaChooser,
+        *,
+        secret: str,
+        wait_s: float,
+        routes: Routes | None = None,
+        tokenizers: Tokenizers | None = None,
     ) -> None:
         """`wait_s`: how long a request may wait for a replica while none is ready."""
         self.routes = routes or Routes()
@@ -70,7 +79,8 @@ class Fleet:
         self._avoid_until_s: dict[str, float] = {}
         self._connecting = asyncio.Lock()
         self._meeting: set[asyncio.Task[None]] = set()
-        self._model: inference_pb2.Model | None = None
+        self._met: ReplicaLink | None = None
+        self._tokenizers = tokenizers or Tokenizers()
 
     @property
     def linked(self) -> int:
@@ -97,12 +107,19 @@ class Fleet:
             self._meet_unknown()
             yield Place(link, route)
 
-    async def model(self) -> inference_pb2.Model:
-        """What all replicas of this application serve. Raises NoReplicaReady."""
-        if self._model is None:
+    async def known(self) -> ReplicaLink:
+        """The replica that was met last; it may be gone. During an upgrade others serve something else.
+
+        Raises NoReplicaReady.
+        """
+        if self._met is None:
             async with self.reserve() as place:
-                self._model = place.link.model
-        return self._model
+                return place.link
+        return self._met
+
+    def all_read_like(self, link: ReplicaLink) -> bool:
+        """Whether nobody who is met serves another model than this replica."""
+        return all(other.reads_like(link) for other in self._links.values() if other.alive)
 
     async def report_lost(self, link: ReplicaLink) -> None:
         """The replica failed a request as dead: pass it over for a while, though Serve may still name it."""
@@ -114,7 +131,7 @@ class Fleet:
 
     async def stats(self) -> list[inference_pb2.ReplicaStats]:
         """Of every replica that answers; one that dies meanwhile is left out."""
-        await self.model()  # connects to one at least
+        await self.known()  # connects to one at least
         answers = await asyncio.gather(
             *(asyncio.wait_for(link.stats(), _ANSWER_S) for link in self._links.values() if link.alive),
             return_exceptions=True,
@@ -162,8 +179,9 @@ class Fleet:
                 link = self._links.get(chosen.replica_id)
                 if link is None:
                     link = await ReplicaLink.connect(
-                        chosen.address, self._secret, _ANSWER_S, self.routes.heard
+                        chosen.address, self._secret, _ANSWER_S, self._tokenizers, self.routes.heard
                     )
+                    self._met = link
                     self._links[chosen.replica_id] = link
                     self.routes.joined(chosen.replica_id, link.keys, link.model.page_tokens)
         if not link.alive:

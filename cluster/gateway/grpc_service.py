@@ -10,16 +10,18 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
 
 from quire.cluster.gateway.fleet import Fleet
-from quire.cluster.gateway.meter import GatewayNumbers, Meter, Watch
+from quire.cluster.gateway.links import ReplicaLink
+from quire.cluster.gateway.meter import GatewayNumbers, Meter, Send, Watch
 from quire.cluster.gateway.prefill import PrefillFirst
-from quire.cluster.gateway.prompts import Prompts
 from quire.cluster.gateway.relay import Relay
-from quire.cluster.status import code_of
+from quire.cluster.status import FINGERPRINT_METADATA, code_of, retry_hint
 from quire.protos.quire.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
 from quire.replicas.errors import InvalidRequest, QueueFull, QuireError, Status, UnknownModel
 from quire.replicas.wire import sampling_from_proto
@@ -38,7 +40,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def __init__(
         self,
         fleet: Fleet,
-        prompts: Prompts,
         *,
         max_open_requests: int,
         meter: Meter | None = None,
@@ -47,7 +48,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._fleet = fleet
         self._prefill = prefill
         self._meter = meter or Meter()
-        self._prompts = prompts
         self._max_open_requests = max_open_requests
         self._open = 0
         self._retries = 0
@@ -59,15 +59,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._admitted(),
             self._named(request, context) as relay,
         ):
-            model = await self._model(request.model)
-            match request.WhichOneof("prompt"):
-                case "text":
-                    token_ids: Sequence[int] = await self._prompts.encode(request.text)
-                case "token_ids":
-                    token_ids = request.token_ids.ids
-                case _:
-                    raise InvalidRequest("the request has no prompt; set text or token_ids")
-            await relay.run(_submit_of(request, token_ids, model), watch.watched(context.write))
+            await relay.run(partial(_generate, request), _Caller(context, watch.watched(context.write)))
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> None:
         async with (
@@ -75,9 +67,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._admitted(),
             self._named(request, context) as relay,
         ):
-            model = await self._model(request.model)
-            token_ids = await self._prompts.encode_chat(request.messages)
-            await relay.run(_submit_of(request, token_ids, model), watch.watched(context.write))
+            await relay.run(partial(_chat, request), _Caller(context, watch.watched(context.write)))
 
     async def Cancel(
         self, request: inference_pb2.CancelRequest, context: Context
@@ -91,28 +81,29 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
         async with self._answering(context, "Tokenize"):
-            await self._model(request.model)
+            link = await self._serving(request.model)
             if request.messages:
-                token_ids = await self._prompts.encode_chat(request.messages)
+                token_ids = await link.prompts.encode_chat(request.messages)
             else:
-                token_ids = await self._prompts.encode(request.text)
+                token_ids = await link.prompts.encode(request.text)
             return inference_pb2.TokenizeResponse(token_ids=token_ids)
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
         async with self._answering(context, "Detokenize"):
-            _check_token_ids(request.token_ids, await self._model(request.model))
-            return inference_pb2.DetokenizeResponse(text=await self._prompts.decode(request.token_ids))
+            link = await self._serving(request.model)
+            _check_token_ids(request.token_ids, link.model)
+            return inference_pb2.DetokenizeResponse(text=await link.prompts.decode(request.token_ids))
 
     async def GetModel(self, request: inference_pb2.GetModelRequest, context: Context) -> inference_pb2.Model:
         async with self._answering(context, "GetModel"):
-            return await self._model(request.model)
+            return (await self._serving(request.model)).model
 
     async def GetStats(self, request: inference_pb2.GetStatsRequest, context: Context) -> inference_pb2.Stats:
         async with self._answering(context, "GetStats"):
             return inference_pb2.Stats(
-                model=await self._fleet.model(),
+                model=(await self._fleet.known()).model,
                 replicas=await self._fleet.stats(),
                 gateway_open_requests=self._open,
                 gateway_retries=self._retries,
@@ -137,7 +128,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 yield watch
             except QuireError as error:
                 watch.status = error.status.value
-                await context.abort(code_of(error), str(error))
+                await context.abort(code_of(error), str(error), retry_hint(error))
             except asyncio.CancelledError:  # the client has gone, or its time is over
                 left_s = context.time_remaining()
                 over = left_s is not None and left_s <= _DEADLINE_SLACK_S
@@ -163,13 +154,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         finally:
             self._open -= 1
 
-    async def _model(self, name: str) -> inference_pb2.Model:
-        model = await self._fleet.model()
-        if name not in ("", model.name):
-            raise UnknownModel(
-                f"no model {name!r} is served here; {model.name!r} is. Leave the name empty for it"
-            )
-        return model
+    async def _serving(self, name: str) -> ReplicaLink:
+        link = await self._fleet.known()
+        _check_name(name, link.model)
+        return link
 
     @asynccontextmanager
     async def _named(self, request: Asked, context: Context) -> AsyncIterator[Relay]:
@@ -189,6 +177,45 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._retries += relay.retries
             if request.request_id:
                 del self._relays[request.request_id]
+
+
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """Who asked."""
+
+    context: Context
+    write: Send
+
+    async def begin(self, fingerprint: str) -> None:
+        await self.context.send_initial_metadata(((FINGERPRINT_METADATA, fingerprint),))
+
+    async def send(self, delta: inference_pb2.Delta) -> None:
+        await self.write(delta)
+
+
+async def _generate(request: inference_pb2.GenerateRequest, link: ReplicaLink) -> engine_pb2.Submit:
+    """The request as the replica's model reads it."""
+    _check_name(request.model, link.model)
+    match request.WhichOneof("prompt"):
+        case "text":
+            token_ids: Sequence[int] = await link.prompts.encode(request.text)
+        case "token_ids":
+            token_ids = request.token_ids.ids
+        case _:
+            raise InvalidRequest("the request has no prompt; set text or token_ids")
+    return _submit_of(request, token_ids, link.model)
+
+
+async def _chat(request: inference_pb2.ChatRequest, link: ReplicaLink) -> engine_pb2.Submit:
+    _check_name(request.model, link.model)
+    return _submit_of(request, await link.prompts.encode_chat(request.messages), link.model)
+
+
+def _check_name(name: str, model: inference_pb2.Model) -> None:
+    if name not in ("", model.name):
+        raise UnknownModel(
+            f"no model {name!r} is served here; {model.name!r} is. Leave the name empty for it"
+        )
 
 
 def _submit_of(request: Asked, token_ids: Sequence[int], model: inference_pb2.Model) -> engine_pb2.Submit:

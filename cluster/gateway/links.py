@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import grpc
 
+from quire.cluster.gateway.prompts import Prompts, Tokenizers
 from quire.kvstore.keys import KeySpace
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from quire.replicas.errors import ReplicaDied, Status
@@ -70,12 +71,17 @@ class ReplicaLink:
         stream: Any,
         outbox: Outbox,
         hello: engine_pb2.Hello,
+        prompts: Prompts,
         heard: Heard,
     ) -> None:
+        self.prompts = prompts
+        """Made for the replica's model."""
         self.replica_id: str = hello.replica_id
         self.peer_id: str = hello.peer_id
         self.model: inference_pb2.Model = hello.model
         self.keys: KeySpace = keys_from_proto(hello.keys)
+        self.fingerprint = self.keys.fingerprint.hex()
+        """Of the model as it is served here: equal where answers are."""
         self.alive = True
         self._channel = channel
         self._stream = stream
@@ -87,27 +93,41 @@ class ReplicaLink:
         self._reader = asyncio.create_task(self._read())
 
     @staticmethod
-    async def connect(address: str, secret: str, timeout_s: float, heard: Heard) -> ReplicaLink:
+    async def connect(
+        address: str, secret: str, timeout_s: float, tokenizers: Tokenizers, heard: Heard
+    ) -> ReplicaLink:
         """`heard` is called with every report of the replica's load.
 
         Raises ReplicaDied if the replica at `address` (host:port) does not say hello in time.
         """
         channel = grpc.aio.insecure_channel(address, options=INTERNAL_CHANNEL)
         outbox: Outbox = asyncio.Queue()
-        stream = engine_pb2_grpc.EngineStub(channel).Connect(
-            _drain(outbox), metadata=((SECRET_METADATA, secret),)
-        )
+        stub, metadata = engine_pb2_grpc.EngineStub(channel), ((SECRET_METADATA, secret),)
+        stream = stub.Connect(_drain(outbox), metadata=metadata)
+
+        async def tokenizer() -> Mapping[str, bytes]:
+            query = engine_pb2.TokenizerQuery()
+            answer: engine_pb2.TokenizerFiles = await stub.GetTokenizer(
+                query, timeout=timeout_s, metadata=metadata
+            )
+            return answer.files
+
         try:
             async with asyncio.timeout(timeout_s):
                 first = await stream.read()
             if first is grpc.aio.EOF:
                 raise ReplicaDied(f"the replica at {address} closed the stream before its hello")
-            return ReplicaLink(channel, stream, outbox, first.hello, heard)
+            prompts = await tokenizers.of(first.hello.tokenizer, tokenizer)
+            return ReplicaLink(channel, stream, outbox, first.hello, prompts, heard)
         except BaseException as error:  # also when the request that wanted the link is cancelled
             await channel.close()
             if isinstance(error, grpc.aio.AioRpcError | TimeoutError):
                 raise ReplicaDied(f"the replica at {address} does not answer: {_reason(error)}") from error
             raise
+
+    def reads_like(self, other: ReplicaLink) -> bool:
+        """Whether what was made for the other replica's model may be sent to this one."""
+        return self.prompts is other.prompts and self.model == other.model
 
     def submit(self, submit: engine_pb2.Submit) -> Call:
         """Sends a request; `submit.call` is set here. On a dead link the call fails at once."""

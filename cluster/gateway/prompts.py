@@ -1,10 +1,12 @@
-"""Text and chats to token ids and back, by the model's own tokenizer."""
+"""Text and chats to token ids and back, by the model's own tokenizer; of several models during an upgrade."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
@@ -16,21 +18,26 @@ from quire.replicas.errors import ConfigError, InvalidRequest
 _INLINE_SIZE = 2_000
 """Characters or tokens. More is worked on in a thread, or it would hold up everyone else's tokens."""
 
+_KEPT = 4
+
 T = TypeVar("T")
 
 
 class Prompts:
     """Safe to use from several tasks; the tokenizer is only read."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ConfigError if `folder` holds no tokenizer."""
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"no tokenizer could be read from {folder}: {error}. "
-                "The gateway needs tokenizer.json and tokenizer_config.json beside the model's weights"
-            ) from error
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        """Raises ConfigError if no tokenizer can be read from the files, which have names."""
+        with TemporaryDirectory(prefix="quire-tokenizer-") as folder:
+            for name, content in files.items():
+                Path(folder, Path(name).name).write_bytes(content)
+            try:
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"no tokenizer could be read from {', '.join(files) or 'no file at all'}: {error}. "
+                    "Gateways need tokenizer.json and tokenizer_config.json beside the model's weights"
+                ) from error
 
     async def encode(self, text: str) -> list[int]:
         """With the special tokens the tokenizer puts in front."""
@@ -66,6 +73,25 @@ class Prompts:
     def _encode_now(self, text: str, special: bool) -> list[int]:
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
         return token_ids
+
+
+class Tokenizers:
+    """The prompts of every tokenizer there is among the replicas, each made once."""
+
+    def __init__(self) -> None:
+        self._prompts: OrderedDict[bytes, Prompts] = OrderedDict()
+        self._making = asyncio.Lock()
+
+    async def of(self, digest: bytes, fetch: Callable[[], Awaitable[Mapping[str, bytes]]]) -> Prompts:
+        """`fetch` gives the files if the digest is new. Raises ConfigError, and what `fetch` raises."""
+        async with self._making:
+            if digest not in self._prompts:
+                files = await fetch()
+                self._prompts[digest] = await asyncio.to_thread(Prompts, files)
+            self._prompts.move_to_end(digest)
+            while len(self._prompts) > _KEPT:
+                self._prompts.popitem(last=False)
+            return self._prompts[digest]
 
 
 async def _in_its_place(size: int, work: Callable[[], T]) -> T:

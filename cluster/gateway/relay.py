@@ -1,29 +1,34 @@
-"""One request's way through the gateway: a replica, its deltas, and a second replica if the first dies."""
+"""One request's way through the gateway: a replica, its deltas, and another replica if the first dies."""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from typing import Protocol
 
 from quire.cluster.gateway.explained import explained
 from quire.cluster.gateway.fleet import Fleet, NoReplicaReady, Place
-from quire.cluster.gateway.links import Call
+from quire.cluster.gateway.links import Call, ReplicaLink
 from quire.cluster.gateway.prefill import PrefillFirst
+from quire.cluster.resume import Delivered, Differs, Repeated, repeatable
 from quire.cluster.status import error_of
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
-from quire.replicas.errors import ReplicaDied, Status
+from quire.replicas.errors import QuireError, ReplicaDied, Status
 
-Send = Callable[[inference_pb2.Delta], Awaitable[None]]
+SubmitFor = Callable[[ReplicaLink], Awaitable[engine_pb2.Submit]]
+"""The request as the replica's model reads it. Raises InvalidRequest if that model cannot."""
+
+_MOST_RETRIES = 3
+"""A request that kills whoever takes it does not kill everybody."""
 
 
-@dataclass(slots=True)
-class _Delivered:
-    """What the client has of one output."""
+class Client(Protocol):
+    """Who gets the answer."""
 
-    token_ids: list[int] = field(default_factory=list)
-    characters: int = 0
+    async def begin(self, fingerprint: str) -> None:
+        """What follows is this model's."""
+
+    async def send(self, delta: inference_pb2.Delta) -> None: ...
 
 
 class Relay:
@@ -40,12 +45,11 @@ class Relay:
         """`deadline_s` is on this process' monotonic clock. `explain`: say why which replica was chosen."""
         self._fleet = fleet
         self._prefill = prefill
-        self._submit = engine_pb2.Submit()
         self._deadline_s = deadline_s
         self._explain = explain
         self._call: Call | None = None
         self._cancelled = False
-        self._delivered: defaultdict[int, _Delivered] = defaultdict(_Delivered)
+        self._delivered = Delivered()
         self.retries = 0
 
     def cancel(self) -> None:
@@ -54,40 +58,43 @@ class Relay:
         if self._call is not None:
             self._call.cancel()
 
-    async def run(self, submit: engine_pb2.Submit, send: Send) -> None:
+    async def run(self, submit_for: SubmitFor, client: Client) -> None:
         """Raises the QuireError that the replica failed the request with."""
-        self._submit = submit
+        request = await _Request.of(submit_for, self._fleet)
         if self._prefill is not None:
-            await self._prefill.compute(submit)
-        try:
-            await self._attempt(send, skip=False)
-        except ReplicaDied as error:
-            if isinstance(error, NoReplicaReady) or (self._delivered and not self._repeatable()):
-                raise
-            self.retries += 1
-            await self._attempt(send, skip=bool(self._delivered))
+            await self._prefill.compute(request.submit)
+        while True:
+            try:
+                await self._attempt(request, client)
+                return
+            except ReplicaDied as error:
+                if not self._may_retry(error, request.submit.sampling):
+                    raise
+                self.retries += 1
 
-    def _repeatable(self) -> bool:
-        """Whether another replica would give the same tokens; they are compared all the same."""
-        sampling = self._submit.sampling
-        return sampling.temperature == 0 or sampling.HasField("seed")
+    def _may_retry(self, error: ReplicaDied, sampling: inference_pb2.Sampling) -> bool:
+        if isinstance(error, NoReplicaReady | Differs) or self.retries >= _MOST_RETRIES:
+            return False
+        return not self._delivered or repeatable(sampling)
 
-    async def _attempt(self, send: Send, *, skip: bool) -> None:
-        async with self._fleet.reserve(self._submit.token_ids, self._submit.tenant) as place:
+    async def _attempt(self, request: _Request, client: Client) -> None:
+        async with self._fleet.reserve(request.submit.token_ids, request.submit.tenant) as place:
+            await request.fit(place.link)
             if self._deadline_s is not None:
-                self._submit.remaining_s = max(0.0, self._deadline_s - time.monotonic())
-            call = self._call = place.link.submit(self._submit)
+                request.submit.remaining_s = max(0.0, self._deadline_s - time.monotonic())
+            call = self._call = place.link.submit(request.submit)
             place.route.submitted(call.number)
             try:
                 if self._cancelled:
                     call.cancel()
-                await self._forward(place, call, _Resumed(self._delivered, send).send if skip else send)
+                await self._forward(place, call, client)
             finally:
                 self._call = None
                 call.close()
 
-    async def _forward(self, place: Place, call: Call, send: Send) -> None:
+    async def _forward(self, place: Place, call: Call, client: Client) -> None:
         output_ids: list[int] = []
+        again = self._delivered.again()
         while True:
             event = await call.next()
             if event.HasField("failure"):
@@ -96,16 +103,22 @@ class Relay:
             place.route.answered()
             if delta.index == 0:
                 output_ids.extend(delta.token_ids)
+            if delta.HasField("usage") and self._explain and (decision := place.route.decision):
+                delta.routing.CopyFrom(explained(decision))
+            await self._pass_on(place.link, again, delta, client)
             if delta.HasField("usage"):
-                if self._explain and (decision := place.route.decision):
-                    delta.routing.CopyFrom(explained(decision))
-                await send(delta)
                 place.route.ended(output_ids)
                 return
-            await send(delta)
-            delivered = self._delivered[delta.index]
-            delivered.token_ids.extend(delta.token_ids)
-            delivered.characters += len(delta.text)
+
+    async def _pass_on(
+        self, link: ReplicaLink, again: Repeated, delta: inference_pb2.Delta, client: Client
+    ) -> None:
+        if not self._delivered:
+            await client.begin(link.fingerprint)
+        self._delivered.from_model(link.fingerprint)
+        if (rest := again.rest(delta)) is not None:
+            await client.send(rest)
+            self._delivered.add(rest)
 
     async def _fail(self, place: Place, failure: engine_pb2.Failure) -> None:
         if failure.status == Status.UNAVAILABLE:
@@ -114,33 +127,28 @@ class Relay:
         raise error_of(failure.status, failure.message)
 
 
-class _Resumed:
-    """Sends only what the client does not have; the rest must agree with what it has."""
+class _Request:
+    """A request as one model reads it, and as another one does once that takes it."""
 
-    def __init__(self, delivered: dict[int, _Delivered], send: Send) -> None:
-        self._send = send
-        self._tokens = {index: list(had.token_ids) for index, had in delivered.items()}
-        self._characters = {index: had.characters for index, had in delivered.items()}
+    def __init__(
+        self, submit_for: SubmitFor, submit: engine_pb2.Submit, made_for: ReplicaLink | None
+    ) -> None:
+        self.submit = submit
+        self._submit_for, self._made_for = submit_for, made_for
 
-    async def send(self, delta: inference_pb2.Delta) -> None:
-        """Raises ReplicaDied if the new replica's tokens differ from those the client has."""
-        had = self._tokens.get(delta.index, [])
-        known = min(len(had), len(delta.token_ids))
-        if list(delta.token_ids[:known]) != had[:known]:
-            raise ReplicaDied(
-                "the replica died, and another one's answer differs from what was sent; try again"
-            )
-        del had[:known]
-        if delta.finish_reason and had:
-            raise ReplicaDied(
-                "the replica died, and another one's answer ends before what was sent; try again"
-            )
-        characters = min(self._characters.get(delta.index, 0), len(delta.text))
-        self._characters[delta.index] = self._characters.get(delta.index, 0) - characters
-        rest = inference_pb2.Delta()
-        rest.CopyFrom(delta)
-        rest.text = delta.text[characters:]
-        del rest.token_ids[:known], rest.logprobs[:known]
-        rest.ClearField("prompt_logprobs")
-        if rest.token_ids or rest.text or rest.finish_reason or rest.HasField("usage"):
-            await self._send(rest)
+    @staticmethod
+    async def of(submit_for: SubmitFor, fleet: Fleet) -> _Request:
+        """For the model that is likely to take it. Raises what making it raises, if there is no other model."""
+        link = await fleet.known()
+        try:
+            return _Request(submit_for, await submit_for(link), link)
+        except QuireError:
+            if fleet.all_read_like(link):
+                raise
+            return _Request(submit_for, engine_pb2.Submit(), None)
+
+    async def fit(self, link: ReplicaLink) -> None:
+        """For this replica now. Raises what making it raises."""
+        if self._made_for is None or not link.reads_like(self._made_for):
+            self.submit = await self._submit_for(link)
+        self._made_for = link

@@ -40,6 +40,7 @@ async def listen(service: InferenceService, config: GatewayConfig) -> Listener:
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.keepalive_time_ms", 30_000),  # a client whose machine is gone sends no FIN
             ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients look for dead gateways, too
         )
     )
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)

@@ -24,7 +24,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from quire.replicas.errors import ModelNotServable, UnknownModel
 
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt"]
+_WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
 """Files of a hub repository: configuration, weights, tokenizer. No pickles, no code."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
@@ -12,7 +12,7 @@ from quire.cluster.client import AsyncClient
 from quire.cluster.config import GatewayConfig
 from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService
-from quire.cluster.gateway.prompts import Prompts
+from quire.cluster.gateway.server import Listener
 from quire.cluster.gateway.server import listen as listen_to_clients
 from quire.cluster.routing.book import Route
 from quire.kvstore.keys import KeySpace
@@ -30,6 +30,7 @@ from quire.replicas.request import (
     Timings,
     Usage,
 )
+from quire.replicas.tokenizer_files import read_tokenizer
 
 SECRET = "tests only"
 INFO = ModelInfo(
@@ -45,15 +46,15 @@ INFO = ModelInfo(
     bf16_bytes_per_token=200.0,
 )
 
+TOKENIZER = read_tokenizer(find_model("demo"))
 KEYS = KeySpace(b"layout", b"weights", b"transforms")
 
 
 class ScriptedEngine:
     """Does what the test tells it: the test sends events, and sees requests and cancellations."""
 
-    def __init__(self) -> None:
-        self.info = INFO
-        self.keys = KEYS
+    def __init__(self, info: ModelInfo = INFO, keys: KeySpace = KEYS) -> None:
+        self.info, self.keys = info, keys
         self.load = LoadReport(pages_total=7)
         self.requests: asyncio.Queue[Request] = asyncio.Queue()
         self.cancelled: asyncio.Queue[RequestId] = asyncio.Queue()
@@ -115,38 +116,56 @@ class Listed:
 
 
 class Stage:
-    """What `staged` puts up."""
+    """What `staged` puts up. `address`: of all gateways."""
 
     def __init__(
-        self, chooser: Listed, client: AsyncClient, address: str, servers: list[grpc.aio.Server]
+        self,
+        chooser: Listed,
+        client: AsyncClient,
+        address: str,
+        servers: list[grpc.aio.Server],
+        gateways: list[Listener],
     ) -> None:
-        self.chooser, self.client, self.address, self._servers = chooser, client, address, servers
+        self.chooser, self.client, self.address = chooser, client, address
+        self._servers, self._gateways = servers, gateways
 
     async def kill_replica(self, number: int) -> None:
         """Its stream breaks at once, as when its process dies."""
         await self._servers[number].stop(None)
 
+    async def kill_gateway(self, number: int) -> None:
+        """As above."""
+        await self._gateways[number].server.stop(None)
+
 
 @asynccontextmanager
 async def staged(
-    *engines: service.Engine, max_open_requests: int = 64, wait_s: float = 5.0
+    *engines: service.Engine,
+    gateways: int = 1,
+    tokenizers: Sequence[Mapping[str, bytes]] = (),
+    max_open_requests: int = 64,
+    wait_s: float = 5.0,
 ) -> AsyncIterator[Stage]:
-    """A replica for each engine, one gateway, one client."""
+    """A replica for each engine, one gateway or more, one client. `tokenizers`: of the engines' models."""
     async with AsyncExitStack() as stack:
         replicas, servers = [], []
         for number, engine in enumerate(engines):
             name = f"replica{number}"
-            served = service.EngineService(engine, secret=SECRET, replica_id=name)
+            files = tokenizers[number] if tokenizers else TOKENIZER
+            served = service.EngineService(engine, secret=SECRET, replica_id=name, tokenizer=files)
             server, address = await service.listen(served, "127.0.0.1")
             stack.push_async_callback(server.stop, None)
             replicas.append(ReplicaAddress(name, address))
             servers.append(server)
         chooser = Listed(replicas)
-        fleet = Fleet(chooser, secret=SECRET, wait_s=wait_s)
-        stack.push_async_callback(fleet.close)
-        inference = InferenceService(fleet, Prompts(find_model("demo")), max_open_requests=max_open_requests)
-        gateway = await listen_to_clients(inference, GatewayConfig(port=0))
-        stack.push_async_callback(gateway.stop, None)
-        address = f"127.0.0.1:{gateway.port}"
+        listeners = []
+        for _ in range(gateways):
+            fleet = Fleet(chooser, secret=SECRET, wait_s=wait_s)
+            stack.push_async_callback(fleet.close)
+            inference = InferenceService(fleet, max_open_requests=max_open_requests)
+            gateway = await listen_to_clients(inference, GatewayConfig(port=0))
+            stack.push_async_callback(gateway.stop, None)
+            listeners.append(gateway)
+        address = ",".join(f"127.0.0.1:{gateway.port}" for gateway in listeners)
         client = await stack.enter_async_context(AsyncClient(address))
-        yield Stage(chooser, client, address, servers)
+        yield Stage(chooser, client, address, servers, listeners)

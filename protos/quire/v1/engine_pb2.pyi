@@ -7,6 +7,23 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class TokenizerQuery(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TokenizerFiles(_message.Message):
+    __slots__ = ("files",)
+    class FilesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.ScalarMap[str, bytes]
+    def __init__(self, files: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
 class PeerMessage(_message.Message):
     __slots__ = ("to", "sender", "message")
     TO_FIELD_NUMBER: _ClassVar[int]
@@ -74,16 +91,18 @@ class ReplicaMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., stats: _Optional[_Union[StatsAnswer, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("model", "replica_id", "peer_id", "keys")
+    __slots__ = ("model", "replica_id", "peer_id", "keys", "tokenizer")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     model: _inference_pb2.Model
     replica_id: str
     peer_id: str
     keys: KeySpace
-    def __init__(self, model: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., replica_id: _Optional[str] = ..., peer_id: _Optional[str] = ..., keys: _Optional[_Union[KeySpace, _Mapping]] = ...) -> None: ...
+    tokenizer: bytes
+    def __init__(self, model: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., replica_id: _Optional[str] = ..., peer_id: _Optional[str] = ..., keys: _Optional[_Union[KeySpace, _Mapping]] = ..., tokenizer: _Optional[bytes] = ...) -> None: ...
 
 class KeySpace(_message.Message):
     __slots__ = ("layout", "weights", "transforms")

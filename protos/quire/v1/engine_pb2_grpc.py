@@ -44,6 +44,11 @@ class EngineStub:
                 request_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerMessage.SerializeToString,
                 response_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerHeard.FromString,
                 _registered_method=True)
+        self.GetTokenizer = channel.unary_unary(
+                '/quire.v1.Engine/GetTokenizer',
+                request_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.TokenizerQuery.SerializeToString,
+                response_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.TokenizerFiles.FromString,
+                _registered_method=True)
 
 
 class EngineServicer:
@@ -65,6 +70,13 @@ class EngineServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTokenizer(self, request, context):
+        """The tokenizer of the replica's model, for gateways that do not know it yet. The same metadata.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.Say,
                     request_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerMessage.FromString,
                     response_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerHeard.SerializeToString,
+            ),
+            'GetTokenizer': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTokenizer,
+                    request_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.TokenizerQuery.FromString,
+                    response_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.TokenizerFiles.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,6 +150,33 @@ class Engine:
             '/quire.v1.Engine/Say',
             quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerMessage.SerializeToString,
             quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerHeard.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.Engine/GetTokenizer',
+            quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.TokenizerQuery.SerializeToString,
+            quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.TokenizerFiles.FromString,
             options,
             channel_credentials,
             insecure,

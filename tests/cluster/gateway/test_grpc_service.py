@@ -19,7 +19,6 @@ from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from quire.replicas.async_engine import AsyncEngine
 from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig
 from quire.replicas.errors import ConfigError, InvalidRequest, QueueFull, UnknownModel
-from quire.replicas.model.checkpoint import find_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -182,7 +181,7 @@ async def test_the_engines_queue_bound_is_told(stage: Stage):
 
 async def test_one_more_than_the_gateway_takes_is_refused():
     fleet = Fleet(_Never(), secret="", wait_s=9)
-    service = InferenceService(fleet, Prompts(find_model("demo")), max_open_requests=1)
+    service = InferenceService(fleet, max_open_requests=1)
     gateway = await listen(service, GatewayConfig(port=0))
     async with AsyncClient(f"127.0.0.1:{gateway.port}") as client:
         both = [asyncio.ensure_future(collect_async(client.generate("a"))) for _ in range(2)]
@@ -240,7 +239,7 @@ async def test_health_and_reflection_answer(stage: Stage):
 async def test_a_taken_port_is_said_plainly(stage: Stage):
     port = int(stage.address.rsplit(":", 1)[1])
     fleet = Fleet(_Never(), secret="", wait_s=1)
-    service = InferenceService(fleet, Prompts(find_model("demo")), max_open_requests=1)
+    service = InferenceService(fleet, max_open_requests=1)
     with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*gateway.port"):
         await listen(service, GatewayConfig(port=port))
 

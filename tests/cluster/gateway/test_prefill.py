@@ -4,7 +4,7 @@ import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
-from serving import SECRET, Listed, ScriptedEngine
+from serving import SECRET, TOKENIZER, Listed, ScriptedEngine
 
 from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.prefill import PrefillFirst
@@ -23,7 +23,11 @@ async def prefill_by(*engines):
         replicas = []
         for number, engine in enumerate(engines):
             served = service.EngineService(
-                engine, secret=SECRET, replica_id=f"r{number}", peer_id=f"peer{number}"
+                engine,
+                secret=SECRET,
+                replica_id=f"r{number}",
+                tokenizer=TOKENIZER,
+                peer_id=f"peer{number}",
             )
             server, address = await service.listen(served, "127.0.0.1")
             stack.push_async_callback(server.stop, None)
