@@ -28,6 +28,7 @@ from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.errors import ConfigError, QuireError, ReplicaDied
 from quire.replicas.request import SamplingParams
 
+APP = "quire"
 DEFAULT_ADDRESS = "127.0.0.1:8100"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -80,13 +81,23 @@ _kv_options = _compose(
     click.option("--kv", help="KV format: bf16, fp8, int8, int4, k8v4, ...  [default: int8]"),
     click.option("--policy", type=_FILE, help="JSON file with a format per layer and side, for --kv."),
 )
+_cluster_options = _compose(
+    click.option(
+        "--ray-address",
+        default="auto",
+        show_default=True,
+        envvar="RAY_ADDRESS",
+        help="The Ray cluster (RAY_ADDRESS).",
+    ),
+    click.option("--app", default=APP, show_default=True, help="The application's name in Ray Serve."),
+)
 _client_options = _compose(
     click.option(
         "--address",
         default=DEFAULT_ADDRESS,
         show_default=True,
         envvar="QUIRE_ADDRESS",
-        help="The gateway, host:port (QUIRE_ADDRESS).",
+        help="The gateway, host:port, or several with commas (QUIRE_ADDRESS).",
     )
 )
 _sampling_options = _compose(
@@ -138,11 +149,57 @@ def serve_command(
             'which model? Give a folder, a Hugging Face id or "demo", or a --config that does'
         )
     config = parse(tree)
-    with _running(config, ray_address) as port_in_use:
-        click.echo(
-            f"serving {config.engine.model} at {config.gateway.host}:{port_in_use}; Ctrl-C ends it", err=True
-        )
+    with _running(config, ray_address):
+        click.echo(f"serving {config.engine.model} at {_gateways(APP)}; Ctrl-C ends it", err=True)
         signal.pause()
+
+
+@cli.command()
+@click.argument("config_file", type=_FILE)
+@_cluster_options
+def deploy(config_file: Path, ray_address: str, app: str) -> None:
+    """Roll CONFIG_FILE out on a running Ray cluster: what has changed is replaced, and nothing else.
+
+    CONFIG_FILE: as for `quire serve --config`, or as for `serve deploy`. The application stays up afterwards,
+    until `serve delete` takes it down.
+    """
+    from quire.cluster.local import cluster, rolled_out
+
+    config = parse(_arguments(_read_tree(config_file), app))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with cluster(config, ray_address):
+        rolled_out(config, app, partial(click.echo, err=True))
+        click.echo(f"serving {config.engine.model} at {_gateways(app)}", err=True)
+
+
+@cli.command()
+@_cluster_options
+def gateways(ray_address: str, app: str) -> None:
+    """Addresses of the application's gateways, with commas: `QUIRE_ADDRESS=$(quire gateways)`."""
+    from quire.cluster.local import connected
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with connected(ray_address):
+        found = _gateways(app)
+    if not found:
+        raise ConfigError(f"no gateway of application {app!r} is up; `serve status` says more")
+    click.echo(found)
+
+
+def _gateways(app: str) -> str:
+    from quire.cluster.gateways import addresses
+
+    return ",".join(addresses(app))
+
+
+def _arguments(tree: dict[str, Any], app: str) -> dict[str, Any]:
+    """Quire's own part of a Serve config file; the whole of any other."""
+    if "applications" not in tree:
+        return tree
+    for one in tree["applications"]:
+        if one.get("name") == app:
+            return dict(one.get("args") or {})
+    raise ConfigError(f"the file has no application {app!r}; give its name with --app")
 
 
 @cli.command()
@@ -261,8 +318,9 @@ def down(cluster_file: Path) -> None:
 @contextmanager
 def _running(config: ServeConfig, ray_address: str | None) -> Iterator[int]:
     """The application, up; gives the gateway's port. Ctrl-C and SIGTERM both take it down in order."""
+    from quire.cluster.gateway.server import check_port
     from quire.cluster.layouts import policy_cost
-    from quire.cluster.local import check_port, cluster, served
+    from quire.cluster.local import cluster, served
 
     if ray_address is None:  # what can be found out in a second must not fail after a minute
         check_port(config.gateway.host, config.gateway.port)

@@ -121,9 +121,15 @@ class Client:
 
         `patience_s`: while no gateway answers, all are asked again for so long.
         """
-        self._channels = [grpc.insecure_channel(one, options=_CHANNEL) for one in addresses(address)]
+        self._addresses = addresses(address)
+        self._channels = [grpc.insecure_channel(one, options=_CHANNEL) for one in self._addresses]
         self._stubs = [inference_pb2_grpc.InferenceStub(channel) for channel in self._channels]
         self._first, self._patience_s = random.randrange(len(self._stubs)), patience_s
+
+    @property
+    def gateway(self) -> str:
+        """host:port of the one that is asked before the others."""
+        return self._addresses[self._first]
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams | None = None, options: CallOptions | None = None
@@ -223,9 +229,15 @@ class AsyncClient:
 
     def __init__(self, address: str = "127.0.0.1:8100", *, patience_s: float = 0.0) -> None:
         """As of `Client`."""
-        self._channels = [grpc.aio.insecure_channel(one, options=_CHANNEL) for one in addresses(address)]
+        self._addresses = addresses(address)
+        self._channels = [grpc.aio.insecure_channel(one, options=_CHANNEL) for one in self._addresses]
         self._stubs = [inference_pb2_grpc.InferenceStub(channel) for channel in self._channels]
         self._first, self._patience_s = random.randrange(len(self._stubs)), patience_s
+
+    @property
+    def gateway(self) -> str:
+        """host:port of the one that is asked before the others."""
+        return self._addresses[self._first]
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams | None = None, options: CallOptions | None = None

@@ -27,7 +27,9 @@ class GatewayConfig:
     """The address to listen on. The gateway asks nobody for a key: leave it on the loopback address, or put
     something that does in front."""
     port: int = 8100
-    """0: any free port (`quire serve` prints it)."""
+    """0: any free port (`quire gateways` tells)."""
+    count: int = 1
+    """Gateways: one on a node at most, unless `port` is 0."""
     max_open_requests: int = 1024
     """Requests open at once; one more is refused with RESOURCE_EXHAUSTED."""
     max_message_bytes: int = 16 << 20
@@ -42,6 +44,8 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigError(f"gateway.port lies in 0..65535, got {self.port}")
+        if self.count < 1:
+            raise ConfigError(f"gateway.count must be at least 1, got {self.count}")
         for name in ("max_open_requests", "max_message_bytes", "replica_wait_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"gateway.{name} must be positive, got {getattr(self, name)}")
@@ -70,6 +74,11 @@ class ReplicaConfig:
     health_check_timeout_s: float = 5.0
     graceful_shutdown_s: float = 20.0
     """How long a replica that is taken down may finish its requests."""
+    update_percent: float = 20.0
+    """An update replaces so many replicas at a time, at least one."""
+    surge_percent: int = 0
+    """So many more replicas may run during an update, at least one; then old ones serve until new ones are
+    ready. 0: old ones stop first, for clusters without room; with one replica requests wait meanwhile."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -78,6 +87,9 @@ class ReplicaConfig:
             raise ConfigError(
                 f"replicas.count={self.count} fixes what replicas.autoscaling is to decide; give one of them"
             )
+        for name, least in (("update_percent", 1), ("surge_percent", 0)):
+            if not least <= getattr(self, name) <= 100:
+                raise ConfigError(f"replicas.{name} lies in {least}..100, got {getattr(self, name)}")
         for name in ("health_check_period_s", "health_check_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"replicas.{name} must be positive, got {getattr(self, name)}")
@@ -119,7 +131,7 @@ class ServeConfig:
     replicas: ReplicaConfig = field(default_factory=ReplicaConfig)
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     secret: str | None = None
-    """What gateways show to replicas. None: made anew at every deployment, which then replaces them all."""
+    """What gateways show to replicas. None: the cluster's own, made at its first deployment."""
 
     @property
     def most_replicas(self) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from quire.cluster.app import application
@@ -52,46 +53,53 @@ def cluster(config: ServeConfig, address: str | None) -> Iterator[None]:
 
 
 @contextmanager
+def connected(address: str) -> Iterator[None]:
+    """To look at a running Ray cluster. Raises QuireError if there is none at the address."""
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError) as error:
+        raise QuireError(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
 def served(config: ServeConfig, on_progress: Callable[[str], None]) -> Iterator[int]:
     """The application on the connected cluster, taken down at the end; gives the gateway's port.
 
     `on_progress` hears in a few words what is going on. Raises QuireError if the application cannot start.
     """
-    (handle,) = serve.run_many(
-        [serve.RunTarget(application(config), name=APP, route_prefix=None)],
-        wait_for_applications_running=False,
-    )
     try:
-        _await_running(on_progress)
-        yield handle.port.remote().result()
+        yield rolled_out(config, APP, on_progress).port.remote().result()
     finally:
         serve.delete(APP)
         end_directory(APP)
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError at once where the gateway would only find out minutes later."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"the gateway cannot listen on {host}:{port}: {error.strerror}. Choose another gateway.port "
-                "(--port) or gateway.host, or stop what uses it"
-            ) from error
-
-
 def _cpus(config: ServeConfig) -> int:
     shards = config.most_replicas * config.engine.tp
-    return round(config.gateway.cpus + shards * config.replicas.cpus_per_shard + 0.5)
+    return round(config.gateway.count * config.gateway.cpus + shards * config.replicas.cpus_per_shard + 0.5)
 
 
-def _await_running(on_progress: Callable[[str], None]) -> None:
+def rolled_out(config: ServeConfig, app: str, on_progress: Callable[[str], None]) -> DeploymentHandle[Any]:
+    """The application as configured, once all of it runs; of what ran before, the unchanged parts go on.
+
+    Raises QuireError if something new does not start: then what it was to replace goes on.
+    """
+    (handle,) = serve.run_many(
+        [serve.RunTarget(application(config), name=app, route_prefix=None)],
+        wait_for_applications_running=False,
+    )
+    _await_running(app, on_progress)
+    return handle
+
+
+def _await_running(name: str, on_progress: Callable[[str], None]) -> None:
     said = ""
     while True:
-        app = serve.status().applications[APP]
+        app = serve.status().applications[name]
         if app.status is ApplicationStatus.RUNNING:
             return
         messages = [app.message, *(deployment.message for deployment in app.deployments.values())]

@@ -24,8 +24,11 @@ def stats_lines(stats: inference_pb2.Stats) -> Iterator[str]:
         f"{1 / share:.2f} times as many tokens in the same memory"
     )
     yield f"gateway    {stats.gateway_open_requests} requests open, {stats.gateway_retries} retried"
+    upgrade = len({replica.fingerprint for replica in stats.replicas}) > 1
     for replica in stats.replicas:
         yield from _replica_lines(replica)
+        if upgrade:
+            yield f"  model    {replica.fingerprint[:12]}, and others serve another"
 
 
 def _replica_lines(replica: inference_pb2.ReplicaStats) -> Iterator[str]:

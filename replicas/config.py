@@ -116,6 +116,11 @@ class EngineConfig:
     """A local folder with config.json and *.safetensors, a Hugging Face hub id, or "demo"."""
     weights: Literal["checkpoint", "random"] = "checkpoint"
     """random: the folder needs no more than config.json; for timing, the answers mean nothing."""
+    name: str | None = None
+    """What requests may call the model, through all its versions. None: as `model`."""
+    revision: str = ""
+    """Means nothing to the engine: a deployment with another one replaces its replicas, for instance because
+    the files in the model's folder were replaced."""
     kv: str | Mapping[str, object] = "int8"
     """KV policy: a format's name, k8v4, or a mapping as in a policy file (`kernels/formats.py`)."""
     tp: int = 1

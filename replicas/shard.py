@@ -106,7 +106,7 @@ class Shard:
             max_pages = -(-max_model_tokens // self.layout.page_tokens)
             self._graphs = DecodeGraphs(self._forward, self._builder, config.scheduler.max_running, max_pages)
         self.info = ModelInfo(
-            model=config.model,
+            model=config.name or config.model,
             architecture=type(loaded.model).__name__,
             vocab_size=model_config.vocab_size,
             max_model_tokens=max_model_tokens,

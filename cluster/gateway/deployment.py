@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import ray
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from quire.cluster.config import GatewayConfig, PrefillConfig
@@ -16,11 +18,13 @@ from quire.cluster.gateway.meter import Answered, Meter
 from quire.cluster.gateway.prefill import PrefillFirst
 from quire.cluster.gateway.prompts import Tokenizers
 from quire.cluster.gateway.server import listen
+from quire.cluster.gateways import addresses, announce, withdraw
 from quire.cluster.metrics.publish import Publisher
 from quire.cluster.metrics.samples import gateway_samples, observations
 from quire.cluster.routing.book import Route
 
-_STOP_GRACE_S = 1.0
+_STOP_S = 1.0
+"""Of the time it has to stop: for what comes after the last request."""
 
 
 class ServeChooser:
@@ -45,8 +49,15 @@ class Gateway:
         secret: str,
         prefill: DeploymentHandle[Any] | None,
         split: PrefillConfig,
+        drain_s: float,
     ) -> None:
-        """Listens when done. Raises ConfigError if the port is taken."""
+        """Listens when done. `drain_s`: Serve kills it so long after it has begun to stop it.
+
+        Raises ConfigError if the port is taken, but for a gateway of the same application that is replaced.
+        """
+        context = serve.get_replica_context()
+        self._actor = context.replica_id.to_full_id_str()
+        self._grace_s = max(drain_s - _STOP_S, 0.0)
         tokenizers = Tokenizers()
         self._fleet = Fleet(
             ServeChooser(replicas), secret=secret, wait_s=config.replica_wait_s, tokenizers=tokenizers
@@ -64,19 +75,33 @@ class Gateway:
             prefill=self._prefill,
         )
         self._metrics = Publisher(lambda: gateway_samples(service.numbers()))
-        self._listener = await listen(service, config)
+        self._listener = await listen(service, config, shared=await self._replaces(context.app_name, config))
+        await asyncio.to_thread(announce, self._actor, self._address(config, self._listener.port))
 
     async def port(self) -> int:
         """The port it listens on."""
         return self._listener.port
+
+    async def _replaces(self, app: str, config: GatewayConfig) -> bool:
+        """Whether the address is free, or will be: a gateway of this application has it that is to go."""
+        before = await asyncio.to_thread(addresses, app)
+        return self._address(config, config.port) in before
+
+    @staticmethod
+    def _address(config: GatewayConfig, port: int) -> str:
+        """For clients, also on other machines."""
+        host = ray.util.get_node_ip_address() if config.host in ("0.0.0.0", "::") else config.host
+        return f"{host}:{port}"
 
     def _observe(self, answered: Answered) -> None:
         for metric, value in observations(answered):
             self._metrics.observe(metric, value)
 
     async def __del__(self) -> None:
+        """New requests go elsewhere from now on; open ones may end as long as there is time."""
+        await asyncio.to_thread(withdraw, self._actor)
+        await self._listener.stop(self._grace_s)
         await asyncio.to_thread(self._metrics.close)
-        await self._listener.stop(_STOP_GRACE_S)
         await self._fleet.close()
         if self._prefill is not None:
             await self._prefill.close()

@@ -133,10 +133,14 @@ class Fleet:
         """Of every replica that answers; one that dies meanwhile is left out."""
         await self.known()  # connects to one at least
         answers = await asyncio.gather(
-            *(asyncio.wait_for(link.stats(), _ANSWER_S) for link in self._links.values() if link.alive),
-            return_exceptions=True,
+            *(self._stats_of(link) for link in self._links.values() if link.alive), return_exceptions=True
         )
         return [answer for answer in answers if isinstance(answer, inference_pb2.ReplicaStats)]
+
+    async def _stats_of(self, link: ReplicaLink) -> inference_pb2.ReplicaStats:
+        stats = await asyncio.wait_for(link.stats(), _ANSWER_S)
+        stats.fingerprint = link.fingerprint
+        return stats
 
     async def close(self) -> None:
         for task in self._meeting:

@@ -138,7 +138,7 @@ class _Request:
 
     @staticmethod
     async def of(submit_for: SubmitFor, fleet: Fleet) -> _Request:
-        """For the model that is likely to take it. Raises what making it raises, if there is no other model."""
+        """For the model that is likely to take it. Raises what making it raises if there is no other one."""
         link = await fleet.known()
         try:
             return _Request(submit_for, await submit_for(link), link)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 
 import grpc
@@ -28,15 +29,32 @@ class Listener:
         await self.server.stop(grace_s)
 
 
-async def listen(service: InferenceService, config: GatewayConfig) -> Listener:
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError where nobody can listen, in particular because somebody does."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"the gateway cannot listen on {host}:{port}: {error.strerror}. Choose another gateway.port "
+                "(--port) or gateway.host, or stop what uses it"
+            ) from error
+
+
+async def listen(service: InferenceService, config: GatewayConfig, *, shared: bool = False) -> Listener:
     """Serves on config.host and config.port (0: a free one).
 
-    Raises ConfigError if the address cannot be had.
+    `shared`: a gateway that this one replaces may still listen there. Raises ConfigError if the address
+    cannot be had.
     """
+    if not shared:
+        check_port(config.host, config.port)
     name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
     server = grpc.aio.server(
         options=(
-            ("grpc.so_reuseport", 0),  # or a second gateway would silently share the port
+            ("grpc.so_reuseport", int(config.port != 0)),  # for the gateway that will replace this one
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.keepalive_time_ms", 30_000),  # a client whose machine is gone sends no FIN
             ("grpc.keepalive_timeout_ms", 10_000),
@@ -51,8 +69,8 @@ async def listen(service: InferenceService, config: GatewayConfig) -> Listener:
         port = server.add_insecure_port(f"{config.host}:{config.port}")
     except RuntimeError as error:
         raise ConfigError(
-            f"the gateway cannot listen on {config.host}:{config.port}: the port is taken or the address is "
-            "not this machine's. Change gateway.port or gateway.host, or stop what uses it"
+            f"the gateway cannot listen on {config.host}:{config.port}, which another process has taken or "
+            "which is not this machine's. Change gateway.port or gateway.host, or stop what uses it"
         ) from error
     await server.start()
     for served in ("", name):

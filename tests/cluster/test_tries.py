@@ -54,7 +54,7 @@ async def test_an_answer_goes_on_at_another_gateway(sampling):
         engine.say(await next_request(engine), "ab", 1, 2)
         assert (await first).text == "ab"
         rest = asyncio.ensure_future(_all(stream))
-        await stage.kill_gateway(stage.client._first)
+        await stage.kill_gateway(stage.address.split(",").index(stage.client.gateway))
         again = await next_request(engine)
         engine.say(again, "a", 1)
         engine.say(again, "bc", 2, 3, last=True)
@@ -68,7 +68,7 @@ async def test_an_answer_drawn_at_random_ends_with_a_hint():
         first = asyncio.ensure_future(anext(stream))
         engine.say(await next_request(engine), "ab", 1, 2)
         await first
-        await stage.kill_gateway(stage.client._first)
+        await stage.kill_gateway(stage.address.split(",").index(stage.client.gateway))
         with pytest.raises(ReplicaDied) as raised:
             await anext(stream)
         assert 0 < raised.value.retry_s < 10
