@@ -1,0 +1,132 @@
+"""Updates and dead gateways under real Ray Serve: no request fails, and every answer is one version's."""
+
+import asyncio
+import os
+import random
+import signal
+
+import psutil
+import pytest
+import ray
+from served_app import free_port
+
+from quire.cluster.client import AsyncClient, SamplingParams, collect_async
+from quire.cluster.config import parse
+from quire.cluster.gateways import addresses
+from quire.cluster.local import APP, cluster, rolled_out, served
+from quire.replicas.errors import ReplicaDied
+
+PORT = free_port()
+SAMPLING = SamplingParams(max_tokens=16, ignore_eos=True)
+LONG = SamplingParams(max_tokens=150, ignore_eos=True)
+DRAWN = SamplingParams(max_tokens=150, ignore_eos=True, temperature=1.0)
+PROMPTS = [f"Long ago, a {who} named {name}" for who in ("cat", "fox", "hen") for name in "ABCD"]
+
+
+def config(kv="int8", **gateway):
+    return parse(
+        {
+            "engine": {"model": "demo", "kv": kv, "threads_per_shard": 1, "pool": {"bytes": 8 << 20}},
+            "gateway": {"port": PORT, "cpus": 0.1, **gateway},
+            "replicas": {"cpus_per_shard": 0.1, "surge_percent": 100, "health_check_period_s": 0.5},
+        }
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def up():
+    with cluster(config(), None), served(config(), lambda words: None):
+        yield
+
+
+def actors() -> dict[str, str]:
+    """The only process of each deployment, by its actor's name."""
+    named = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    return {name.split("#")[1]: name for name in named if f"::{APP}#" in name}
+
+
+async def roll_out(new) -> None:
+    await asyncio.to_thread(rolled_out, new, APP, lambda words: None)
+
+
+async def answers(address: str = f"127.0.0.1:{PORT}") -> list[list[int]]:
+    async with AsyncClient(address) as client:
+        found = await asyncio.gather(*(collect_async(client.generate(p, SAMPLING)) for p in PROMPTS))
+    return [answer.outputs[0].token_ids for answer in found]
+
+
+async def answers_during(update) -> list[list[list[int]]]:
+    """What all prompts were answered, again and again until the update was over and once more."""
+    work, rounds = asyncio.create_task(update), []
+    while not work.done():
+        rounds.append(await answers())
+    await work
+    return [*rounds, await answers()]
+
+
+async def test_without_a_change_nothing_is_replaced():
+    before = actors()
+    await roll_out(config())
+    assert actors() == before
+
+
+async def test_another_format_replaces_the_replica_and_fails_nobody():
+    before, old = actors(), await answers()
+    rounds = await answers_during(roll_out(config("int4")))
+    after, new = actors(), rounds[-1]
+    assert after["Gateway"] == before["Gateway"]
+    assert after["Replica"] != before["Replica"]
+    assert new != old
+    for found in rounds:
+        assert all(one in versions for one, *versions in zip(found, old, new, strict=True))
+
+
+async def test_another_gateway_takes_the_port_over_and_fails_nobody():
+    before = actors()
+    rounds = await answers_during(roll_out(config("int4", max_open_requests=99)))
+    after = actors()
+    assert after["Replica"] == before["Replica"]
+    assert after["Gateway"] != before["Gateway"]
+    assert all(found == rounds[0] for found in rounds)
+
+
+async def test_a_gateway_that_dies_costs_the_others_streams_nothing():
+    await roll_out(config("int4", port=0, count=2))
+    both = addresses(APP)
+    assert len(both) == 2
+    right = await _long_answers(both)
+    random.seed(7)  # some clients begin at the one, some at the other
+    clients = [AsyncClient(",".join(both)) for _ in PROMPTS]
+    streams = [
+        c.generate(p, LONG if n % 2 else DRAWN) for n, (c, p) in enumerate(zip(clients, PROMPTS, strict=True))
+    ]
+    first = await asyncio.gather(*(anext(stream) for stream in streams))
+    at = [client.gateway for client in clients]
+    _kill_who_listens_at(both[0])
+    results = await asyncio.gather(*(collect_async(s) for s in streams), return_exceptions=True)
+    for n, (begun, rest) in enumerate(zip(first, results, strict=True)):
+        if n % 2 == 0 and at[n] == both[0]:
+            assert isinstance(rest, ReplicaDied)
+            assert rest.retry_s > 0
+            continue
+        tokens = [*begun.token_ids, *rest.outputs[0].token_ids]
+        assert tokens == right[n] if n % 2 else len(tokens) == 150
+    assert set(at) == set(both)
+    async with asyncio.timeout(60):
+        while len(found := await asyncio.to_thread(addresses, APP)) < 2 or both[0] in found:
+            await asyncio.sleep(0.2)
+    assert await answers(found[0]) == await answers(found[1])
+
+
+async def _long_answers(gateways: list[str]) -> list[list[int]]:
+    async with AsyncClient(gateways[0]) as client:
+        found = await asyncio.gather(*(collect_async(client.generate(p, LONG)) for p in PROMPTS))
+    return [answer.outputs[0].token_ids for answer in found]
+
+
+def _kill_who_listens_at(address: str) -> None:
+    port = int(address.rpartition(":")[2])
+    (listener,) = [
+        c for c in psutil.net_connections("tcp") if c.laddr.port == port and c.status == psutil.CONN_LISTEN
+    ]
+    os.kill(listener.pid, signal.SIGKILL)
