@@ -1,28 +1,14 @@
 """The commands as a user runs them: output, one line of error, exit codes."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from served_app import Served
+from served_app import Served, quire
 
 from quire.cluster.cli import Replicas, with_replicas
 from quire.cluster.layouts import format_costs
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
-
-
-def quire(*args, stdin="", **env):
-    return subprocess.run(
-        [sys.executable, "-m", "quire.cluster.cli", *args],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **env},
-    )
 
 
 def test_layout_tells_what_a_page_really_takes():

@@ -8,7 +8,8 @@ import signal
 import psutil
 import pytest
 import ray
-from served_app import free_port
+import yaml
+from served_app import free_port, quire
 
 from quire.cluster.client import AsyncClient, SamplingParams, collect_async
 from quire.cluster.config import parse
@@ -23,14 +24,15 @@ DRAWN = SamplingParams(max_tokens=150, ignore_eos=True, temperature=1.0)
 PROMPTS = [f"Long ago, a {who} named {name}" for who in ("cat", "fox", "hen") for name in "ABCD"]
 
 
+TREE = {
+    "engine": {"model": "demo", "kv": "int8", "threads_per_shard": 1, "pool": {"bytes": 8 << 20}},
+    "gateway": {"port": PORT, "cpus": 0.1},
+    "replicas": {"cpus_per_shard": 0.1, "surge_percent": 100, "health_check_period_s": 0.5},
+}
+
+
 def config(kv="int8", **gateway):
-    return parse(
-        {
-            "engine": {"model": "demo", "kv": kv, "threads_per_shard": 1, "pool": {"bytes": 8 << 20}},
-            "gateway": {"port": PORT, "cpus": 0.1, **gateway},
-            "replicas": {"cpus_per_shard": 0.1, "surge_percent": 100, "health_check_period_s": 0.5},
-        }
-    )
+    return parse(TREE | {"engine": TREE["engine"] | {"kv": kv}, "gateway": TREE["gateway"] | gateway})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,6 +69,18 @@ async def answers_during(update) -> list[list[list[int]]]:
 async def test_without_a_change_nothing_is_replaced():
     before = actors()
     await roll_out(config())
+    assert actors() == before
+
+
+async def test_the_commands_find_the_application_and_leave_it_alone(tmp_path):
+    file, before = tmp_path / "serve.yaml", actors()
+    file.write_text(yaml.safe_dump({"applications": [{"name": APP, "args": TREE}]}))
+    at = ("--ray-address", ray.get_runtime_context().gcs_address)
+    done = await asyncio.to_thread(quire, "deploy", str(file), *at)
+    assert f"serving demo at 127.0.0.1:{PORT}" in done.stderr
+    assert (await asyncio.to_thread(quire, "gateways", *at)).stdout == f"127.0.0.1:{PORT}\n"
+    nobody = await asyncio.to_thread(quire, "gateways", "--app", "other", *at)
+    assert (nobody.returncode, nobody.stdout) == (1, "")
     assert actors() == before
 
 

@@ -87,3 +87,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def quire(*args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """One command, as a user types it."""
+    return subprocess.run(
+        [sys.executable, "-m", "quire.cluster.cli", *args],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **env},
+    )
