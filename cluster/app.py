@@ -54,10 +54,10 @@ def application(config: ServeConfig, router: str = ROUTER) -> Application:
     drain_s = config.replicas.graceful_shutdown_s
     front = replace(config.gateway, count=1)  # how many there are is nothing to one of them
     split = replace(config.prefill, count=min(config.prefill.count, 1))
-    gateways = _versioned(
-        serve.deployment(Gateway, **_gateway_options(config.gateway, drain_s)), front, secret, split, drain_s
-    )
-    return gateways.bind(replica, front, secret, prefill, split, drain_s)
+    gateways = serve.deployment(Gateway, **_gateway_options(config.gateway, drain_s))
+    gateways = _versioned(gateways, front, secret, split, drain_s)
+    app: Application = gateways.bind(replica, front, secret, prefill, split, drain_s)
+    return app
 
 
 def _versioned(deployment: Any, *made_of: object) -> Any:

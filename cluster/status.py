@@ -67,7 +67,7 @@ def error_of_rpc(error: grpc.RpcError) -> QuireError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         details = "the deadline passed before the answer was complete; give a longer one, or ask for less"
     raised = error_of(code.name, details)
-    hint = dict(error.trailing_metadata() or ()).get(RETRY_METADATA)
+    hint = next((said.value for said in error.trailing_metadata() or () if said.key == RETRY_METADATA), None)
     if isinstance(raised, ReplicaDied) and hint is not None:
         raised.retry_s = int(hint) / 1000
     return raised
