@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 
 from quire.replicas.errors import (
@@ -67,7 +69,8 @@ def error_of_rpc(error: grpc.RpcError) -> QuireError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         details = "the deadline passed before the answer was complete; give a longer one, or ask for less"
     raised = error_of(code.name, details)
-    hint = next((said.value for said in error.trailing_metadata() or () if said.key == RETRY_METADATA), None)
+    pairs: Any = error.trailing_metadata() or ()  # its stubs know pairs that cannot be taken apart
+    hint = dict(pairs).get(RETRY_METADATA)
     if isinstance(raised, ReplicaDied) and hint is not None:
         raised.retry_s = int(hint) / 1000
     return raised
