@@ -9,7 +9,7 @@ used again too early.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NewType
 
@@ -17,14 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.kernels.pages import gather_pages, scatter_pages
 from quire.kvstore.keys import BlockKey
 from quire.kvstore.pool import IntegrityError
 from quire.kvstore.prefix_index import PageId
 
 SlotId = NewType("SlotId", int)
-
-_RUN_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,29 +141,10 @@ class HostPages:
 
     def demote(self, copies: Copies) -> None:
         """Pool to host."""
-        for run in self._runs(copies):
-            pages_M = torch.tensor(run.pages, dtype=torch.int64, device=self._pool_NB.device)
-            bytes_MB = gather_pages(self._pool_NB, pages_M)
-            if bytes_MB.is_cuda:
-                for slot, page_B in zip(run.slots, bytes_MB, strict=True):
-                    self._host_SB[slot].copy_(page_B, non_blocking=True)
-            else:
-                scatter_pages(self._host_SB, torch.tensor(run.slots, dtype=torch.int64), bytes_MB)
+        for page, slot in zip(copies.pages, copies.slots, strict=True):
+            self._host_SB[slot].copy_(self._pool_NB[page], non_blocking=True)
 
     def promote(self, copies: Copies) -> None:
         """Host to pool."""
-        for run in self._runs(copies):
-            pages_M = torch.tensor(run.pages, dtype=torch.int64, device=self._pool_NB.device)
-            if self._pool_NB.is_cuda:
-                bytes_MB = self._pool_NB.new_empty((len(run.slots), self._pool_NB.shape[1]))
-                for slot, page_B in zip(run.slots, bytes_MB, strict=True):
-                    page_B.copy_(self._host_SB[slot], non_blocking=True)
-            else:
-                bytes_MB = gather_pages(self._host_SB, torch.tensor(run.slots, dtype=torch.int64))
-            scatter_pages(self._pool_NB, pages_M, bytes_MB)
-
-    def _runs(self, copies: Copies) -> Iterator[Copies]:
-        """Cut so that what is on its way takes little of the device's memory, however much is copied."""
-        step = max(1, _RUN_BYTES // self._pool_NB.shape[1])
-        for at in range(0, len(copies.pages), step):
-            yield Copies(copies.pages[at : at + step], copies.slots[at : at + step])
+        for page, slot in zip(copies.pages, copies.slots, strict=True):
+            self._pool_NB[page].copy_(self._host_SB[slot], non_blocking=True)
