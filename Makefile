@@ -23,7 +23,7 @@ wheel: $(VENV)/.runtime
 	$(BIN)/pip wheel -q --no-deps -w dist .
 
 test: $(VENV)/.dev
-	scripts/loopback $(BIN)/pytest $(PYTEST_ARGS)
+	scripts/loopback $(BIN)/pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 # Hosts in namespaces of their own, which must not lie in those of scripts/loopback: sshd wants to be root for real.
 on-prem: $(VENV)/.dev
