@@ -77,7 +77,7 @@ def hot(rng: random.Random) -> Iterator[list[int]]:
 
 
 WORKLOADS = {
-    "chat": Workload(chat, requests=120, per_s=8.0),
-    "agent": Workload(agent, requests=90, per_s=6.0),
-    "hot": Workload(hot, requests=120, per_s=10.0),
+    "chat": Workload(chat, requests=240, per_s=8.0),
+    "agent": Workload(agent, requests=200, per_s=6.0),
+    "hot": Workload(hot, requests=200, per_s=10.0),
 }
