@@ -9,6 +9,7 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start Ray run one after another; they wait more than they compute, and others run beside."""
     for item in items:
