@@ -7,7 +7,6 @@ tests) only names a replica; requests and tokens travel on the link.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -76,7 +75,6 @@ class Fleet:
         self._secret = secret
         self._wait_s = wait_s
         self._links: dict[str, ReplicaLink] = {}
-        self._avoid_until_s: dict[str, float] = {}
         self._connecting = asyncio.Lock()
         self._meeting: set[asyncio.Task[None]] = set()
         self._met: ReplicaLink | None = None
@@ -123,8 +121,7 @@ class Fleet:
 
     async def report_lost(self, link: ReplicaLink) -> None:
         """The replica failed a request as dead: pass it over for a while, though Serve may still name it."""
-        self._avoid_until_s[link.replica_id] = until_s = time.monotonic() + _AVOID_S
-        self.routes.left(link.replica_id, until_s)
+        self.routes.left(link.replica_id, _AVOID_S)
         if self._links.get(link.replica_id) is link:
             del self._links[link.replica_id]
         await link.close()
@@ -153,7 +150,7 @@ class Fleet:
         while True:
             async with AsyncExitStack() as attempt:
                 chosen = await attempt.enter_async_context(self._chooser.choose(route))
-                if self._avoid_until_s.get(chosen.replica_id, 0.0) <= time.monotonic():
+                if not self.routes.avoids(chosen.replica_id):
                     with suppress(ReplicaDied):  # then another one, or this one a little later
                         link = await self._link(chosen)
                         route.reserved(chosen.replica_id)

@@ -166,16 +166,22 @@ class Routes:
             most = MAX_BLOCKS // len(self._replicas)
             known.blocks.resize(min(load.pages_total + load.host_slots, most))
 
-    def left(self, replica_id: str, avoid_until_s: float = 0.0) -> None:
-        """The stream has ended: what is known of it is so no more. Until then it is ranked last."""
+    def left(self, replica_id: str, avoid_s: float = 0.0) -> None:
+        """The stream has ended: what is known of it is so no more. For so long it is avoided: ranked last."""
         with self._lock:
             if (known := self._replicas.get(replica_id)) is not None:
                 self._replicas[replica_id] = _Known(
                     KnownBlocks(_BLOCKS_BEFORE_A_REPORT),
                     known.address,
                     open=known.open,
-                    avoid_until_s=avoid_until_s,
+                    avoid_until_s=max(known.avoid_until_s, self._clock() + avoid_s),
                 )
+
+    def avoids(self, replica_id: str) -> bool:
+        """Whether it failed a moment ago."""
+        with self._lock:
+            known = self._replicas.get(replica_id)
+            return known is not None and known.avoid_until_s > self._clock()
 
     def unknown(self) -> dict[str, str]:
         """Replicas (id to address) that requests were ranked over and that the gateway has no stream to."""

@@ -110,16 +110,33 @@ def test_serve_may_have_chosen_another_one(routes):
 def test_one_that_is_avoided_comes_last_and_is_met_again_later(routes, clock):
     route = sent(routes)
     done(route)
-    routes.left(route.replica_id, avoid_until_s=clock.now_s + 5)
+    routes.left(route.replica_id, avoid_s=5)
+    assert routes.avoids(route.replica_id)
     assert routes.route(PROMPT).rank(ADDRESSES)[-1] == route.replica_id
     assert routes.unknown() == {}
     clock.now_s += 6
+    assert not routes.avoids(route.replica_id)
     assert routes.unknown() == {route.replica_id: ADDRESSES[route.replica_id]}
+
+
+def test_one_that_is_avoided_stays_so_when_it_leaves_once_more(routes):
+    routes.left("a", avoid_s=5)
+    routes.joined("a", KEYS, 64)
+    routes.left("a")
+    assert routes.avoids("a")
+
+
+def test_one_that_merely_left_or_was_never_seen_is_not_avoided(routes):
+    routes.left("a")
+    routes.left("never seen", avoid_s=5)
+    assert not any(routes.avoids(name) for name in (*ADDRESSES, "never seen"))
 
 
 def test_one_that_serve_forgot_is_forgotten(routes):
     done(sent(routes))
+    routes.left("a", avoid_s=5)
     routes.route(PROMPT).rank({"new": "127.0.0.1:9"})
+    assert not routes.avoids("a")
     assert routes.numbers().known_blocks == 0
     assert routes.unknown() == {"new": "127.0.0.1:9"}
 

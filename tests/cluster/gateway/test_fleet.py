@@ -1,0 +1,67 @@
+"""Which replicas a gateway goes by."""
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from serving import SECRET, TOKENIZER, Listed, ScriptedEngine
+
+from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
+from quire.cluster.routing.book import Routes
+from quire.replicas import service
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@asynccontextmanager
+async def fleet_of(names, clock):
+    async with AsyncExitStack() as stack:
+        replicas = []
+        for name in names:
+            served = service.EngineService(
+                ScriptedEngine(), secret=SECRET, replica_id=name, tokenizer=TOKENIZER
+            )
+            server, address = await service.listen(served, "127.0.0.1")
+            stack.push_async_callback(server.stop, None)
+            replicas.append(ReplicaAddress(name, address))
+        fleet = Fleet(Listed(replicas), secret=SECRET, wait_s=10, routes=Routes(clock=clock))
+        stack.push_async_callback(fleet.close)
+        yield fleet
+
+
+async def taken_by(fleet, requests):
+    """Who takes so many requests, one after the other."""
+    takers = set()
+    for _ in range(requests):
+        async with fleet.reserve() as place:
+            takers.add(place.link.replica_id)
+    return takers
+
+
+async def test_one_that_failed_as_dead_is_passed_over_for_a_while():
+    clock = Clock()
+    async with fleet_of("ab", clock) as fleet:
+        assert await taken_by(fleet, 2) == {"a", "b"}
+        async with fleet.reserve() as place:
+            await fleet.report_lost(place.link)
+            lost = place.link.replica_id
+        (other,) = {"a", "b"} - {lost}
+        assert await taken_by(fleet, 3) == {other}
+        clock.now_s += 6
+        assert await taken_by(fleet, 2) == {"a", "b"}
+
+
+async def test_a_request_waits_rather_than_go_to_one_that_failed_as_dead():
+    clock = Clock()
+    async with fleet_of("a", clock) as fleet:
+        async with fleet.reserve() as place:
+            await fleet.report_lost(place.link)
+        request = asyncio.ensure_future(taken_by(fleet, 1))
+        await asyncio.sleep(0.3)
+        assert not request.done()
+        clock.now_s += 6
+        assert await request == {"a"}
