@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -26,10 +25,11 @@ from quire.replicas.blocks import BlockStore, Copier
 from quire.replicas.config import SchedulerConfig
 from quire.replicas.detokenize import Detokenizer
 from quire.replicas.errors import QueueFull, Status
-from quire.replicas.jobs import Job, LaunchedStep, lay_out, note_prompt_logprobs
-from quire.replicas.load_report import LoadReport, Pace
+from quire.replicas.jobs import Job, LaunchedStep, last_rows, lay_out, note_prompt_logprobs, prompt_part
+from quire.replicas.load_report import LoadReport
+from quire.replicas.meter import Meter
 from quire.replicas.plan import PROMPT_ROWS, StepBatch
-from quire.replicas.pressure import Load, Pressure, PressureGauge
+from quire.replicas.pressure import Pressure
 from quire.replicas.request import (
     EngineStats,
     Event,
@@ -44,7 +44,7 @@ from quire.replicas.sampler import Sampled, needs_tokens, start_sampling
 from quire.replicas.scheduler import SchedulerState, SeqId, StepPlan, plan_step
 from quire.replicas.sequence import Progress, Sequence
 from quire.replicas.sharing import Alone, BlockSharing
-from quire.replicas.step_clock import Part, StepClock
+from quire.replicas.step_clock import Part
 
 
 class StepExecutor(Copier, Protocol):
@@ -83,23 +83,18 @@ class Engine:
         self._max_step_tokens = max_step_tokens
         self._tokenizer = tokenizer
         self._clock = clock
-        self._time = StepClock(clock)
-        self._pace = Pace()
-        self._taken = 0
         self._blocks = BlockStore(executor, share)
         self._pool, self._sharing = self._blocks.pool, self._blocks.sharing
-        self._gauge = PressureGauge(pages=self._pool.total, max_running=scheduler.max_running)
+        self._meter = Meter(
+            self._blocks, max_running=scheduler.max_running, page_tokens=info.page_tokens, clock=clock
+        )
         self._waiting: dict[SeqId, Sequence] = {}  # in order of arrival
         self._running: dict[SeqId, Sequence] = {}
         self._launched: LaunchedStep | None = None
-        self._absorbed_s = 0.0
         self._stalled = False
         self._next_id = 0
         self._events: list[Event] = []
-        self._counts: Counter[str] = Counter()
         self._end_tokens = frozenset(info.eos_token_ids)
-        self.load = self._report()
-        """As of the end of the last step. From any thread."""
 
     @property
     def has_work(self) -> bool:
@@ -117,37 +112,17 @@ class Engine:
         return len(self._waiting)
 
     def stats(self) -> EngineStats:
-        parts = self._time.seconds
-        return EngineStats(
-            **self._blocks.numbers(),
-            **dict[str, Any](self._counts),
-            step_seconds=sum(parts.values()),
-            step_part_seconds=parts,
-            running=len(self._running),
-            queued=len(self._waiting),
-        )
+        return self._meter.stats(len(self._running), len(self._waiting))
+
+    @property
+    def load(self) -> LoadReport:
+        """As of the end of the last step. From any thread."""
+        return self._meter.load
 
     @property
     def pressure(self) -> Pressure:
-        """As of a moment ago: taken on the engine's thread, to be read from any."""
-        return self._gauge.latest
-
-    def _report(self) -> LoadReport:
-        fetch_s, fetch_s_per_token = self._sharing.fetch_pace or (0.0, 0.0)
-        return LoadReport(
-            **dict[str, Any](self._pace.numbers()),
-            taken=self._taken,
-            queued_tokens=self._queued_tokens(),
-            running=len(self._running),
-            waiting=len(self._waiting),
-            max_running=self._limits.max_running,
-            pages_total=self._pool.total,
-            pages_free=self._pool.free,
-            pages_cached=self._pool.cached,
-            host_slots=self._blocks.host.slots,
-            fetch_s=fetch_s,
-            fetch_s_per_token=fetch_s_per_token,
-        )
+        """As of a moment ago. From any thread."""
+        return self._meter.pressure
 
     def check(self) -> None:
         """Hold the pool's books against the pages the sequences hold. Raises IntegrityError."""
@@ -166,7 +141,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a valid request. Raises InvalidRequest or QueueFull, and then nothing of it remains."""
-        self._taken += 1
+        self._meter.taken()
         self.validate(request)
         if self.queued >= self._limits.max_queued:
             raise QueueFull(
@@ -206,7 +181,7 @@ class Engine:
                     timings=progress.timings(self._clock()) if last else None,
                 )
             )
-        self._counts["requests_cancelled"] += 1
+        self._meter.counts["requests_cancelled"] += 1
 
     def fail_all(self, status: Status, message: str) -> None:
         """Every open request ends with a Failure."""
@@ -218,10 +193,12 @@ class Engine:
 
         Raises ReplicaDied; the caller then decides about the open requests (`fail_all`).
         """
-        self._time.start()
+        self._meter.time.start()
         self._expire()
-        self._sharing.poll(self._clock(), self._queued_tokens())
-        self._time.ended(Part.PLAN)
+        self._sharing.poll(
+            self._clock(), self._meter.queued_tokens(self._running.values(), self._waiting.values())
+        )
+        self._meter.time.ended(Part.PLAN)
         before, self._launched = self._launched, None
         if before and any(map(needs_tokens, self._running.values())):
             self._absorb(before)
@@ -234,8 +211,7 @@ class Engine:
             self._launched = launched
         elif launched:
             self._absorb(launched)
-        self._gauge.update(self._load, self._clock())
-        self.load = self._report()
+        self._meter.stepped(self._running.values(), self._waiting.values(), self._clock())
         return self.take_events()
 
     def take_events(self) -> tuple[Event, ...]:
@@ -257,25 +233,6 @@ class Engine:
             max_step_tokens=self._max_step_tokens,
         )
 
-    def _queued_tokens(self) -> int:
-        """Of prompts to compute: not of those that wait for news of their prefix, which may be fetched."""
-        waiting = (seq for seq in self._waiting.values() if not self._sharing.holds_back(seq.id))
-        todo = sum(seq.length - seq.found_blocks * self.info.page_tokens for seq in waiting)
-        left = (seq.length - seq.computed for seq in self._running.values())
-        return todo + sum(tokens for tokens in left if tokens > 1)  # one: it decodes
-
-    def _load(self) -> Load:
-        """Shared pages count once where they are held; those that wait may find some of theirs here."""
-        waiting = sum(-(-seq.length // self.info.page_tokens) for seq in self._waiting.values())
-        todo = (seq.length - seq.computed for seq in self._sequences())
-        progresses = [seq.progress for seq in self._sequences() if seq.progress.first_token_s is None]
-        return Load(
-            pages=self._pool.used + waiting,
-            sequences=len(self._running) + len(self._waiting),
-            prompt_tokens=sum(tokens for tokens in todo if tokens > 1),
-            oldest_s=min((progress.submitted_s for progress in progresses), default=None),
-        )
-
     def _carry_out(self, plan: StepPlan) -> list[Job]:
         """Move sequences and pages as planned. Cached blocks are taken before anything can evict them."""
         for seq_id in plan.preempt:
@@ -291,8 +248,7 @@ class Engine:
             if seq.progress.admitted_s is None:
                 seq.progress.admitted_s = self._clock()
                 seq.progress.cached_tokens = seq.computed
-                self._pace.admitted(seq.prompt_tokens, seq.computed)
-                self._counts.update(seq.hits())
+                self._meter.admitted(seq)
         jobs = []
         prompt_rows = PROMPT_ROWS
         for work in plan.work:
@@ -307,7 +263,7 @@ class Engine:
             if need > 0:
                 seq.hold(self._pool.allocate(need))
             jobs.append(Job.next_of(seq, tokens))
-        self._counts["preemptions"] += len(plan.preempt)
+        self._meter.counts["preemptions"] += len(plan.preempt)
         return sorted(jobs, key=lambda job: job.tokens)
 
     # ---- the step
@@ -315,51 +271,33 @@ class Engine:
     def _launch(self, plan: StepPlan, before: LaunchedStep | None) -> LaunchedStep | None:
         """Start the planned step, and advance the books as if it were done. `before` is still under way."""
         jobs = self._carry_out(plan)
-        self._time.ended(Part.PLAN)
+        self._meter.time.ended(Part.PLAN)
         if not jobs:
             return None
         launched_s = self._clock()
         drawn_R = before.samples.tokens_R if before and before.samples else None
         logits_RV = self._executor.run(lay_out(jobs, self.info.page_tokens, before), drawn_R)
-        due: list[Sequence] = []
-        last_rows: list[int] = []
-        row = prompt_tokens = tokens_before = 0
+        note_prompt_logprobs(jobs, logits_RV)
         for job in jobs:
-            seq = job.seq
-            if seq.wants_prompt_logprobs and job.rows:
-                note_prompt_logprobs(job, logits_RV[row : row + len(job.rows)])
-            row += len(job.rows)
-            new = max(min(job.end, seq.prompt_tokens) - job.start, 0)
-            prompt_tokens += new
-            tokens_before += new * (2 * job.start + new) // 2
-            seq.computed += job.tokens
-            if job.due:
-                due.append(seq)
-                last_rows.append(row - 1)
-        self._time.ended(Part.FORWARD)
+            job.seq.computed += job.tokens
+        due = [job.seq for job in jobs if job.due]
+        self._meter.time.ended(Part.FORWARD)
         samples = None
         if due:
-            rows_RV = logits_RV if len(last_rows) == row else logits_RV[last_rows]
-            samples = start_sampling(rows_RV, due, self._end_tokens)
+            samples = start_sampling(last_rows(jobs, logits_RV), due, self._end_tokens)
         for seq in due:
             seq.in_flight += 1
-        self._counts["steps"] += 1
-        self._counts["prompt_tokens"] += prompt_tokens
         row_of = {seq.id: row for row, seq in enumerate(due)}
-        self._time.ended(Part.SAMPLE)
-        before_each = tokens_before / max(prompt_tokens, 1)
-        return LaunchedStep(jobs, samples, row_of, prompt_tokens, before_each, launched_s)
+        self._meter.time.ended(Part.SAMPLE)
+        step = LaunchedStep(jobs, samples, row_of, *prompt_part(jobs), launched_s)
+        self._meter.launched(step)
+        return step
 
     def _absorb(self, step: LaunchedStep) -> None:
         """Wait for a step, publish the blocks it completed, append its tokens."""
         samples = step.samples.collect() if step.samples else []
-        self._time.ended(Part.SAMPLE)
-        now = self._clock()
-        seconds = now - max(step.launched_s, self._absorbed_s)
-        self._sharing.prefilled(step.prompt_tokens, seconds, step.prompt_before, now)
-        self._gauge.prefilled(step.prompt_tokens, seconds, now)
-        self._pace.stepped(seconds, step.prompt_tokens, step.prompt_before)
-        self._absorbed_s = now
+        self._meter.time.ended(Part.SAMPLE)
+        self._meter.computed(step, self._clock())
         for job in step.jobs:
             seq = job.seq
             drawn = samples[step.row_of[seq.id]] if job.due else None
@@ -370,14 +308,14 @@ class Engine:
             kept = seq.evictions == job.evictions
             if job.due and drawn is None:
                 self._blocks.withdraw(seq, seq.pages if kept else [])
-                self._counts["nonfinite_outputs"] += 1
+                self._meter.counts["nonfinite_outputs"] += 1
                 self._fail(seq.request.id, Status.INTERNAL, _NOT_FINITE)
                 continue
             if kept:
                 self._blocks.publish(list(seq.complete_blocks(job.end)))
             if drawn is not None:
                 self._append(seq, drawn)
-        self._time.ended(Part.EMIT)
+        self._meter.time.ended(Part.EMIT)
 
     def _append(self, seq: Sequence, drawn: Sampled) -> None:
         """The sequence grows by one token: say so, and end it if this was its last."""
@@ -385,18 +323,17 @@ class Engine:
         first_of_request = progress.first_token_s is None
         if first_of_request:
             progress.first_token_s = now
-            self._gauge.first_token(now - progress.submitted_s, now)
+            self._meter.first_token(progress, now)
             self._sharing.computed(seq.id, now)
         seq.tokens.append(drawn.token)
         seq.output_counts[drawn.token] += 1
         progress.output_tokens += 1
-        self._counts["output_tokens"] += 1
+        self._meter.counts["output_tokens"] += 1
         text, seq.finish_reason = seq.text_and_end(drawn.token, self._end_tokens, self.info.max_model_tokens)
         finished = seq.finish_reason is not None
         if finished:
             self._leave(seq)
-            if progress.admitted_s is not None:
-                self._pace.released(now - progress.admitted_s)
+            self._meter.finished(progress, now)
             progress.open -= 1
         done = progress.open == 0
         self._events.append(
@@ -413,7 +350,7 @@ class Engine:
             )
         )
         if done:
-            self._counts["requests_finished"] += 1
+            self._meter.counts["requests_finished"] += 1
         if first_of_request:  # the prompt's blocks are in the index now: the other outputs share them
             for index in range(1, params.n):
                 self._enqueue(progress, index)
@@ -457,7 +394,7 @@ class Engine:
     def _fail(self, request_id: RequestId, status: Status, message: str) -> None:
         if self._let_go(request_id):
             self._events.append(Failure(request_id, status, message))
-            self._counts["requests_failed"] += 1
+            self._meter.counts["requests_failed"] += 1
 
     def _expire(self) -> None:
         """Requests that never ran and whose deadline is over need not run any more."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from torch import Tensor
@@ -86,10 +87,34 @@ def lay_out(jobs: Seq[Job], page_tokens: int, before: LaunchedStep | None) -> St
     )
 
 
-def note_prompt_logprobs(job: Job, rows_RV: Tensor) -> None:
-    """From the logits of a job's rows. Those at position p speak of token p + 1; the prompt's last row speaks
-    of the output.
-    """
+def prompt_part(jobs: Seq[Job]) -> tuple[int, float]:
+    """How many tokens of prompts these compute, and how many of its sequence stand before one on average."""
+    tokens = before = 0
+    for job in jobs:
+        new = max(min(job.end, job.seq.prompt_tokens) - job.start, 0)
+        tokens += new
+        before += new * (2 * job.start + new) // 2
+    return tokens, before / max(tokens, 1)
+
+
+def last_rows(jobs: Seq[Job], logits_RV: Tensor) -> Tensor:
+    """Of the step's logits, those from which next tokens are drawn."""
+    ends = list(accumulate(len(job.rows) for job in jobs))
+    rows = [end - 1 for job, end in zip(jobs, ends, strict=True) if job.due]
+    return logits_RV if len(rows) == ends[-1] else logits_RV[rows]
+
+
+def note_prompt_logprobs(jobs: Seq[Job], logits_RV: Tensor) -> None:
+    """Of the sequences that want them, from the step's logits."""
+    row = 0
+    for job in jobs:
+        if job.rows and job.seq.wants_prompt_logprobs:
+            _note_prompt_logprobs(job, logits_RV[row : row + len(job.rows)])
+        row += len(job.rows)
+
+
+def _note_prompt_logprobs(job: Job, rows_RV: Tensor) -> None:
+    """Rows at position p speak of token p + 1; the prompt's last row speaks of the output."""
     seq = job.seq
     first = job.start + job.rows.start
     of_prompt = min(job.start + job.rows.stop, seq.prompt_tokens - 1) - first

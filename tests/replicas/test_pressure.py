@@ -1,12 +1,8 @@
-"""What autoscaling looks at, as a replica counts it."""
+"""What autoscaling looks at, as a replica measures it."""
 
 import pytest
-from recall import mixed_prompts
 
-from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig
-from quire.replicas.load import load_engine, load_tokenizer
 from quire.replicas.pressure import Load, Pressure, PressureGauge
-from quire.replicas.request import Request, RequestId, SamplingParams
 
 IDLE = Load(pages=0, sequences=0, prompt_tokens=0, oldest_s=None)
 
@@ -70,30 +66,3 @@ def test_whoever_still_waits_has_waited_already():
     ours = gauge()
     ours.first_token(0.1, now_s=9.0)
     assert ours.read(Load(0, 1, 0, oldest_s=6.0), 10.0).first_token_s == 4.0
-
-
-def test_an_engine_counts_what_runs_and_what_waits_but_not_what_is_merely_cached():
-    now = 100.0
-    config = EngineConfig(
-        model="demo",
-        kv="bf16",
-        threads_per_shard=1,
-        pool=PoolConfig(bytes=20 * 196608),
-        scheduler=SchedulerConfig(max_running=2),
-    )
-    engine = load_engine(config)[1]
-    engine._clock = lambda: now
-    for number, prompt in enumerate(mixed_prompts(load_tokenizer("demo"), [150, 160, 170])):
-        sampling = SamplingParams(max_tokens=4, ignore_eos=True)
-        engine.add(Request(id=RequestId(str(number)), prompt=tuple(prompt), sampling=sampling))
-    now += 1.0
-    engine.step()
-    assert engine.pressure.occupancy == 3 / 2  # two run and one waits, of two places
-    assert engine.pressure.first_token_s == 1.0
-    while engine.has_work:
-        now += 0.5
-        engine.step()
-    now += 30.0
-    engine.step()
-    assert engine.stats().pages_cached > 0
-    assert engine.pressure == Pressure()
