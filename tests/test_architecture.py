@@ -90,9 +90,17 @@ def test_every_room_has_a_link_and_a_line_in_the_structure_page():
         assert f"| `{room}/` |" in page
 
 
+def test_every_folder_is_named_in_the_structure_page():
+    page = (ROOT / "docs/structure.md").read_text()
+    data = [p for room in ("benchmarks", "deploy", "docs") for p in (ROOT / room).glob("*/*") if p.is_file()]
+    folders = {str(p.parent.relative_to(ROOT)) for p in [*SOURCES, *data] if p.suffix != ".pyc"}
+    assert not [folder for folder in folders if f"`{folder}/`" not in page]
+
+
 def test_the_files_that_the_structure_page_names_exist():
     page = (ROOT / "docs/structure.md").read_text()
-    named = set(re.findall(r"`((?:kernels|kvstore|replicas|cluster|protos|tests|docs)/[\w/.]*)`", page))
+    rooms = "|".join((*RANK, "tests", "docs", "deploy", "benchmarks", "scripts"))
+    named = set(re.findall(rf"`((?:{rooms})/[\w/.]*)`", page))
     assert named
     assert not [name for name in named if not (ROOT / name).exists()]
 
