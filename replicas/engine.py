@@ -10,7 +10,6 @@ executes in order; a sequence that turns out to have ended wastes its row of one
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -91,7 +90,8 @@ class Engine:
         self._waiting: dict[SeqId, Sequence] = {}  # in order of arrival
         self._running: dict[SeqId, Sequence] = {}
         self._launched: LaunchedStep | None = None
-        self._stalled = False
+        self.stalled = False
+        """Whether the last step found nothing to compute: what waits, waits for pages or for news."""
         self._next_id = 0
         self._events: list[Event] = []
         self._end_tokens = frozenset(info.eos_token_ids)
@@ -101,11 +101,6 @@ class Engine:
         """Whether a step would do anything now: sequences that wait for news of their prefix do not."""
         waiting = any(not self._sharing.holds_back(seq_id) for seq_id in self._waiting)
         return bool(waiting or self._running or self._launched or self._events or self._sharing.has_news)
-
-    @property
-    def stalled(self) -> bool:
-        """Whether the last step found nothing to compute: what waits, waits for pages or for news."""
-        return self._stalled
 
     @property
     def queued(self) -> int:
@@ -148,14 +143,7 @@ class Engine:
                 f"{self.queued} requests are waiting already, the bound is scheduler.max_queued="
                 f"{self._limits.max_queued}; try again later or add replicas"
             )
-        seed = request.sampling.seed
-        progress = Progress(
-            request=request,
-            submitted_s=self._clock(),
-            seed=secrets.randbits(63) if seed is None else seed,
-            open=request.sampling.n,
-        )
-        self._enqueue(progress, 0)
+        self._enqueue(Progress.begin(request, self._clock()), 0)
 
     def cancel(self, request_id: RequestId) -> None:
         """End a request; its pages are free before the next step. Unknown ids are ignored.
@@ -204,7 +192,7 @@ class Engine:
             self._absorb(before)
             before = None
         launched = self._launch(plan_step(self._state()), before)
-        self._stalled = not (before or launched)
+        self.stalled = not (before or launched)
         if before:
             self._absorb(before)
         if launched and self._executor.overlaps:
@@ -282,9 +270,7 @@ class Engine:
             job.seq.computed += job.tokens
         due = [job.seq for job in jobs if job.due]
         self._meter.time.ended(Part.FORWARD)
-        samples = None
-        if due:
-            samples = start_sampling(last_rows(jobs, logits_RV), due, self._end_tokens)
+        samples = start_sampling(last_rows(jobs, logits_RV), due, self._end_tokens) if due else None
         for seq in due:
             seq.in_flight += 1
         row_of = {seq.id: row for row, seq in enumerate(due)}
@@ -330,8 +316,7 @@ class Engine:
         progress.output_tokens += 1
         self._meter.counts["output_tokens"] += 1
         text, seq.finish_reason = seq.text_and_end(drawn.token, self._end_tokens, self.info.max_model_tokens)
-        finished = seq.finish_reason is not None
-        if finished:
+        if seq.finish_reason is not None:
             self._leave(seq)
             self._meter.finished(progress, now)
             progress.open -= 1

@@ -5,6 +5,7 @@ Mutable, and owned by the engine alone.
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,17 @@ class Progress:
     first_token_s: float | None = None
     cached_tokens: int = 0
     output_tokens: int = 0
+
+    @staticmethod
+    def begin(request: Request, now_s: float) -> Progress:
+        """A request has come."""
+        seed = request.sampling.seed
+        return Progress(
+            request=request,
+            submitted_s=now_s,
+            seed=secrets.randbits(63) if seed is None else seed,
+            open=request.sampling.n,
+        )
 
     def usage(self) -> Usage:
         return Usage(
