@@ -23,11 +23,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
@@ -118,9 +119,9 @@ class Process:
 class Victims:
     """What is to die at once."""
 
-    pid: int
-    """To be killed; what runs below it dies with it."""
+    pids: tuple[int, ...]
     processes: tuple[Process, ...]
+    """What Serve knows of them."""
 
 
 @contextmanager
@@ -159,7 +160,7 @@ def serve_details() -> dict[str, Any]:
 
 def one_of(deployment: str) -> Victims:
     process = processes(deployment)[0]
-    return Victims(process.pid, (process,))
+    return Victims((process.pid,), (process,))
 
 
 def node_of(raylets: Mapping[str, int]) -> Victims:
@@ -168,7 +169,8 @@ def node_of(raylets: Mapping[str, int]) -> Victims:
     for node, there in sorted(on.items(), key=lambda item: -len(item[1])):
         count = Counter(p.deployment for p in there)
         if 0 < count["Replica"] < REPLICAS and count["Gateway"] < GATEWAYS:
-            return Victims(raylets[node], tuple(there))
+            below = psutil.Process(raylets[node]).children(recursive=True)
+            return Victims((raylets[node], *(process.pid for process in below)), tuple(there))
     raise SystemExit(f"whichever node is killed, too little is left: {on}")
 
 
@@ -180,23 +182,29 @@ async def right_answers() -> dict[str, list[int]]:
     return {p: answer.outputs[0].token_ids for p, answer in zip(PROMPTS, answers, strict=True)}
 
 
-async def stats_of(gateway: str) -> inference_pb2.Stats:
-    async with AsyncClient(gateway) as client:
-        return await client.stats()
+async def stats_of(gateways: Sequence[str]) -> list[inference_pb2.Stats]:
+    """What each of them knows."""
+    found = []
+    for gateway in gateways:
+        async with AsyncClient(gateway) as client:
+            found.append(await client.stats())
+    return found
 
 
 async def fault(name: str, victims: Victims, right: Mapping[str, Sequence[int]]) -> list[Row]:
     """Kills under open streams; waits until the streams have ended and all is whole again."""
     named = by_actor(APP)
     dying = {named[process.name] for process in victims.processes if process.name in named}
-    spared = next(address for address in named.values() if address not in dying)
+    spared = [address for address in named.values() if address not in dying]
     every = ",".join(named.values())
     streams = [Stream(AsyncClient(every), prompt, n % 2 == 0) for n, prompt in enumerate(PROMPTS)]
     runs = [asyncio.create_task(stream.run()) for stream in streams]
     await asyncio.gather(*(stream.begun.wait() for stream in streams))
     before = await stats_of(spared)
     assert not any(run.done() for run in runs), "a stream ended before the fault"
-    os.kill(victims.pid, signal.SIGKILL)
+    for pid in victims.pids:  # a node's at once, as if its power had gone
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     whole = asyncio.create_task(until_whole({process.name for process in victims.processes}))
     await asyncio.wait_for(asyncio.gather(*runs), LIMIT_S)
     whole_s, starting_s = await asyncio.wait_for(whole, LIMIT_S)
@@ -208,9 +216,11 @@ async def fault(name: str, victims: Victims, right: Mapping[str, Sequence[int]])
     for stream in failed[:2]:
         print(f"{name}: {type(stream.error).__name__}: {stream.error}", flush=True)
     counts = {
-        "on the replica": sum(r.running for r in before.replicas if r.replica_id in at_dead),
+        "on the replica": sum(r.running for r in before[0].replicas if r.replica_id in at_dead),
         "at the gateway": sum(stream.gateway in dying for stream in streams),
-        "carried on by a gateway": after.gateway_retries - before.gateway_retries,
+        "carried on by a gateway": sum(
+            a.gateway_retries - b.gateway_retries for a, b in zip(after, before, strict=True)
+        ),
         "carried on by the client": sum(s.gateway in dying and s.error is None for s in streams),
         "UNAVAILABLE with a hint": sum(
             isinstance(s.error, ReplicaDied) and s.error.retry_s > 0 for s in failed

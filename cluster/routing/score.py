@@ -4,8 +4,8 @@
                         + pressure (until there are pages and a place)
                         + work (compute what it has not, or fetch that from a neighbour)
 
-All rates are measured by the replicas. A prompt that makes blocks leave a full pool is charged what
-they cost to compute again, as often as blocks are found there: it does not wait for that, but others will.
+All rates are measured by the replicas. To this comes what others pay: every running sequence waits while the
+prompt is computed, and blocks that leave a full pool for it are computed again, as often as they are found.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STALE_S = 3.0
 """A report so old says nothing any more: replicas report once a second at least."""
 _TIE_S = 0.002
 _TIE_SHARE = 0.1
-"""Predictions closer than this are equal."""
+"""Costs closer than this, or than this share of the least one's time to first token, are equal."""
 _TYPICAL_BEFORE = 1000
 """Tokens behind which paces of prefill are compared."""
 
@@ -92,8 +92,8 @@ class Prediction:
     wait_s: float
     pressure_s: float
     work_s: float
-    evict_s: float
-    """Computing again what it makes leave: others pay that."""
+    others_s: float
+    """The waiting of running sequences, summed, and computing again what it makes leave."""
     cached_tokens: int
     fetched_tokens: int
 
@@ -104,7 +104,7 @@ class Prediction:
     @property
     def cost_s(self) -> float:
         """What is made small."""
-        return self.first_token_s + self.evict_s
+        return self.first_token_s + self.others_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +127,8 @@ def rank(prompt: Prompt, candidates: Sequence[Candidate], draw: Sequence[float])
     heard = [c for c in candidates if c.load is None or c.age_s <= STALE_S]
     silent = [c for c in candidates if c not in heard]  # stalled, or the way to it is: last
     predictions = {c.replica_id: predict(prompt, c, rates) for c in heard}
-    least = min(p.cost_s for p in predictions.values())
-    equal_s = least + max(_TIE_S, _TIE_SHARE * least)
+    least = min(predictions.values(), key=lambda p: p.cost_s)
+    equal_s = least.cost_s + max(_TIE_S, _TIE_SHARE * least.first_token_s)
 
     def place(at: int) -> tuple[bool, float, int, int, float]:
         candidate = heard[at]
@@ -151,12 +151,14 @@ def predict(prompt: Prompt, candidate: Candidate, rates: Rates) -> Prediction:
     work_s, fetched = _work(rates, prompt.tokens, cached, fetchable)
     need = -(-prompt.tokens // prompt.page_tokens) - candidate.known_blocks
     leave = max(min(need - load.pages_free, load.pages_cached), 0) * prompt.page_tokens
+    had = cached + fetched
+    delay_s = load.running * rates.compute_s(had, prompt.tokens - had)
     return Prediction(
         replica_id=candidate.replica_id,
         wait_s=_wait(load, rates, candidate),
         pressure_s=_pressure(load, need, candidate.sent_requests),
         work_s=work_s,
-        evict_s=load.hit_share * rates.compute_s(prompt.tokens // 2, leave),
+        others_s=delay_s + load.hit_share * rates.compute_s(prompt.tokens // 2, leave),
         cached_tokens=cached,
         fetched_tokens=fetched,
     )
