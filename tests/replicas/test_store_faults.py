@@ -1,0 +1,42 @@
+"""Some faults of `benchmarks/store_faults.py`: every answer is right, and every page accounted for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+FAULTS = {
+    "owner": [
+        ("send 3", "killed"),
+        ("send 1", "corrupt byte"),
+        ("offer", "evicted"),
+        ("done", "connections reset"),
+    ],
+    "receiver": [("take 3", "killed")],
+    "directory_killed": [()],
+    "directory_lying": [()],
+    "host_memory_full": [()],
+}
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, BENCHMARKS])
+        from store_faults import Campaign
+
+        campaign = Campaign(tmp_path_factory.mktemp("faults"))
+        yield campaign
+        campaign.close()
+
+
+def test_whatever_breaks_between_engines_answers_are_right_and_the_next_transfer_works(campaign):
+    for side, faults in FAULTS.items():
+        for fault in faults:
+            getattr(campaign, side)(*fault)
+    counted = [row for row in campaign.rows() if row.unit == "faults"]
+    assert len(counted) == 3 * 8
+    assert [(row.case, row.metric) for row in counted if row.value] == []
