@@ -1,19 +1,28 @@
-"""Asks a gateway the same questions until it is ended; prints each outcome as a line of JSON."""
+"""Asks a gateway the same questions, four at a time, until it is ended; prints outcomes as lines of JSON."""
 
 import json
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from quire.cluster.client import CallOptions, Client, SamplingParams, collect
 from quire.replicas.errors import QuireError
 
 PROMPTS = [f"Long ago, a {who} named {name}" for who in ("cat", "fox", "hen", "owl") for name in "ABC"]
 SAMPLING = SamplingParams(max_tokens=24, ignore_eos=True)
+ASKERS = 4  # one that waits for a dead host must not be the only one
 
 
 def main(address: str, deadline_s: float) -> None:
+    with ThreadPoolExecutor(ASKERS) as askers:
+        for at in range(ASKERS):
+            askers.submit(ask, address, deadline_s, PROMPTS[at::ASKERS])
+
+
+def ask(address: str, deadline_s: float, prompts: Sequence[str]) -> None:
     while True:
-        for prompt in PROMPTS:
+        for prompt in prompts:
             start = time.time()
             outcome: dict[str, object] = {"prompt": prompt, "start": start}
             with Client(address) as client:
@@ -22,7 +31,8 @@ def main(address: str, deadline_s: float) -> None:
                     outcome["tokens"] = answer.outputs[0].token_ids
                 except QuireError as error:
                     outcome["error"] = f"{error.status}: {error}"
-            print(json.dumps({**outcome, "seconds": time.time() - start}), flush=True)
+            line = json.dumps({**outcome, "seconds": time.time() - start})
+            print(line + "\n", end="", flush=True)  # in one piece
 
 
 if __name__ == "__main__":
