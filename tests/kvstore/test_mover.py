@@ -52,8 +52,8 @@ def test_a_block_arrives_byte_for_byte_in_every_format(kv):
 @pytest.mark.parametrize("destination_tp", [1, 2, 4, 8])
 def test_blocks_move_between_any_two_tensor_parallel_sizes(source_tp, destination_tp):
     """4 kv heads: with 8 shards, every head lies on two of them."""
-    owner = StorePeer(ReplicaId("owner"), tp=source_tp, timeout_s=5)
-    receiver = StorePeer(ReplicaId("receiver"), tp=destination_tp, timeout_s=5)
+    owner = StorePeer(ReplicaId("owner"), tp=source_tp, timeout_s=5, patience_s=2)
+    receiver = StorePeer(ReplicaId("receiver"), tp=destination_tp, timeout_s=5, patience_s=2)
     owner.cache(KEYS)
     done = fetch(receiver, owner, KEYS)
     assert done.failure is None, done.reason
