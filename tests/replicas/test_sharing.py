@@ -197,7 +197,7 @@ def test_a_directory_that_does_not_answer_is_not_waited_for():
         b.way.looks = False
         began = time.monotonic()
         assert answer(b.ask(PROMPT)) == answer(computed)
-        assert time.monotonic() - began < 30  # it would never answer
+        assert time.monotonic() - began < 3
         assert fetched(b) == 0
 
 
