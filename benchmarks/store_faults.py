@@ -51,8 +51,8 @@ TIMEOUT_S = 3.0
 SETTLED_S = 2 * TIMEOUT_S + 3
 _LOOKS = 3
 """Prompts until one at most has been announced in time."""
-_LAYOUT_AT = 40
-"""A byte of the layout's fingerprint in the first page header of a chunk."""
+_LAYOUT_AT, _GENERATION_AT = 40, 72
+"""Bytes of the first page header, in the last chunk."""
 
 
 # ---- the victim's side
@@ -112,13 +112,14 @@ class _Struck:
         return self._inner.endpoint
 
     def send(self, peer: Endpoint, ticket: Ticket, source: Source, timeout_s: float) -> Any:
-        fill = source.fill
+        give = source.give
 
-        def filled(index: int, chunk: Tensor) -> None:
-            fill(index, chunk)
+        def given(index: int, room: Tensor) -> Tensor:
+            chunk = give(index, room).clone()  # it may lie in the pool
             self._at(f"send {index}", chunk)
+            return chunk
 
-        source.fill = filled  # type: ignore[method-assign]
+        source.give = given  # type: ignore[method-assign]
         return self._inner.send(peer, ticket, source, timeout_s)
 
     def receive(self, peer: Endpoint, ticket: Ticket, sink: Sink, timeout_s: float) -> Any:
@@ -157,6 +158,7 @@ HOW: dict[str, Callable[[Victim, Tensor | None], None]] = {
     "stopped": partial(_end, signal.SIGSTOP),
     "corrupt byte": partial(_flip, -1),
     "wrong layout": partial(_flip, _LAYOUT_AT),
+    "wrong generation": partial(_flip, _GENERATION_AT),
     "evicted": Victim._evict,
     "rewritten after its lease": Victim._outlast,
     "connections reset": _reset,
@@ -354,8 +356,8 @@ def main() -> int:
                 for how, state in (
                     ("corrupt byte", "send 1"),
                     ("corrupt byte", "send 3"),
-                    ("wrong layout", "send 0"),
-                    ("wrong layout", "send 2"),
+                    ("wrong layout", "send 4"),
+                    ("wrong generation", "send 4"),
                     ("evicted", "offer"),
                     ("rewritten after its lease", "send 0"),
                     ("connections reset", "send 1"),

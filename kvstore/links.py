@@ -266,8 +266,7 @@ class OutLink(Link[Source]):
             if len(under_way) == self._here.config.depth:
                 pair.wait(under_way.popleft(), self._patience_s)
             stream.check()
-            chunk = self._chunk(index, size)
-            stream.body.fill(index, chunk)
+            chunk = stream.body.give(index, self._chunk(index, size))
             under_way.append(pair.post(chunk, index))
         for work in under_way:
             pair.wait(work, self._patience_s)

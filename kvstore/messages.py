@@ -157,13 +157,13 @@ _HEADER = np.dtype(
 HEADER_BYTES = _HEADER.itemsize
 _WORD = 8
 CHECKSUM_WORD = _HEADER.fields["checksum"][1] // _WORD  # type: ignore[index]
-_VERSION = 1
+_VERSION = 2
 
 
 def page_headers(
     keys: tuple[BlockKey, ...], layout: bytes, heads: tuple[int, int], generations: tuple[int, ...]
 ) -> PageHeaders:
-    """What travels in front of these pages, with the checksums still 0. `heads`: the first, and how many."""
+    """What travels behind these pages, with the checksums still 0. `heads`: the first, and how many."""
     headers = np.zeros(len(keys), dtype=_HEADER)
     headers["key"] = np.frombuffer(b"".join(keys), dtype=f"V{KEY_BYTES}")
     headers["layout"] = np.void(layout)

@@ -3,7 +3,8 @@
 Knows the pool's tensor and no books: which pages, and who may read them, is `exchange.py`'s to say. Pages
 that are received belong to nobody else until the exchange has published them.
 
-A chunk on a link: the headers of its pages, then the pages' bytes, packed.
+On a link go the pages' bytes in chunks, and then one chunk with all their headers, whose checksums are known
+by then. Large pages are chunks by themselves, sent from where they lie; small ones are packed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.layout import PageLayout
-from quire.kernels.pages import gather_pages, scatter_pages
+from quire.kernels.pages import checksum_pages, gather_pages, scatter_pages
 from quire.kvstore.bandwidth import Bandwidth
 from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.messages import (
@@ -31,6 +32,7 @@ from quire.kvstore.messages import (
     header_part,
     page_headers,
 )
+from quire.kvstore.prefix_index import PageId
 from quire.kvstore.slices import PageSlice, page_slices
 from quire.kvstore.transport import Ticket, Transport
 
@@ -64,6 +66,7 @@ class PageMover:
         """`chunk_bytes`, pages of a chunk: the same on all replicas. `limit`: of what is sent."""
         self._pool, self._transport, self._limit = pool, transport, limit
         self._chunk_bytes = chunk_bytes or CHUNK_BYTES[pool.pool_NB.device.type]
+        self._sums = _Sums()
 
     def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None:
         """Begin, and report from some other thread when this shard's part is over.
@@ -84,7 +87,7 @@ class PageMover:
     def _start(self, order: Order, piece: PageSlice) -> tuple[int, Future[None]]:
         ticket, timeout_s = Ticket(order.transfer), order.timeout_s
         if isinstance(order, SendPages):
-            outgoing = Outgoing(self._pool, order, piece, self._chunk_bytes, self._limit)
+            outgoing = Outgoing(self._pool, order, piece, self._chunk_bytes, self._sums, self._limit)
             future = self._transport.send(order.peers[piece.destination], ticket, outgoing, timeout_s)
         else:
             incoming = Incoming(self._pool, order, piece, self._chunk_bytes)
@@ -107,36 +110,74 @@ class _Pages:
         self._order, self._piece = order, piece
         self._pages_M = torch.tensor(order.pages, device=device)
         self._headers_MW = torch.from_numpy(headers).to(device)
-        self._step = max(round(chunk_bytes / piece.size_bytes), 1)
+        large = 2 * piece.size_bytes > chunk_bytes
+        self._step = 1 if large else round(chunk_bytes / piece.size_bytes)
         counts = [min(self._step, len(order.pages) - at) for at in range(0, len(order.pages), self._step)]
-        self.sizes = tuple(count * (HEADER_BYTES + piece.size_bytes) for count in counts)
+        self.sizes = (*(count * piece.size_bytes for count in counts), len(order.pages) * HEADER_BYTES)
+
+    def _is_headers(self, index: int) -> bool:
+        return index == len(self.sizes) - 1
 
     def _part(self, index: int) -> slice:
         return slice(index * self._step, (index + 1) * self._step)
 
-    def _split(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        """The chunk's headers [C, W], and its pages [C, bytes]."""
-        count = chunk.numel() // (HEADER_BYTES + self._piece.size_bytes)
-        headers, body = chunk[: count * HEADER_BYTES], chunk[count * HEADER_BYTES :]
-        return headers.view(torch.int64).view(count, -1), body.view(count, -1)
+    def _rows(self, chunk: Tensor) -> Tensor:
+        return chunk.view(-1, self._piece.size_bytes)
+
+    def _sum_C(self, part: slice) -> Tensor:
+        return self._headers_MW[part, CHECKSUM_WORD]
+
+
+class _Sums:
+    """Checksums of large pages that were sent before. What a page holds in one generation never changes."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[PageId, int, int], tuple[int, Tensor]] = {}
+
+    def of(self, page: PageId, generation: int, heads: tuple[int, int], bytes_B: Tensor) -> Tensor:
+        """A number, int64 []."""
+        name = (page, *heads)
+        before, sum_ = self._known.get(name, (None, None))
+        if sum_ is None or before != generation:
+            sum_ = checksum_pages(bytes_B[None])[0]
+            self._known[name] = generation, sum_
+        return sum_
 
 
 class Outgoing(_Pages):
     """A `Source` of pages."""
 
     def __init__(
-        self, pool: ShardPool, order: SendPages, piece: PageSlice, chunk_bytes: int, limit: Bandwidth | None
+        self,
+        pool: ShardPool,
+        order: SendPages,
+        piece: PageSlice,
+        chunk_bytes: int,
+        sums: _Sums,
+        limit: Bandwidth | None,
     ) -> None:
         super().__init__(pool, order, piece, chunk_bytes)
-        self._limit = limit
+        self._sums, self._limit = sums, limit
 
-    def fill(self, index: int, chunk: Tensor) -> None:
+    def give(self, index: int, room: Tensor) -> Tensor:
         if self._limit is not None:
-            self._limit.wait(chunk.numel())
+            self._limit.wait(room.numel())
+        alone = self._step == 1
+        if alone and index:
+            self._sum(index - 1)  # which was read a moment ago, and is in the cache
+        if self._is_headers(index):
+            return room.copy_(_as_bytes(self._headers_MW))
+        if alone:
+            return self._bytes_NB[self._order.pages[index]]
         part = self._part(index)
-        headers_CW, body_CB = self._split(chunk)
-        headers_CW.copy_(self._headers_MW[part])
-        gather_pages(self._bytes_NB, self._pages_M[part], body_CB, sum_M=headers_CW[:, CHECKSUM_WORD])
+        gather_pages(self._bytes_NB, self._pages_M[part], self._rows(room), self._sum_C(part))
+        return room
+
+    def _sum(self, index: int) -> None:
+        page, generation = self._order.pages[index], self._order.generations[index]
+        heads = (self._piece.first_head, self._piece.heads)
+        sum_ = self._sums.of(page, generation, heads, self._bytes_NB[page])
+        self._headers_MW[index, CHECKSUM_WORD] = sum_
 
 
 class Incoming(_Pages):
@@ -151,11 +192,11 @@ class Incoming(_Pages):
     def take(self, index: int, chunk: Tensor) -> None:
         if chunk.is_cuda:
             self._stream = torch.cuda.current_stream(chunk.device)
+        if self._is_headers(index):
+            _as_bytes(self._arrived_MW).copy_(chunk)
+            return
         part = self._part(index)
-        headers_CW, body_CB = self._split(chunk)
-        self._arrived_MW[part] = headers_CW
-        sum_C = self._headers_MW[part, CHECKSUM_WORD]
-        scatter_pages(self._bytes_NB, self._pages_M[part], body_CB, sum_M=sum_C)
+        scatter_pages(self._bytes_NB, self._pages_M[part], self._rows(chunk), self._sum_C(part))
 
     def settle(self) -> None:
         if self._stream is not None:
@@ -169,6 +210,10 @@ class Incoming(_Pages):
             cause = Cause.CHECKSUM if part == "checksum" else Cause.HEADER
             name = self._order.keys[block].hex()[:12]
             raise TransferFailed(cause, f"block {name} arrived with another {part} than was agreed")
+
+
+def _as_bytes(headers_MW: Tensor) -> Tensor:
+    return headers_MW.view(torch.uint8).view(-1)
 
 
 class _Tally:

@@ -1,6 +1,6 @@
 """Moves chunks of bytes between two shards. The seam between what a transfer says and how bytes travel.
 
-Knows no pages: a `Source` fills chunks, a `Sink` takes them. `link_transport.py` is the implementation.
+Knows no pages: a `Source` gives chunks, a `Sink` takes them. `link_transport.py` is the implementation.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ class Source(Protocol):
     sizes: tuple[int, ...]
     """Bytes of each chunk; the receiver's sink has the same."""
 
-    def fill(self, index: int, chunk: Tensor) -> None:
-        """Write the chunk, uint8 [sizes[index]]. Raises TransferFailed to end the stream here."""
+    def give(self, index: int, room: Tensor) -> Tensor:
+        """The chunk, uint8 [sizes[index]]: written into `room`, or where it lies already, to be read there
+        until the stream is over. Called in order. Raises TransferFailed to end the stream here.
+        """
 
 
 class Sink(Protocol):

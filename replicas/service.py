@@ -37,11 +37,13 @@ SECRET_METADATA = "quire-secret"
 INTERNAL_CHANNEL = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
-    # A peer whose machine is gone sends no FIN: pings find it.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    # A peer whose machine is gone sends no FIN: pings find it, which gRPC's own threads answer.
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 4_000),
+    ("grpc.http2.ping_timeout_ms", 4_000),  # without it a stopped process is waited for a minute
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),  # more often would be taken for an attack
 )
 """Options of both ends of the stream between a gateway and a replica."""
 _QUIET_S = 0.25

@@ -129,6 +129,21 @@ def test_logits_of_other_architectures_are_transformers_own(name, tmp_path):
     assert (torch.cat(outs).cpu() - expected).abs().mean() < limit * expected.abs().mean()
 
 
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+def test_evicted_prefixes_come_back_from_pinned_memory_with_the_same_answers(kv):
+    prompts, wanted = zip(*(recall_prompt(TOKENIZER, seed=n, distance=900) for n in range(12)), strict=True)
+    page_bytes = {"int8": 101376, "int4": 55296}[kv]
+    pool = PoolConfig(bytes=40 * page_bytes, host_bytes=400 * page_bytes)
+    with LLM("demo", kv=kv, device="cuda", dtype="float32", pool=pool) as llm:
+        rounds = [llm.generate(list(prompts), SamplingParams(max_tokens=7)) for _ in range(3)]
+        llm.check()
+        stats = llm.stats()
+    assert stats.promoted_blocks > 100
+    for cold, *warm in zip(*rounds, strict=True):
+        assert [completion.text for completion in warm] == [cold.text] * 2
+    assert all(fact in completion.text for fact, completion in zip(wanted, rounds[0], strict=True))
+
+
 def test_a_captured_step_gives_the_same_bits_each_time_and_in_any_company():
     shard = Shard(EngineConfig(model="demo", kv="int4", device="cuda", pool=POOL))
     page_rows = np.arange(40 * 3).reshape(40, 3)

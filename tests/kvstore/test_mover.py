@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from store_peers import HEADS, StorePeer, fetch, keys_of, run
+from store_peers import ALONE, HEADS, PACKED, StorePeer, fetch, keys_of, run
 from torch import Tensor
 
 from quire.kvstore.failures import Cause, TransferFailed
@@ -34,9 +34,12 @@ def settled(*peers: StorePeer) -> None:
         peer.check()
 
 
+@pytest.mark.parametrize("chunk_bytes", [PACKED, ALONE])
 @pytest.mark.parametrize("kv", ["bf16", "int8", "int4", "k8v4"])
-def test_a_block_arrives_byte_for_byte_in_every_format(kv):
-    owner, receiver = StorePeer(ReplicaId("owner"), kv=kv), StorePeer(ReplicaId("receiver"), kv=kv)
+def test_a_block_arrives_byte_for_byte_in_every_format(kv, chunk_bytes):
+    owner, receiver = (
+        StorePeer(ReplicaId(name), kv=kv, chunk_bytes=chunk_bytes) for name in ("owner", "receiver")
+    )
     owner.cache(KEYS)
     done = fetch(receiver, owner, KEYS)
     assert (done.failure, done.blocks) == (None, len(KEYS))
@@ -48,12 +51,14 @@ def test_a_block_arrives_byte_for_byte_in_every_format(kv):
     receiver.close()
 
 
+@pytest.mark.parametrize("chunk_bytes", [PACKED, ALONE // 8])
 @pytest.mark.parametrize("source_tp", [1, 2, 4, 8])
 @pytest.mark.parametrize("destination_tp", [1, 2, 4, 8])
-def test_blocks_move_between_any_two_tensor_parallel_sizes(source_tp, destination_tp):
+def test_blocks_move_between_any_two_tensor_parallel_sizes(source_tp, destination_tp, chunk_bytes):
     """4 kv heads: with 8 shards, every head lies on two of them."""
-    owner = StorePeer(ReplicaId("owner"), tp=source_tp, timeout_s=5, patience_s=2)
-    receiver = StorePeer(ReplicaId("receiver"), tp=destination_tp, timeout_s=5, patience_s=2)
+    patient = {"timeout_s": 5, "patience_s": 2, "chunk_bytes": chunk_bytes}
+    owner = StorePeer(ReplicaId("owner"), tp=source_tp, **patient)
+    receiver = StorePeer(ReplicaId("receiver"), tp=destination_tp, **patient)
     owner.cache(KEYS)
     done = fetch(receiver, owner, KEYS)
     assert done.failure is None, done.reason
@@ -87,36 +92,62 @@ def test_several_transfers_are_under_way_at_once_in_both_directions(peers):
     settled(*peers)
 
 
-def flip(at: int) -> object:
+PAGES, HEADERS = 1, 3
+"""Two of the chunks in which twelve blocks are sent: the last one has the headers."""
+
+
+def flip(at: int, where: int = PAGES) -> object:
     def change(index: int, chunk: Tensor) -> None:
-        if index == 1:
+        if index == where:
             chunk[at] ^= 1
 
     return change
 
 
 @pytest.mark.parametrize(
-    ("at", "cause"),
-    [(-1, Cause.CHECKSUM), (3, Cause.HEADER), (40, Cause.HEADER), (64, Cause.HEADER), (72, Cause.HEADER)],
-    ids=["page", "key", "layout", "head", "generation"],
+    ("where", "at", "cause"),
+    [
+        (PAGES, -1, Cause.CHECKSUM),
+        (HEADERS, 3, Cause.HEADER),
+        (HEADERS, 40, Cause.HEADER),
+        (HEADERS, 64, Cause.HEADER),
+        (HEADERS, 72, Cause.HEADER),
+        (HEADERS, 80, Cause.CHECKSUM),
+    ],
+    ids=["page", "key", "layout", "head", "generation", "checksum"],
 )
-def test_a_damaged_byte_is_noticed_before_anybody_can_read_it(peers, at, cause):
+def test_a_damaged_byte_is_noticed_before_anybody_can_read_it(peers, where, at, cause):
     owner, receiver = peers
-    owner.transports[0].fill = flip(at)
+    owner.transports[0].give = flip(at, where)
     done = fetch(receiver, owner, KEYS)
     assert (done.failure, done.blocks) == (cause, 0)
     assert receiver.pool.lookup(KEYS) == (0, 0)
     settled(*peers)
-    owner.transports[0].fill = None
+    owner.transports[0].give = None
     assert fetch(receiver, owner, KEYS).failure is None
     assert receiver.holds(KEYS)
 
 
-def test_a_damaged_checksum_is_noticed(peers):
-    owner, receiver = peers
-    owner.transports[0].fill = flip(80)
-    assert fetch(receiver, owner, KEYS).failure is Cause.CHECKSUM
-    settled(*peers)
+def test_a_byte_of_a_large_page_that_changed_in_the_owners_memory_is_noticed():
+    """Since the page was first sent: its checksum is from then."""
+    owner, *others = (StorePeer(ReplicaId(name), chunk_bytes=ALONE) for name in ("owner", "one", "two"))
+    page = owner.cache(KEYS)[2]
+    assert fetch(others[0], owner, KEYS).failure is None
+    owner.shards[0].pool_NB[page, 5] ^= 1
+    assert fetch(others[1], owner, KEYS).failure is Cause.CHECKSUM
+    settled(owner, *others)
+    for peer in (owner, *others):
+        peer.close()
+
+
+def test_a_page_that_holds_another_block_now_has_another_checksum():
+    owner, receiver = (StorePeer(ReplicaId(name), chunk_bytes=ALONE, pages=12) for name in ("owner", "one"))
+    for seed in range(3):
+        owner.cache(keys_of(12, seed))  # there is no room for two
+        assert fetch(receiver, owner, keys_of(12, seed)).failure is None
+        assert receiver.holds(keys_of(12, seed))
+    owner.close()
+    receiver.close()
 
 
 def test_an_owner_that_lies_about_its_layout_is_noticed(peers):
@@ -144,7 +175,7 @@ def test_pages_rewritten_after_the_lease_ended_are_not_believed(peers):
             owner.pool.release(owner.pool.allocate(owner.pages))
             owner.shards[0].pool_NB.zero_()
 
-    owner.transports[0].fill = rewrite
+    owner.transports[0].give = rewrite
     assert fetch(receiver, owner, KEYS).failure is Cause.LEASE
     assert receiver.pool.lookup(KEYS) == (0, 0)
     settled(*peers)
@@ -180,7 +211,7 @@ def test_pages_are_taken_only_while_the_fetch_lives(peers):
     """A fetch that ended gives its pages back; what still arrives must not be written over their new use."""
     owner, receiver = peers
     receiver.timeout_s = 0.5
-    owner.transports[0].fill = lambda index, chunk: time.sleep(0.3)
+    owner.transports[0].give = lambda index, chunk: time.sleep(0.3)
     started = time.monotonic()
     receiver.exchange._config = type(receiver.exchange._config)(timeout_s=0.5)
     done = fetch(receiver, owner, KEYS)
@@ -212,16 +243,16 @@ def test_forty_faults_in_a_row_cost_forty_transfers():
         receiver.exchange.peer_gone(owner.name, time.monotonic())
 
     faults = {
-        "byte": ("fill", lambda: flip(rng.randrange(-1000, 0))),
-        "header": ("fill", lambda: flip(rng.choice([3, 40, 64, 72, 80]))),
-        "sender": ("fill", lambda: refuse),
+        "byte": ("give", lambda: flip(rng.randrange(-1000, 0))),
+        "header": ("give", lambda: flip(rng.choice([3, 40, 64, 72, 80]), HEADERS)),
+        "sender": ("give", lambda: refuse),
         "receiver": ("take", lambda: refuse),
-        "lease": ("fill", lambda: rewrite),
+        "lease": ("give", lambda: rewrite),
         "news": ("take", lambda: give_up),
     }
     for _ in range(40):
         side, make = faults[rng.choice(list(faults))]
-        transport = (owner if side == "fill" else receiver).transports[0]
+        transport = (owner if side == "give" else receiver).transports[0]
         setattr(transport, side, make())
         done = fetch(receiver, owner, KEYS)
         causes[done.failure] += 1

@@ -33,11 +33,11 @@ class Numbers:
     signal_at: tuple[int, int] | None = None
     pause_s: float = 0.0
 
-    def fill(self, index: int, chunk: Tensor) -> None:
+    def give(self, index: int, room: Tensor) -> Tensor:
         if self.signal_at is not None and index == self.signal_at[0]:
             os.kill(os.getpid(), self.signal_at[1])
         time.sleep(self.pause_s)
-        chunk.copy_(pattern(self.sizes[index], self.seed + index))
+        return room.copy_(pattern(self.sizes[index], self.seed + index))
 
 
 @dataclass

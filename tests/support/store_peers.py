@@ -30,7 +30,8 @@ from quire.kvstore.transport import Endpoint, Sink, Source, Ticket, Transport
 
 HOST, CPU = "127.0.0.1", torch.device("cpu")
 HEADS = 4
-CHUNK_BYTES = 20_000  # a few pages: transfers have several chunks
+PACKED, ALONE = 20_000, 5_000
+"""Sizes of a chunk: a few pages, or one."""
 GPU_PATIENCE_S = {"timeout_s": 8.0, "patience_s": 3.0}  # a communicator connects in a second or two
 
 
@@ -51,10 +52,10 @@ def block_bytes(key: BlockKey, head_bytes: int) -> Tensor:
 
 @dataclass
 class Meddled:
-    """A transport that does something whenever a chunk is filled or taken."""
+    """A transport that does something whenever a chunk is given or taken."""
 
     inner: Transport
-    fill: Callable[[int, Tensor], None] | None = None
+    give: Callable[[int, Tensor], None] | None = None
     take: Callable[[int, Tensor], None] | None = None
 
     @property
@@ -62,7 +63,7 @@ class Meddled:
         return self.inner.endpoint
 
     def send(self, peer: Endpoint, ticket: Ticket, source: Source, timeout_s: float) -> Future[None]:
-        return self.inner.send(peer, ticket, _MeddledSource(source, self.fill), timeout_s)
+        return self.inner.send(peer, ticket, _MeddledSource(source, self.give), timeout_s)
 
     def receive(self, peer: Endpoint, ticket: Ticket, sink: Sink, timeout_s: float) -> Future[None]:
         return self.inner.receive(peer, ticket, _MeddledSink(sink, self.take), timeout_s)
@@ -75,10 +76,13 @@ class _MeddledSource:
     def __init__(self, inner: Source, change: Callable[[int, Tensor], None] | None) -> None:
         self.sizes, self._inner, self._change = inner.sizes, inner, change
 
-    def fill(self, index: int, chunk: Tensor) -> None:
-        self._inner.fill(index, chunk)
-        if self._change is not None:
-            self._change(index, chunk)
+    def give(self, index: int, room: Tensor) -> Tensor:
+        chunk = self._inner.give(index, room)
+        if self._change is None:
+            return chunk
+        changed = chunk.clone()  # it may lie in the pool
+        self._change(index, changed)
+        return changed
 
 
 class _MeddledSink:
@@ -111,6 +115,7 @@ class StorePeer:
     claims: str | None = None
     """The format that it says it has."""
     device: torch.device = CPU
+    chunk_bytes: int = PACKED
     transports: list[Meddled] = field(init=False)
     fetched: list[Fetched] = field(default_factory=list)
 
@@ -124,7 +129,7 @@ class StorePeer:
             layout = layout_of(self.kv, len(shard_heads(rank, self.tp, HEADS)))
             pool_NB = torch.zeros(self.pages, layout.page_bytes, dtype=torch.uint8, device=self.device)
             self.shards.append(ShardPool(pool_NB, layout, rank, self.tp, HEADS))
-            self.movers.append(PageMover(self.shards[-1], transport, chunk_bytes=CHUNK_BYTES))
+            self.movers.append(PageMover(self.shards[-1], transport, chunk_bytes=self.chunk_bytes))
         self.exchange = Exchange(
             self.pool,
             layout_of(self.claims or self.kv).fingerprint,
@@ -238,7 +243,7 @@ def peer_process(
             os.kill(os.getpid(), int(strike[1]))
 
     for transport in me.transports:
-        transport.fill = lambda index, _: struck(f"send {index}")
+        transport.give = lambda index, _: struck(f"send {index}")
         transport.take = lambda index, _: struck(f"take {index}")
     control.send("ready")
     while True:
