@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo install wheel test test-ray test-others on-prem lint format protos observability clean
+.PHONY: demo install wheel test test-ray test-others on-prem on-prem-from-nothing lint format protos observability clean
 
 demo: $(VENV)/.runtime
 	scripts/loopback $(BIN)/quire demo
@@ -37,6 +37,13 @@ test-others: $(VENV)/.dev
 # Hosts in namespaces of their own, which must not lie in those of scripts/loopback: sshd wants to be root for real.
 on-prem: $(VENV)/.dev
 	$(BIN)/pytest $(PYTEST_ARGS) tests/cluster/test_on_prem.py
+
+# The same on hosts that have no Python package: about 3 GB of downloads, and four installations of 1.5 GB each.
+WHEELS := $(CURDIR)/build/wheels
+on-prem-from-nothing: $(VENV)/.dev
+	$(BIN)/pip wheel -q $(PIP_ARGS) -c constraints.txt -w $(WHEELS) torch ".[serve]" "setuptools>=80"
+	rm $(WHEELS)/quire-*
+	$(BIN)/pytest $(PYTEST_ARGS) tests/cluster/test_on_prem.py --wheels $(WHEELS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -167,7 +167,7 @@ def measure(workload: Workload, addresses: dict[str, str], rounds: int) -> dict[
     return seen
 
 
-def rows_of(workload: Workload, seen: dict[str, Seen], case: str) -> list[Row]:
+def rows_of(seen: dict[str, Seen], case: str) -> list[Row]:
     """Every figure against Serve's default router."""
     base = seen["default"]
     rows = []
@@ -214,6 +214,7 @@ def main() -> int:
     parser.add_argument("workloads", nargs="+", choices=sorted(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--share", action="store_true", help="replicas fetch blocks from each other")
+    parser.add_argument("--per-s", type=float, help="requests a second, instead of the workload's own")
     parser.add_argument("--routers", nargs="+", choices=sorted(ROUTERS), default=list(ROUTERS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -225,10 +226,13 @@ def main() -> int:
         for address in addresses.values():
             asyncio.run(warm_up(address))
         for name in args.workloads:
-            case = f"routing {name}" + (" shared" if args.share else "")
-            seen = measure(WORKLOADS[name], addresses, args.rounds)
+            workload = WORKLOADS[name]
+            if args.per_s:
+                workload = replace(workload, per_s=args.per_s)
+            case = f"routing {name} {workload.per_s:g}/s" + (" shared" if args.share else "")
+            seen = measure(workload, addresses, args.rounds)
             if "default" in seen:
-                rows = rows_of(WORKLOADS[name], seen, case)
+                rows = rows_of(seen, case)
                 report(rows, None)
                 if args.json:
                     merge(rows, args.json)

@@ -45,14 +45,14 @@ def _weighted(rng: random.Random, count: int) -> int:
     return rng.choices(range(count), [1 / (at + 1) for at in range(count)])[0]
 
 
-def chat(rng: random.Random) -> Iterator[list[int]]:
+def chat(rng: random.Random, at_once: int = 12) -> Iterator[list[int]]:
     """12 conversations at a time, 4 turns each, over 6 system prompts of 448 tokens; a turn adds 60-140."""
     systems = [_words(rng, 448) for _ in range(6)]
 
     def begin() -> tuple[list[int], int]:
         return list(systems[_weighted(rng, len(systems))]), 4
 
-    open_ = [begin() for _ in range(12)]
+    open_ = [begin() for _ in range(at_once)]
     while True:
         at = rng.randrange(len(open_))
         said, left = open_[at]
@@ -60,6 +60,11 @@ def chat(rng: random.Random) -> Iterator[list[int]]:
         yield said
         said = said + _words(rng, rng.randrange(20, 50))
         open_[at] = (said, left - 1) if left > 1 else begin()
+
+
+def crowd(rng: random.Random) -> Iterator[list[int]]:
+    """Chats, but 48 at a time: more than the pools of all replicas hold."""
+    return chat(rng, at_once=48)
 
 
 def agent(rng: random.Random) -> Iterator[list[int]]:
@@ -78,6 +83,7 @@ def hot(rng: random.Random) -> Iterator[list[int]]:
 
 WORKLOADS = {
     "chat": Workload(chat, requests=240, per_s=8.0),
+    "crowd": Workload(crowd, requests=240, per_s=8.0),
     "agent": Workload(agent, requests=200, per_s=6.0),
     "hot": Workload(hot, requests=200, per_s=10.0),
 }

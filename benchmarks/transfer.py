@@ -4,10 +4,11 @@
     scripts/loopback sh -c 'tc qdisc add dev lo root tbf rate 10gbit burst 4mb limit 64mb && python ...'
 
 Owner and receiver are processes of their own; pages as an 8B model's shard has them (32 layers, 8 kv heads
-of 128). Raw is gloo alone in the same two processes: a group of two, chunks of the same size, as many under
-way. Bytes are counted by the loopback interface, TCP and IP headers included, which means something only
-where nothing else uses it: under scripts/loopback. The second form shapes the link; without it, both
-processes' copies and checksums compete for cores with the loopback's own copies.
+of 128), of 2,048 and 8,192 tokens. They are sent a first time, and again, as a shared prefix is: then their
+checksums are known. Raw is gloo alone in the same two processes: a group of two, chunks of the same size, as
+many under way. Bytes are counted by the loopback interface, TCP and IP headers and acknowledgements included,
+which means something only where nothing else uses it: under scripts/loopback. The second form shapes the
+link; without it, both processes' copies and checksums compete for cores with the loopback's own copies.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from quire.kvstore.pool import PagePool
 
 HOST, CPU = "127.0.0.1", torch.device("cpu")
 LAYERS, HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
-BLOCKS = 32  # 2,048 tokens
+SIZES = (32, 128)  # blocks: 2,048 and 8,192 tokens
 OWNER, RECEIVER = ReplicaId("owner"), ReplicaId("receiver")
 TARGET = 0.85
 PATIENCE_S = 10.0
@@ -49,10 +50,10 @@ PATIENCE_S = 10.0
 class Node:
     """One replica of one shard; `peer` carries its messages."""
 
-    def __init__(self, kv: str, me: ReplicaId, peer: Connection) -> None:
+    def __init__(self, kv: str, blocks: int, me: ReplicaId, peer: Connection) -> None:
         self.layout = PageLayout(layer_formats(kv, LAYERS), HEADS, HEAD_DIM, PAGE_TOKENS)
-        self.pool = PagePool(BLOCKS)
-        self.pool_NB = torch.zeros(BLOCKS, self.layout.page_bytes, dtype=torch.uint8)
+        self.pool = PagePool(blocks)
+        self.pool_NB = torch.zeros(blocks, self.layout.page_bytes, dtype=torch.uint8)
         transport = LinkTransport(HOST, CPU, LinkConfig(operation_timeout_s=PATIENCE_S))
         self.mover = PageMover(ShardPool(self.pool_NB, self.layout, 0, 1, HEADS), transport)
         config = ExchangeConfig(timeout_s=PATIENCE_S, max_lent_share=1.0)
@@ -97,32 +98,38 @@ class Node:
         os.write(self._wake, b"\0")
 
 
-def keys_of_blocks() -> list[BlockKey]:
-    return extend_chain(KeySpace(b"l", b"m", b"t").root(), range(PAGE_TOKENS * BLOCKS), PAGE_TOKENS)
+def keys_of_blocks(blocks: int) -> list[BlockKey]:
+    return extend_chain(KeySpace(b"l", b"m", b"t").root(), range(PAGE_TOKENS * blocks), PAGE_TOKENS)
 
 
-def owner_process(kv: str, control: Connection, messages: Connection) -> None:
-    """Holds the blocks, and sends the same number of bytes raw when told "raw <port> <number>"."""
+def owner_process(kv: str, blocks: int, port: int, control: Connection, messages: Connection) -> None:
+    """Holds the blocks. Orders: "raw" sends as many bytes, "renew" gives them pages that were never sent."""
     torch.set_num_threads(1)
-    node = Node(kv, OWNER, messages)
-    pages = node.pool.allocate(BLOCKS)
+    node, keys = Node(kv, blocks, OWNER, messages), keys_of_blocks(blocks)
     node.pool_NB.random_(0, 256)
-    for key, page in zip(keys_of_blocks(), pages, strict=True):
+    hold(node, keys)
+    control.send(node.pool_NB[0, :64].tolist())
+    pair = raw_pair(port, 0)
+    while True:
+        if control not in wait([control, messages, node._woken]):
+            node.turn()
+            continue
+        order = control.recv()
+        if order is None:
+            return
+        if order == "renew":
+            hold(node, keys)
+        control.send(node.control_bytes)
+        if order == "raw":
+            raw(pair, node.pool_NB)
+
+
+def hold(node: Node, keys: list[BlockKey]) -> None:
+    """All pages of the pool, in a new generation, are these blocks."""
+    pages = node.pool.allocate(len(keys))
+    for key, page in zip(keys, pages, strict=True):
         node.pool.publish(key, page)
     node.pool.release(pages)
-    control.send(node.pool_NB[0, :64].tolist())
-    pair: Pair | None = None
-    while True:
-        if control in wait([control, messages, node._woken]):
-            order = control.recv()
-            if order is None:
-                return
-            if pair is None:
-                pair = raw_pair(order, 0)
-            control.send(node.control_bytes)
-            raw(pair, node.pool_NB)
-        else:
-            node.turn()
 
 
 def raw_pair(port: int, rank: int) -> Pair:
@@ -149,30 +156,33 @@ def loopback_bytes() -> int:
     raise RuntimeError("/proc/net/dev names no loopback interface")
 
 
-def rows_of(kv: str, rounds: int) -> list[Row]:
-    context = multiprocessing.get_context("spawn")
+def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
+    context, store = multiprocessing.get_context("spawn"), host_store(HOST, PATIENCE_S)
     (ours, theirs), (mine, other) = context.Pipe(), context.Pipe()
-    process = context.Process(target=owner_process, args=(kv, theirs, other), daemon=True)
+    args = (kv, blocks, store.port, theirs, other)
+    process = context.Process(target=owner_process, args=args, daemon=True)
     process.start()
-    node, keys, store = Node(kv, RECEIVER, mine), keys_of_blocks(), host_store(HOST, PATIENCE_S)
+    node, keys = Node(kv, blocks, RECEIVER, mine), keys_of_blocks(blocks)
     first_bytes = ours.recv()
-    ours.send(store.port)
-    pair = raw_pair(store.port, 1)
-    ours.recv()
-    target_NB = torch.zeros_like(node.pool_NB)
-    raw(pair, target_NB)
+    pair, target_NB = raw_pair(store.port, 1), torch.zeros_like(node.pool_NB)
+    wire: list[int] = []
+    raw_wire: list[int] = []
+
+    def tell(order: str) -> int:
+        ours.send(order)
+        said: int = ours.recv()
+        return said
 
     def raw_s(_: int) -> float:
-        ours.send(store.port)
-        ours.recv()
-        started = time.perf_counter()
+        tell("raw")
+        before, started = loopback_bytes(), time.perf_counter()
         raw(pair, target_NB)
-        return time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        raw_wire.append(loopback_bytes() - before)
+        return seconds
 
-    wire: list[int] = []
-
-    def fetch_s(_: int) -> float:
-        node.pool.release(node.pool.allocate(BLOCKS))  # forget what the last round fetched
+    def again_s(_: int) -> float:
+        node.pool.release(node.pool.allocate(blocks))  # forget what the last round fetched
         before, started = loopback_bytes(), time.perf_counter()
         node.exchange.fetch(OWNER, keys, time.monotonic())
         done = node.act()
@@ -180,22 +190,31 @@ def rows_of(kv: str, rounds: int) -> list[Row]:
             done = node.turn()
         seconds = time.perf_counter() - started
         wire.append(loopback_bytes() - before)
-        assert (done[0].failure, done[0].blocks) == (None, BLOCKS), done[0].reason
+        assert (done[0].failure, done[0].blocks) == (None, blocks), done[0].reason
         return seconds
 
-    fetch_s(0)  # opens the link
+    def first_s(number: int) -> float:
+        tell("renew")
+        return again_s(number)
+
+    raw_s(0)
+    first_s(0)  # opens the link
     assert node.pool_NB[node.pool.share(keys[:1])[0], :64].tolist() == first_bytes
     node.pool.release(node.pool.share(keys[:1]) * 2)
-    seconds = alternate({"transfer": fetch_s, "raw": raw_s}, rounds)
+    seconds = alternate({"first": first_s, "again": again_s, "raw": raw_s}, rounds)
+    said = node.control_bytes + tell("renew")
     ours.send(None)
     process.join()
-    size, page_bytes = BLOCKS * node.layout.page_bytes, node.layout.page_bytes
+    size, page_bytes = blocks * node.layout.page_bytes, node.layout.page_bytes
     bf16 = replace(node.layout, layers=layer_formats("bf16", LAYERS)).page_bytes
-    transfer, alone = median(seconds["transfer"]), median(seconds["raw"])
-    case = f"{kv}, {BLOCKS} blocks of {page_bytes / 1e6:.1f} MB"
-    sent = median(wire) + 2 * node.control_bytes / (rounds + 1)  # the peer says about as much
+    case, alone = f"{kv}, {blocks} blocks of {page_bytes / 1e6:.1f} MB", median(seconds["raw"])
+    sent = median(wire) + said / len(wire)
     return [
-        Row(case, "transfer_gb_per_s", size / transfer / 1e9, "GB/s", "raw gloo", alone / transfer),
+        *(
+            Row(f"{case}, {way}", "transfer_gb_per_s", size / took / 1e9, "GB/s", "raw gloo", alone / took)
+            for way, took in (("first time", median(seconds["first"])), ("again", median(seconds["again"])))
+        ),
+        Row(case, "raw_wire_bytes", median(raw_wire), "bytes", "page bytes", median(raw_wire) / size),
         Row(case, "wire_bytes", sent, "bytes", "page bytes", sent / size),
         Row(case, "wire_bytes", sent, "bytes", "bf16 pages", sent / size * page_bytes / bf16),
     ]
@@ -203,11 +222,12 @@ def rows_of(kv: str, rounds: int) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Transfers beside raw sends, and bytes on the wire.")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for kv in ("bf16", "int8", "int4") for row in rows_of(kv, args.rounds)]
+    cases = [(kv, blocks) for kv in ("bf16", "int8", "int4") for blocks in SIZES]
+    rows = [row for kv, blocks in cases for row in rows_of(kv, blocks, args.rounds)]
     report(rows, args.json)
     slow = [row.case for row in rows if row.baseline == "raw gloo" and row.ratio < TARGET]
     if slow:

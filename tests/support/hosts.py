@@ -124,16 +124,17 @@ def _read(file: IO[str]) -> str:
 
 
 @contextmanager
-def hosts(scratch: Path, names: Sequence[str], *, with_venv: bool = True) -> Iterator[Hosts]:
+def hosts(scratch: Path, names: Sequence[str], *, wheels: Path | None = None) -> Iterator[Hosts]:
     """Hosts 1, 2, ... of NETWORK, gone at the end with all that ran on them.
 
-    `with_venv`: each has the virtual environment of these tests as ~/quire/.venv, to change as it likes,
-    with the marks of a complete installation.
+    Each has the virtual environment of these tests as ~/quire/.venv, to change as it likes, with the marks of
+    a complete installation. With `wheels`, none has any Python package, and this folder is where pip looks.
     """
     assert not why_not(), why_not()
     shared = scratch / "shared"
     shared.mkdir()
-    _write_shared(shared, names)
+    _write_shared(shared, names, wheels)
+    environment = _environment(bare=wheels is not None)
     with ExitStack() as stack:
         switch = stack.enter_context(
             _holder(["unshare", "--net", "sh", "-c", _SWITCH], scratch / "switch.log")
@@ -143,20 +144,20 @@ def hosts(scratch: Path, names: Sequence[str], *, with_venv: bool = True) -> Ite
             own = scratch / name
             own.mkdir()
             paths = {"root": ROOT, "name": name, "scratch": own, "shared": shared, "home": HOME}
-            venv = _PRIVATE_VENV.format(**paths, venv=VENV) if with_venv else ""
+            venv = "" if wheels else _PRIVATE_VENV.format(**paths, venv=VENV)
             command = ["unshare", *("--net", "--mount", "--pid", "--uts", "--fork", "--kill-child")]
             become = [*command, "--mount-proc", "bash", "-c", _BECOME.format(**paths, venv=venv)]
             outer = stack.enter_context(_holder(become, own / "sshd.log"))
             pid = _child(outer)
             address = f"{NETWORK}.{number}"
             _plug(switch, pid, name, address)
-            found.append(Host(name, address, pid, _environment()))
+            found.append(Host(name, address, pid, environment))
         for host, name in zip(found, names, strict=True):
             _await_ssh(host, scratch / name / "sshd.log")
         yield Hosts(found, switch)
 
 
-def _write_shared(shared: Path, names: Sequence[str]) -> None:
+def _write_shared(shared: Path, names: Sequence[str], wheels: Path | None) -> None:
     """What the hosts' /etc differs in from this machine's, and keys."""
     for key in ("host_key", "id"):
         subprocess.run(
@@ -169,12 +170,14 @@ def _write_shared(shared: Path, names: Sequence[str]) -> None:
     lines = [f"{NETWORK}.{number} {name}" for number, name in enumerate(names, start=1)]
     (shared / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
     (shared / "resolv.conf").write_text("")  # nobody to ask, so nobody waits for an answer
-    (shared / "pip.conf").write_text("[global]\nno-index = true\nno-build-isolation = false\n")
+    found = f"find-links = {wheels}" if wheels else "no-build-isolation = false"
+    (shared / "pip.conf").write_text(f"[global]\nno-index = true\n{found}\n")
 
 
-def _environment() -> dict[str, str]:
-    """A login's, of one who has nothing but this virtual environment on the path."""
-    path = f"{VENV / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+def _environment(*, bare: bool = False) -> dict[str, str]:
+    """A login's, of one who has this virtual environment on the path and no more; if bare, not even that."""
+    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    path = path if bare else f"{VENV / 'bin'}:{path}"
     kept = {k: v for k, v in os.environ.items() if k in ("LANG", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
     return {**kept, "PATH": path, "HOME": str(HOME), "USER": USER, "SHELL": "/bin/bash", "TERM": "dumb"}
 
