@@ -6,8 +6,8 @@ Real Ray Serve: for each router an application of its own, with a gateway and th
 whose pools hold less than the workload's prompts; replicas share nothing unless told to (`--share`). Rounds
 alternate between the applications. Requests arrive as a Poisson process, whether answers come or not; a seed
 fixes when and what, and all routers get the same. Workloads (`routing_workloads.py`):
-`chat` system prompts under growing conversations; `agent` long tool prefixes with short tails;
-`hot` one prefix that everybody asks for.
+`chat` system prompts under growing conversations; `agent` long tool prefixes with short tails; `crowd` and
+`agents` the same with more than all pools hold; `hot` one prefix that everybody asks for.
 """
 
 from __future__ import annotations

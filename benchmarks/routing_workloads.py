@@ -67,11 +67,16 @@ def crowd(rng: random.Random) -> Iterator[list[int]]:
     return chat(rng, at_once=48)
 
 
-def agent(rng: random.Random) -> Iterator[list[int]]:
+def agent(rng: random.Random, kinds: int = 6) -> Iterator[list[int]]:
     """6 tool descriptions of 960 tokens, each under tails of 20 to 120 tokens."""
-    tools = [_words(rng, 960) for _ in range(6)]
+    tools = [_words(rng, 960) for _ in range(kinds)]
     while True:
         yield tools[_weighted(rng, len(tools))] + _words(rng, rng.randrange(20, 120))
+
+
+def agents(rng: random.Random) -> Iterator[list[int]]:
+    """16 tool descriptions: more than the pools of all replicas hold."""
+    return agent(rng, kinds=16)
 
 
 def hot(rng: random.Random) -> Iterator[list[int]]:
@@ -85,5 +90,6 @@ WORKLOADS = {
     "chat": Workload(chat, requests=240, per_s=8.0),
     "crowd": Workload(crowd, requests=240, per_s=8.0),
     "agent": Workload(agent, requests=200, per_s=6.0),
+    "agents": Workload(agents, requests=200, per_s=6.0),
     "hot": Workload(hot, requests=200, per_s=10.0),
 }

@@ -132,16 +132,15 @@ class _Sums:
     """Checksums of large pages that were sent before. What a page holds in one generation never changes."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[PageId, int, int], tuple[int, Tensor]] = {}
+        self._known: dict[tuple[PageId, int, int], tuple[int, int]] = {}
+        """Generation and sum, by page, first head and number of heads."""
 
-    def of(self, page: PageId, generation: int, heads: tuple[int, int], bytes_B: Tensor) -> Tensor:
-        """A number, int64 []."""
+    def of(self, page: PageId, generation: int, heads: tuple[int, int], bytes_B: Tensor) -> int:
         name = (page, *heads)
-        before, sum_ = self._known.get(name, (None, None))
-        if sum_ is None or before != generation:
-            sum_ = checksum_pages(bytes_B[None])[0]
-            self._known[name] = generation, sum_
-        return sum_
+        known = self._known.get(name)
+        if known is None or known[0] != generation:
+            known = self._known[name] = generation, int(checksum_pages(bytes_B[None]))
+        return known[1]
 
 
 class Outgoing(_Pages):
@@ -176,8 +175,7 @@ class Outgoing(_Pages):
     def _sum(self, index: int) -> None:
         page, generation = self._order.pages[index], self._order.generations[index]
         heads = (self._piece.first_head, self._piece.heads)
-        sum_ = self._sums.of(page, generation, heads, self._bytes_NB[page])
-        self._headers_MW[index, CHECKSUM_WORD] = sum_
+        self._headers_MW[index, CHECKSUM_WORD] = self._sums.of(page, generation, heads, self._bytes_NB[page])
 
 
 class Incoming(_Pages):

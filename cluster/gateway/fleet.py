@@ -7,7 +7,7 @@ tests) only names a replica; requests and tokens travel on the link.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +20,8 @@ from quire.replicas.errors import ReplicaDied
 
 _ANSWER_S = 5.0
 """How long a replica may take to say hello, or to tell its stats."""
+_GIVE_BACK_S = 1.0
+"""How long a gateway that ends waits until Serve has its places back."""
 _PAUSE_S = 0.1
 _MEETINGS = 16
 """Links that are made at once beside requests."""
@@ -77,6 +79,7 @@ class Fleet:
         self._links: dict[str, ReplicaLink] = {}
         self._connecting = asyncio.Lock()
         self._meeting: set[asyncio.Task[None]] = set()
+        self._giving_back: set[asyncio.Task[None]] = set()
         self._met: ReplicaLink | None = None
         self._tokenizers = tokenizers or Tokenizers()
 
@@ -91,9 +94,8 @@ class Fleet:
 
         Raises NoReplicaReady after `wait_s`.
         """
-        async with AsyncExitStack() as slot:
-            route = self.routes.route(token_ids, tenant)
-            slot.callback(route.ended)
+        route, slot = self.routes.route(token_ids, tenant), AsyncExitStack()
+        try:
             try:
                 async with asyncio.timeout(self._wait_s):
                     link = await self._reserve(slot, route)
@@ -104,6 +106,10 @@ class Fleet:
                 ) from error
             self._meet_unknown()
             yield Place(link, route)
+        finally:
+            route.ended()
+            # A machine that is gone does not answer this, and the request is to go elsewhere meanwhile.
+            self._beside(self._giving_back, slot.aclose())
 
     async def known(self) -> ReplicaLink:
         """The replica that was met last; it may be gone. During an upgrade others serve something else.
@@ -140,7 +146,9 @@ class Fleet:
         return stats
 
     async def close(self) -> None:
-        for task in self._meeting:
+        if self._giving_back:
+            await asyncio.wait(self._giving_back, timeout=_GIVE_BACK_S)
+        for task in self._meeting | self._giving_back:
             task.cancel()
         links, self._links = self._links, {}
         for link in links.values():
@@ -165,9 +173,12 @@ class Fleet:
             self.routes.left(link.replica_id)
         for replica_id, address in self.routes.unknown().items():
             if replica_id not in self._links and len(self._meeting) < _MEETINGS:
-                task = asyncio.create_task(self._meet(ReplicaAddress(replica_id, address)))
-                self._meeting.add(task)
-                task.add_done_callback(self._meeting.discard)
+                self._beside(self._meeting, self._meet(ReplicaAddress(replica_id, address)))
+
+    def _beside(self, tasks: set[asyncio.Task[None]], work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     async def _meet(self, replica: ReplicaAddress) -> None:
         with suppress(ReplicaDied):  # it is asked again with the next request

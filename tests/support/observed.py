@@ -84,6 +84,22 @@ class Cluster:
         """Processes with rank 0 of a replica."""
         return [p for p in self._processes() if ":Replica" in _title(p)]
 
+    @contextmanager
+    def application(self, script: Path, *args: str) -> Iterator[str]:
+        """One more in this cluster, by a script that prints its address and lives as long as its input."""
+        process = subprocess.Popen(
+            [sys.executable, str(script), *args],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **self.environment},
+        )
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.communicate(timeout=_START_S)
+
     def _processes(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 

@@ -17,8 +17,24 @@ class Clock:
         return self.now_s
 
 
+class Silent(Listed):
+    """A machine that was cut off: nobody says that a place there was given back, until `answers`."""
+
+    def __init__(self, replicas):
+        super().__init__(replicas)
+        self.answers = asyncio.Event()
+
+    @asynccontextmanager
+    async def choose(self, route):
+        async with super().choose(route) as chosen:
+            try:
+                yield chosen
+            finally:
+                await self.answers.wait()
+
+
 @asynccontextmanager
-async def fleet_of(names, clock):
+async def fleet_of(names, clock, chooser=Listed):
     async with AsyncExitStack() as stack:
         replicas = []
         for name in names:
@@ -28,7 +44,7 @@ async def fleet_of(names, clock):
             server, address = await service.listen(served, "127.0.0.1")
             stack.push_async_callback(server.stop, None)
             replicas.append(ReplicaAddress(name, address))
-        fleet = Fleet(Listed(replicas), secret=SECRET, wait_s=10, routes=Routes(clock=clock))
+        fleet = Fleet(chooser(replicas), secret=SECRET, wait_s=10, routes=Routes(clock=clock))
         stack.push_async_callback(fleet.close)
         yield fleet
 
@@ -65,3 +81,13 @@ async def test_a_request_waits_rather_than_go_to_one_that_failed_as_dead():
         assert not request.done()
         clock.now_s += 6
         assert await request == {"a"}
+
+
+async def test_a_place_that_nobody_takes_back_does_not_keep_its_request():
+    async with fleet_of("ab", Clock(), Silent) as fleet, asyncio.timeout(5):
+        assert await taken_by(fleet, 2) == {"a", "b"}
+        await asyncio.sleep(0)
+        assert fleet._chooser.held == 2
+        fleet._chooser.answers.set()
+        await asyncio.sleep(0.01)
+        assert fleet._chooser.held == 0

@@ -1,0 +1,60 @@
+"""Broken applications in the cluster that RAY_ADDRESS names: `python damaged.py pages|weights FOLDER`.
+
+`pages`: two replicas that change a bit of the blocks they send. `weights`: one whose weights are no numbers.
+Prints the gateway's address; ends with its input, and the application with it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from reweighed import reweighed
+from torch import Tensor
+
+from quire.cluster import app
+from quire.kvstore.mover import Outgoing
+from quire.replicas.deployment import Replica
+
+
+class BadMemory(Replica):
+    """One bit of whatever it sends first is another one than it was."""
+
+    async def __init__(self, *args: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        give = Outgoing.give
+
+        def damaged(source: Outgoing, index: int, room: Tensor) -> Tensor:
+            chunk = give(source, index, room).clone()
+            if index == 0:
+                chunk[0] ^= 1
+            return chunk
+
+        Outgoing.give = damaged  # type: ignore[method-assign]
+        await super().__init__(*args)  # type: ignore[misc]
+
+
+def main(what: str, folder: Path) -> None:
+    engine: dict[str, object] = {
+        "model": "demo" if what == "pages" else str(reweighed(folder, by=math.nan)),
+        "kv": "int8",
+        "device": "cpu",
+        "threads_per_shard": 1,
+        "pool": {"bytes": 3 << 20},
+    }
+    replicas = {"count": 2 if what == "pages" else 1, "cpus_per_shard": 0.1, "graceful_shutdown_s": 1}
+    if what == "pages":
+        app.Replica = BadMemory  # type: ignore[misc]
+    ray.init(log_to_driver=False)
+    built = app.build({"engine": engine, "gateway": {"cpus": 0.1, "port": 0}, "replicas": replicas})
+    handle = serve.run(built, name=what, route_prefix=None)
+    print(f"127.0.0.1:{handle.port.remote().result()}", flush=True)
+    sys.stdin.read()
+    serve.delete(what)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
