@@ -1,6 +1,6 @@
 """Broken applications in the cluster that RAY_ADDRESS names: `python damaged.py pages|weights FOLDER`.
 
-`pages`: two replicas that change a bit of the blocks they send. `weights`: one whose weights are no numbers.
+`pages`: a prefill replica changes a bit of the blocks it sends. `weights`: weights are no numbers.
 Prints the gateway's address; ends with its input, and the application with it.
 """
 
@@ -45,12 +45,16 @@ def main(what: str, folder: Path) -> None:
         "threads_per_shard": 1,
         "pool": {"bytes": 3 << 20},
     }
-    replicas = {"count": 2 if what == "pages" else 1, "cpus_per_shard": 0.1, "graceful_shutdown_s": 1}
+    tree: dict[str, Any] = {
+        "engine": engine,
+        "gateway": {"cpus": 0.1, "port": 0},
+        "replicas": {"cpus_per_shard": 0.1, "graceful_shutdown_s": 1},
+    }
     if what == "pages":
+        tree["prefill"] = {"count": 1, "least_tokens": 100}
         app.Replica = BadMemory  # type: ignore[misc]
     ray.init(log_to_driver=False)
-    built = app.build({"engine": engine, "gateway": {"cpus": 0.1, "port": 0}, "replicas": replicas})
-    handle = serve.run(built, name=what, route_prefix=None)
+    handle = serve.run(app.build(tree), name=what, route_prefix=None)
     print(f"127.0.0.1:{handle.port.remote().result()}", flush=True)
     sys.stdin.read()
     serve.delete(what)
