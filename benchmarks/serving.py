@@ -1,12 +1,13 @@
 """Tokens per second through the gateway, beside what is behind it alone; latencies; what cancellations leave.
 
-    python benchmarks/serving.py [--json FILE]
+    python benchmarks/serving.py [--shape FOLDER] [--json FILE]
 
 Replica, gateway and clients are processes of their own on the loopback, as when served; Ray Serve, which only
 names the replica when a request starts, is left out. Cases:
 `served` 64 streams on a real engine, beside the same requests handed to the same engine in its own process;
 `gateway` 256 streams on an engine that computes nothing, beside 10,000 tokens/s;
 `cancelled` a quarter of 64 streams dropped at random moments: their pages free within two steps.
+With --shape, the engine has random weights of the sizes that the folder's config.json tells.
 """
 
 from __future__ import annotations
@@ -184,11 +185,13 @@ class Watched:
             self._done.set()
 
 
-def replica_process(pipe: Connection, real: bool) -> None:
-    """Serves, and answers ("own", requests) and ("cancelled",) on the pipe."""
+DEMO = EngineConfig(model="demo", kv="int8", pool=PoolConfig(bytes=128 << 20))
+
+
+def replica_process(pipe: Connection, config: EngineConfig | None) -> None:
+    """Serves, and answers ("own", requests) and ("cancelled",) on the pipe. No `config`: computes nothing."""
     logging.disable(logging.WARNING)
-    config = EngineConfig(model="demo", kv="int8", pool=PoolConfig(bytes=128 << 20))
-    engine = Watched(AsyncEngine(config)) if real else None
+    engine = Watched(AsyncEngine(config)) if config else None
 
     async def main() -> None:
         served = service.EngineService(
@@ -296,11 +299,14 @@ def prompts_of(count: int, seed: int) -> list[list[int]]:
     return [[rng.randrange(10, 4096) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
-def served(rounds: int) -> list[Row]:
+def served(config: EngineConfig, rounds: int) -> list[Row]:
     """64 streams against the same 64 requests without service, in turn; then the cancellations."""
     sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
     seen: list[Traffic] = []
-    with child(replica_process, True) as (replica, address), child(gateway_process, address) as (_, gateway):
+    with (
+        child(replica_process, config) as (replica, address),
+        child(gateway_process, address) as (_, gateway),
+    ):
 
         def alone(number: int) -> float:
             prompts = prompts_of(SERVED_STREAMS, 2 * number)
@@ -343,7 +349,7 @@ def _cancellations(replica: Connection, gateway: str) -> list[Row]:
 def gateway_alone(rounds: int) -> list[Row]:
     """256 streams, one message each and step, through the gateway with nothing computed behind it."""
     case = f"gateway streams={GATEWAY_STREAMS}"
-    with child(replica_process, False) as (_, address), child(gateway_process, address) as (_, gateway):
+    with child(replica_process, None) as (_, address), child(gateway_process, address) as (_, gateway):
         seen = [
             asyncio.run(load(gateway, prompts_of(GATEWAY_STREAMS, n), STUB_TOKENS, {})) for n in range(rounds)
         ]
@@ -374,10 +380,12 @@ def _against(case: str, metric: str, value: float, unit: str, baseline: str, bas
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shape", help="folder of a config.json")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    report(gateway_alone(args.rounds) + served(args.rounds), args.json)
+    config = EngineConfig(model=args.shape, kv="int8", weights="random") if args.shape else DEMO
+    report(gateway_alone(args.rounds) + served(config, args.rounds), args.json)
     return 0
 
 
