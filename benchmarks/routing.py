@@ -3,11 +3,13 @@
     scripts/loopback env PYTHONPATH=src:benchmarks python benchmarks/routing.py WORKLOAD... [--json FILE]
 
 Real Ray Serve: for each router an application of its own, with a gateway and three replicas of the demo model
-whose pools hold less than the workload's prompts; replicas share nothing unless told to (`--share`). Rounds
-alternate between the applications. Requests arrive as a Poisson process, whether answers come or not; a seed
-fixes when and what, and all routers get the same. Workloads (`routing_workloads.py`):
-`chat` system prompts under growing conversations; `agent` long tool prefixes with short tails; `crowd` and
-`agents` the same with more than all pools hold; `hot` one prefix that everybody asks for.
+whose pools hold less than the workload's prompts; replicas share nothing unless told to (`--share`). With
+--cores (as root) each replica has so much of a core to itself, as if on a machine of its own; without, those
+that have no work lend their time to those that have. Rounds alternate between the applications. Requests
+arrive as a Poisson process, whether answers come or not; a seed fixes when and what, and all routers get the
+same. Workloads (`routing_workloads.py`): `chat` system prompts under growing conversations; `agent` long tool
+prefixes with short tails; `crowd` and `agents` the same with more than all pools hold; `hot` one prefix that
+everybody asks for.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ray import serve
 from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import (
     PrefixCacheAffinityRouter,
@@ -52,6 +55,7 @@ CONFIG = ServeConfig(
     replicas=ReplicaConfig(count=3, cpus_per_shard=0.05, graceful_shutdown_s=1, health_check_timeout_s=60.0),
 )
 TARGET_P90 = 0.7
+CPU_GROUPS, PERIOD_US = Path("/sys/fs/cgroup/cpu"), 10_000
 
 
 class RayPrefixRouter(PrefixCacheAffinityRouter):
@@ -118,6 +122,22 @@ def applications(names: Sequence[str], config: ServeConfig):
             handles[name] = serve.run(app, name=f"bench-{name}", route_prefix=None)
             stack.callback(serve.delete, f"bench-{name}")
         yield {name: f"127.0.0.1:{handle.port.remote().result()}" for name, handle in handles.items()}
+
+
+@contextmanager
+def machines_of_their_own(cores: float):
+    """Each replica's process gets so much of a core and no more, however little the others need (as root)."""
+    with ExitStack() as stack:
+        for process in psutil.process_iter(["cmdline"]):
+            if ":Replica" in " ".join(process.info["cmdline"] or ()):
+                group = CPU_GROUPS / f"quire-routing-{process.pid}"
+                group.mkdir()
+                stack.callback(group.rmdir)
+                (group / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+                (group / "cpu.cfs_quota_us").write_text(str(round(cores * PERIOD_US)))
+                (group / "cgroup.procs").write_text(str(process.pid))
+                stack.callback((CPU_GROUPS / "cgroup.procs").write_text, str(process.pid))
+        yield
 
 
 async def play(address: str, arrivals: Sequence[Arrival], seen: Seen) -> None:
@@ -215,6 +235,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--share", action="store_true", help="replicas fetch blocks from each other")
     parser.add_argument("--per-s", type=float, help="requests a second, instead of the workload's own")
+    parser.add_argument("--cores", type=float, help="of each replica, as if it had a machine of its own")
     parser.add_argument("--routers", nargs="+", choices=sorted(ROUTERS), default=list(ROUTERS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -222,7 +243,11 @@ def main() -> int:
     if args.share:
         config = replace(CONFIG, engine=replace(CONFIG.engine, store=StoreConfig(share=True)))
     good = True
-    with cluster(config, None), applications(args.routers, config) as addresses:
+    with ExitStack() as stack:
+        stack.enter_context(cluster(config, None))
+        addresses = stack.enter_context(applications(args.routers, config))
+        if args.cores:
+            stack.enter_context(machines_of_their_own(args.cores))
         for address in addresses.values():
             asyncio.run(warm_up(address))
         for name in args.workloads:
@@ -230,6 +255,7 @@ def main() -> int:
             if args.per_s:
                 workload = replace(workload, per_s=args.per_s)
             case = f"routing {name} {workload.per_s:g}/s" + (" shared" if args.share else "")
+            case += f", {args.cores:g} cores each" if args.cores else ""
             seen = measure(workload, addresses, args.rounds)
             if "default" in seen:
                 rows = rows_of(seen, case)

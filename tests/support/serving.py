@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from multiprocessing.connection import Connection
 
 import grpc
 
@@ -93,6 +94,18 @@ def output(request: Request, text: str, *tokens: int, last: bool = False, index:
         usage=Usage(prompt_tokens=len(request.prompt), cached_tokens=0, output_tokens=9) if last else None,
         timings=Timings(queue_s=0.0, first_token_s=0.25, total_s=0.5) if last else None,
     )
+
+
+def replica_process(address: Connection) -> None:
+    """A replica for a process of its own: it computes nothing, and says where it is."""
+
+    async def for_ever() -> None:
+        served = service.EngineService(ScriptedEngine(), secret=SECRET, replica_id="r", tokenizer=TOKENIZER)
+        server, at = await service.listen(served, "127.0.0.1")
+        address.send(at)
+        await server.wait_for_termination()
+
+    asyncio.run(for_ever())
 
 
 class Listed:

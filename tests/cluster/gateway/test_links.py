@@ -7,25 +7,12 @@ from contextlib import asynccontextmanager
 from multiprocessing import get_context
 
 import pytest
-from serving import SECRET, TOKENIZER, ScriptedEngine
+from serving import SECRET, replica_process
 
 from quire.cluster.gateway.links import ReplicaLink
 from quire.cluster.gateway.prompts import Tokenizers
 from quire.protos.quire.v1 import engine_pb2
 from quire.replicas.errors import Status
-from quire.replicas.service import EngineService, listen
-
-
-def serve(addresses) -> None:
-    """A replica in a process of its own."""
-
-    async def for_ever():
-        service = EngineService(ScriptedEngine(), secret=SECRET, replica_id="r", tokenizer=TOKENIZER)
-        server, address = await listen(service, "127.0.0.1")
-        addresses.send(address)
-        await server.wait_for_termination()
-
-    asyncio.run(for_ever())
 
 
 @asynccontextmanager
@@ -33,8 +20,9 @@ async def linked():
     """A link, and the process at its other end."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs,), daemon=True)
+    process = context.Process(target=replica_process, args=(theirs,), daemon=True)
     process.start()
+    theirs.close()
     heard = asyncio.Event()
     link = await ReplicaLink.connect(ours.recv(), SECRET, 10.0, Tokenizers(), lambda *_: heard.set())
     await asyncio.wait_for(heard.wait(), 10)
