@@ -140,8 +140,8 @@ ROUTES = _gateway(
     Kind.COUNTER,
     "requests",
     "Choices of a replica, by reason: prefix (soonest, and it holds some of the prompt), load (soonest, "
-    "and it holds none), only (there was no other), blind (nothing is known), fallback (choosing failed, "
-    "any was taken)",
+    "and it holds none), copy (others hold it, and waiting for them cost as much as a copy does), only "
+    "(there was no other), blind (nothing is known), fallback (choosing failed, any was taken)",
     "reason",
 )
 ROUTE_SCORING = _gateway("quire_route_scoring_seconds_total", Kind.COUNTER, "seconds", "Time spent choosing")

@@ -1,4 +1,4 @@
-"""Which replica is thought to hold which blocks: what was sent where, as the pools there would keep it.
+"""Which replica is thought to hold which blocks, and what waiting for those that hold a prefix has cost.
 
 For each replica the keys of the blocks it was sent, forgotten in the order in which its pool forgets: least
 recently used first, and the end of a prompt before its beginning. So what is known of a prompt at a replica
@@ -16,6 +16,8 @@ from quire.kvstore.keys import BlockKey
 _HINT_BYTES = 8
 MAX_BLOCKS = 1 << 20
 """Over all replicas; about 100 bytes each."""
+_MOST_RENTS = 4096
+"""Prefixes that nobody has waited for lately are forgotten."""
 
 
 class KnownBlocks:
@@ -48,3 +50,25 @@ class KnownBlocks:
     def _trim(self) -> None:
         while len(self._hints) > self._most:
             self._hints.popitem(last=False)
+
+
+class Rents:
+    """What requests have paid for waiting where their prefix is, by the key of its last block."""
+
+    def __init__(self) -> None:
+        self._paid_s: OrderedDict[bytes, float] = OrderedDict()
+
+    def paid_s(self, prefix: BlockKey) -> float:
+        """Since it was last computed somewhere."""
+        return self._paid_s.get(prefix[:_HINT_BYTES], 0.0)
+
+    def pay(self, prefix: BlockKey, seconds: float) -> None:
+        """One request has waited so long."""
+        hint = prefix[:_HINT_BYTES]
+        self._paid_s[hint] = self._paid_s.pop(hint, 0.0) + seconds
+        while len(self._paid_s) > _MOST_RENTS:
+            self._paid_s.popitem(last=False)
+
+    def bought(self, prefix: BlockKey) -> None:
+        """One more replica has it."""
+        self._paid_s.pop(prefix[:_HINT_BYTES], None)

@@ -6,12 +6,16 @@
 
 All rates are measured by the replicas. To this comes what others pay: every running sequence waits while the
 prompt is computed, and blocks that leave a full pool for it are computed again, as often as they are found.
+
+For each request alone it may be sooner to wait where its prefix is, time after time, while others are idle.
+So rent is counted: what each pays for waiting there. Once the requests for a prefix have paid as much as it
+costs to compute it elsewhere, one of them computes it there: rent or buy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from quire.replicas.load_report import LoadReport
@@ -30,6 +34,7 @@ class Reason(StrEnum):
 
     PREFIX = "prefix"  # soonest, and it holds some of the prompt
     LOAD = "load"  # soonest, and it holds nothing of the prompt
+    COPY = "copy"  # others hold the prefix, and waiting for them has cost as much as one more copy does
     ONLY = "only"  # there was no other
     BLIND = "blind"  # nothing is known: the one with less of this gateway's work, of two drawn
     FALLBACK = "fallback"  # choosing failed, and any was taken
@@ -115,10 +120,25 @@ class Ranking:
     reason: Reason
     best: Prediction | None
     """None: nothing could be predicted."""
+    rent_s: float = 0.0
+    """How much less another replica would cost if it held as much of the prompt as the first one."""
 
 
-def rank(prompt: Prompt, candidates: Sequence[Candidate], draw: Sequence[float]) -> Ranking:
-    """`draw`: one random number for each candidate, which breaks what ties remain."""
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """One more, of what the first replica holds of a prompt."""
+
+    at: Candidate
+    saves_s: float
+    """To this request, if it were there already."""
+    costs_s: float
+    """To make."""
+
+
+def rank(
+    prompt: Prompt, candidates: Sequence[Candidate], draw: Sequence[float], paid_s: float = 0.0
+) -> Ranking:
+    """`draw`: one random number for each candidate, which breaks what ties remain. `paid_s`: rent so far."""
     if len(candidates) == 1:
         return Ranking((candidates[0].replica_id,), Reason.ONLY, None)
     rates = rates_of([c.load for c in candidates if c.load is not None and c.age_s <= STALE_S])
@@ -137,10 +157,15 @@ def rank(prompt: Prompt, candidates: Sequence[Candidate], draw: Sequence[float])
         kept = candidate.known_blocks if ties else 0
         return (not ties, 0.0 if ties else cost_s, -kept, candidate.chosen, draw[at])
 
-    order = [heard[at] for at in sorted(range(len(heard)), key=place)] + silent
+    order = [heard[at] for at in sorted(range(len(heard)), key=place)]
     best = predictions[order[0].replica_id]
     reason = Reason.PREFIX if best.cached_tokens else Reason.LOAD
-    return Ranking(tuple(c.replica_id for c in order), reason, best)
+    copy = _copy(prompt, order, predictions, rates)
+    if copy and paid_s + copy.saves_s >= copy.costs_s:
+        order = [copy.at, *(c for c in order if c is not copy.at)]
+        best, reason = predictions[copy.at.replica_id], Reason.COPY
+    rent_s = copy.saves_s if copy else 0.0
+    return Ranking(tuple(c.replica_id for c in order + silent), reason, best, rent_s)
 
 
 def predict(prompt: Prompt, candidate: Candidate, rates: Rates) -> Prediction:
@@ -182,6 +207,20 @@ def rates_of(loads: Sequence[LoadReport]) -> Rates | None:
         fetch_s=fetch.fetch_s if fetch else 0.0,
         fetch_s_per_token=fetch.fetch_s_per_token if fetch else 0.0,
     )
+
+
+def _copy(
+    prompt: Prompt, order: Sequence[Candidate], predictions: Mapping[str, Prediction], rates: Rates
+) -> _Copy | None:
+    """None where it would save nothing."""
+    first = order[0]
+    without = [c for c in order if c.known_blocks < first.known_blocks]
+    if not without or first.known_blocks < max(c.known_blocks for c in order):
+        return None
+    with_it = [predict(prompt, replace(c, known_blocks=first.known_blocks), rates).cost_s for c in without]
+    least_s, at = min(zip(with_it, without, strict=True), key=lambda pair: pair[0])
+    saves_s = predictions[first.replica_id].cost_s - least_s
+    return _Copy(at, saves_s, predictions[at.replica_id].cost_s - least_s) if saves_s > 0 else None
 
 
 def _wait(load: LoadReport, rates: Rates, candidate: Candidate) -> float:

@@ -12,7 +12,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +175,10 @@ def _running(
         yield process
     finally:
         below = psutil.Process(process.pid).children(recursive=True)
-        for one in (process, *below):
-            one.kill()
+        process.kill()
+        for one in below:
+            with suppress(psutil.NoSuchProcess):  # gone meanwhile
+                one.kill()
         process.wait()
         psutil.wait_procs(below, timeout=10)
 

@@ -1,5 +1,7 @@
 """One gateway's books: what it sent, what it hears, what follows for the next request."""
 
+from dataclasses import replace
+
 import pytest
 
 from quire.cluster.routing.book import Routes
@@ -83,6 +85,44 @@ def test_a_hot_prefix_overflows_to_the_others(routes):
     asked = [sent(routes, PROMPT + [n] * 200) for n in range(60)]
     counts = [sum(route.replica_id == name for route in asked) for name in ADDRESSES]
     assert min(counts) >= 12
+
+
+def test_a_prefix_that_was_waited_for_long_enough_is_copied_and_the_copy_is_used(routes):
+    """Waiting 0.35 s at the holder is sooner than computing 640 tokens elsewhere; twice 0.35 s is not."""
+    holder = _held_at_a_busy_replica(routes, PROMPT)
+    first, second, third = (_asked(routes, PROMPT, n) for n in range(3))
+    assert (first.replica_id, first.decision.reason) == (holder, Reason.PREFIX)
+    assert (second.replica_id != holder, second.decision.reason) == (True, Reason.COPY)
+    assert (third.replica_id, third.decision.reason) == (second.replica_id, Reason.PREFIX)
+
+
+def test_after_a_copy_rent_is_counted_anew(routes):
+    holder = _held_at_a_busy_replica(routes, PROMPT)
+    copy = [_asked(routes, PROMPT, n) for n in range(2)][-1].replica_id
+    routes.heard(copy, replace(IDLE, queued_tokens=350), 9)
+    reasons = [_asked(routes, PROMPT, n).decision.reason for n in range(2, 5)]
+    assert reasons == [Reason.PREFIX, Reason.COPY, Reason.PREFIX]
+    assert holder != copy
+
+
+def test_waiting_for_one_prefix_pays_for_no_other(routes):
+    other = [n + 5000 for n in PROMPT]
+    for prompt in (PROMPT, other):
+        _held_at_a_busy_replica(routes, prompt)
+    assert _asked(routes, PROMPT, 0).decision.reason is Reason.PREFIX
+    assert _asked(routes, other, 0).decision.reason is Reason.PREFIX
+
+
+def _held_at_a_busy_replica(routes, prompt):
+    replica_id = _asked(routes, prompt, 99).replica_id
+    routes.heard(replica_id, replace(IDLE, queued_tokens=350), 9)
+    return replica_id
+
+
+def _asked(routes, prompt, tail):
+    route = sent(routes, prompt + [tail] * 20)
+    done(route)
+    return route
 
 
 def test_what_was_sent_counts_until_a_report_knows_of_it(routes):

@@ -28,8 +28,8 @@ def predicted(candidate):
     return predict(PROMPT, candidate, rates_of([candidate.load]))
 
 
-def ranked(*candidates, prompt=PROMPT, draw=DRAW):
-    return rank(prompt, candidates, draw)
+def ranked(*candidates, prompt=PROMPT, draw=DRAW, paid_s=0.0):
+    return rank(prompt, candidates, draw, paid_s)
 
 
 def test_the_only_one_is_taken_and_nothing_is_predicted():
@@ -49,6 +49,31 @@ def test_a_hot_holder_of_the_prefix_loses_to_an_idle_replica():
     ranking = ranked(replica("hot", replace(BUSY, queued_tokens=1500), known_blocks=12), replica("idle"))
     assert ranking.order == ("idle", "hot")
     assert ranking.reason is Reason.LOAD
+
+
+def test_waiting_for_the_holder_is_rent_and_once_it_makes_up_for_a_copy_there_is_one():
+    """The holder is sooner by itself: 1 s of prefill elsewhere, against 0.232 s and 0.4 s of waiting."""
+    holder = replica("holder", replace(IDLE, queued_tokens=400), known_blocks=12)  # 12 x 64 tokens
+    stays = ranked(holder, replica("idle"))
+    assert (stays.order, stays.reason) == (("holder", "idle"), Reason.PREFIX)
+    assert stays.rent_s == pytest.approx(0.4)
+    price_s = 0.768
+    assert ranked(holder, replica("idle"), paid_s=price_s - stays.rent_s - 0.01).order[0] == "holder"
+    copies = ranked(holder, replica("idle"), paid_s=price_s - stays.rent_s + 0.01)
+    assert (copies.order, copies.reason) == (("idle", "holder"), Reason.COPY)
+    assert (copies.best.replica_id, copies.best.cached_tokens) == ("idle", 0)
+
+
+def test_no_copy_is_made_where_it_would_save_nothing_now():
+    holder, busy = replica("holder", known_blocks=12), replica("busy", BUSY)
+    ranking = ranked(holder, busy, paid_s=100.0)
+    assert (ranking.order[0], ranking.rent_s) == ("holder", 0.0)
+
+
+def test_a_copy_goes_to_the_replica_where_it_saves_most():
+    holder = replica("holder", replace(IDLE, queued_tokens=700), known_blocks=12)
+    some = replica("some", replace(IDLE, queued_tokens=300))
+    assert ranked(holder, some, replica("idle"), paid_s=100.0).order == ("idle", "holder", "some")
 
 
 def test_what_was_just_sent_counts_though_no_report_has_it_yet():
