@@ -17,6 +17,12 @@ static inline uint64_t sum_chunk(const uint32_t* words, int64_t count, const uin
   return sum;
 }
 
+// The lines of a chunk, two chunks before they are read: the hardware's own reading ahead ends with every 4 KB.
+static inline void read_ahead(const void* bytes, int64_t chunk_bytes) {
+  const char* ahead = (const char*)bytes + 2 * chunk_bytes;
+  for (int64_t at = 0; at < chunk_bytes; at += 64) __builtin_prefetch(ahead + at);
+}
+
 // Between rows of `pool`, `stride` bytes apart, and the dense rows of `bytes`. A chunk is summed while it is in the
 // cache; `sums`, if any, are added to, `sum_stride` apart.
 extern "C" void quire_copy_pages(uint8_t* pool, int64_t stride, const int64_t* pages, int64_t count,
@@ -34,6 +40,7 @@ extern "C" void quire_copy_pages(uint8_t* pool, int64_t stride, const int64_t* p
     uint64_t sum = 0;
     for (int64_t at = 0, c = 0; at < row_bytes; at += step, c++) {
       const int64_t n = std::min(step, row_bytes - at);
+      read_ahead(from + at, step);
       std::memcpy(to + at, from + at, n);
       sum += sum_chunk((const uint32_t*)(from + at), n / sizeof(uint32_t), weights->within) * weights->before[c];
     }
@@ -48,6 +55,7 @@ extern "C" void quire_checksum_pages(const uint32_t* words, int64_t rows, int64_
     sums[m] = 0;
     for (int64_t at = 0, c = 0; at < row_words; at += weights->chunk_words, c++) {
       const int64_t n = std::min(weights->chunk_words, row_words - at);
+      read_ahead(words + at, weights->chunk_words * (int64_t)sizeof(uint32_t));
       sums[m] += sum_chunk(words + at, n, weights->within) * weights->before[c];
     }
   }

@@ -23,6 +23,8 @@ _ANSWER_S = 5.0
 _GIVE_BACK_S = 1.0
 """How long a gateway that ends waits until Serve has its places back."""
 _PAUSE_S = 0.1
+_LOOK_S = 0.25
+"""How often a request that waits for a place looks whether the replica is still there."""
 _MEETINGS = 16
 """Links that are made at once beside requests."""
 _AVOID_S = 5.0
@@ -157,14 +159,36 @@ class Fleet:
     async def _reserve(self, slot: AsyncExitStack, route: Route) -> ReplicaLink:
         while True:
             async with AsyncExitStack() as attempt:
-                chosen = await attempt.enter_async_context(self._chooser.choose(route))
-                if not self.routes.avoids(chosen.replica_id):
+                chosen = await self._choose(attempt, route)
+                if chosen is not None and not self.routes.avoids(chosen.replica_id):
                     with suppress(ReplicaDied):  # then another one, or this one a little later
                         link = await self._link(chosen)
                         route.reserved(chosen.replica_id)
                         slot.push_async_exit(attempt.pop_all())
                         return link
             await asyncio.sleep(_PAUSE_S)
+
+    async def _choose(self, attempt: AsyncExitStack, route: Route) -> ReplicaAddress | None:
+        """None: the one that was asked for a place was lost meanwhile. Serve waits until its node is declared
+        dead, and keeps doing so beside us: a place that it is given after all, it gives back.
+        """
+        entering = asyncio.create_task(attempt.enter_async_context(self._chooser.choose(route)))
+        try:
+            while not (await asyncio.wait({entering}, timeout=_LOOK_S))[0]:
+                if self._lost(route.replica_id):
+                    return None
+            return entering.result()
+        finally:
+            if not entering.done():
+                entering.cancel()
+                await asyncio.wait({entering})
+
+    def _lost(self, replica_id: str) -> bool:
+        link = self._links.get(replica_id)
+        if link is not None and not link.alive:
+            del self._links[replica_id]
+            self.routes.left(replica_id, _AVOID_S)
+        return self.routes.avoids(replica_id)
 
     def _meet_unknown(self) -> None:
         """Replicas that Serve knows and nobody was sent to yet: whoever is to be chosen must be heard."""

@@ -230,7 +230,7 @@ class Routes:
             known = self._known(replica_id)
             known.chosen += 1
             self._pay(route, replica_id)
-            known.blocks.used(self._chain(route, known))
+            self._use(known, self._chain(route, known))
             self._decisions[route.reason] += 1
             self._scoring_s += route.scoring_s
             self._expected_cached += route.prediction.cached_tokens if route.prediction else 0
@@ -257,7 +257,7 @@ class Routes:
                 chain = self._chain(route, known)
                 parent = chain[-1] if chain else known.keys.root(route.tenant)
                 rest = [*route.token_ids[len(chain) * self._page_tokens :], *output_ids]
-                known.blocks.used([*chain, *extend_chain(parent, rest[:-1], self._page_tokens)])
+                self._use(known, [*chain, *extend_chain(parent, rest[:-1], self._page_tokens)])
 
     # ---- under the lock
 
@@ -284,6 +284,10 @@ class Routes:
             root = known.keys.root(route.tenant)
             route.chains[known.keys] = extend_chain(root, route.token_ids[:found], self._page_tokens)
         return route.chains[known.keys]
+
+    def _use(self, known: _Known, chain: Sequence[BlockKey]) -> None:
+        if forgotten := known.blocks.used(chain):
+            self._rents.turned(forgotten / sum(len(known.blocks) for known in self._replicas.values()))
 
     def _held(self, route: Route) -> BlockKey | None:
         holder = max(route.candidates.values(), key=lambda c: c.known_blocks)

@@ -7,6 +7,7 @@ is always a beginning of it, found by bisection. Memory is bounded, however long
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -39,36 +40,50 @@ class KnownBlocks:
         """Leading blocks of a prompt that are thought to be there."""
         return bisect_left(chain, True, key=lambda key: key[:_HINT_BYTES] not in self._hints)
 
-    def used(self, chain: Sequence[BlockKey]) -> None:
-        """The replica computes or reads these."""
+    def used(self, chain: Sequence[BlockKey]) -> int:
+        """The replica computes or reads these; so many others are forgotten for them."""
         for key in reversed(chain):  # the beginning is used last, and stays longest
             hint = key[:_HINT_BYTES]
             self._hints[hint] = None
             self._hints.move_to_end(hint)
-        self._trim()
+        return self._trim()
 
-    def _trim(self) -> None:
-        while len(self._hints) > self._most:
+    def _trim(self) -> int:
+        surplus = max(len(self._hints) - self._most, 0)
+        for _ in range(surplus):
             self._hints.popitem(last=False)
+        return surplus
 
 
 class Rents:
-    """What requests have paid for waiting where their prefix is, by the key of its last block."""
+    """What requests have paid for waiting where their prefix is, by the key of its last block.
+
+    A payment counts for as long as a copy would have lasted: it fades while the pools are filled anew.
+    """
 
     def __init__(self) -> None:
-        self._paid_s: OrderedDict[bytes, float] = OrderedDict()
+        self._paid: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
+        """Seconds, and the turnover when they were counted."""
+        self._turnover = 0.0
+        """How often all pools together have forgotten as many blocks as they hold."""
 
     def paid_s(self, prefix: BlockKey) -> float:
         """Since it was last computed somewhere."""
-        return self._paid_s.get(prefix[:_HINT_BYTES], 0.0)
+        paid_s, then = self._paid.get(prefix[:_HINT_BYTES], (0.0, 0.0))
+        return paid_s * math.exp(then - self._turnover)
 
     def pay(self, prefix: BlockKey, seconds: float) -> None:
         """One request has waited so long."""
-        hint = prefix[:_HINT_BYTES]
-        self._paid_s[hint] = self._paid_s.pop(hint, 0.0) + seconds
-        while len(self._paid_s) > _MOST_RENTS:
-            self._paid_s.popitem(last=False)
+        paid_s = self.paid_s(prefix) + seconds
+        self.bought(prefix)
+        self._paid[prefix[:_HINT_BYTES]] = paid_s, self._turnover
+        if len(self._paid) > _MOST_RENTS:
+            self._paid.popitem(last=False)
 
     def bought(self, prefix: BlockKey) -> None:
         """One more replica has it."""
-        self._paid_s.pop(prefix[:_HINT_BYTES], None)
+        self._paid.pop(prefix[:_HINT_BYTES], None)
+
+    def turned(self, share: float) -> None:
+        """Pools have forgotten this share of what they hold."""
+        self._turnover += share

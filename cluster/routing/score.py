@@ -9,7 +9,7 @@ prompt is computed, and blocks that leave a full pool for it are computed again,
 
 For each request alone it may be sooner to wait where its prefix is, time after time, while others are idle.
 So rent is counted: what each pays for waiting there. Once the requests for a prefix have paid as much as it
-costs to compute it elsewhere, one of them computes it there: rent or buy.
+costs to compute it elsewhere, and that several times, one of them computes it there: rent or buy.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ STALE_S = 3.0
 _TIE_S = 0.002
 _TIE_SHARE = 0.1
 """Costs closer than this, or than this share of the least one's time to first token, are equal."""
+_SURE = 2
+"""So often waiting has cost as much as a copy before one is made: it takes room from other prefixes, and what
+was asked for until now may not be asked for again. docs/performance.md has what 1 to 6 come to."""
 _TYPICAL_BEFORE = 1000
 """Tokens behind which paces of prefill are compared."""
 
@@ -34,7 +37,7 @@ class Reason(StrEnum):
 
     PREFIX = "prefix"  # soonest, and it holds some of the prompt
     LOAD = "load"  # soonest, and it holds nothing of the prompt
-    COPY = "copy"  # others hold the prefix, and waiting for them has cost as much as one more copy does
+    COPY = "copy"  # others hold the prefix, and waiting for them has cost more than one more copy does
     ONLY = "only"  # there was no other
     BLIND = "blind"  # nothing is known: the one with less of this gateway's work, of two drawn
     FALLBACK = "fallback"  # choosing failed, and any was taken
@@ -161,7 +164,7 @@ def rank(
     best = predictions[order[0].replica_id]
     reason = Reason.PREFIX if best.cached_tokens else Reason.LOAD
     copy = _copy(prompt, order, predictions, rates)
-    if copy and paid_s + copy.saves_s >= copy.costs_s:
+    if copy and paid_s + copy.saves_s >= _SURE * copy.costs_s:
         order = [copy.at, *(c for c in order if c is not copy.at)]
         best, reason = predictions[copy.at.replica_id], Reason.COPY
     rent_s = copy.saves_s if copy else 0.0

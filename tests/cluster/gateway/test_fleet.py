@@ -33,6 +33,24 @@ class Silent(Listed):
                 await self.answers.wait()
 
 
+class Stuck(Listed):
+    """As Serve does with a machine that was cut off: whoever asks it for a place waits, until `answers`."""
+
+    def __init__(self, replicas):
+        super().__init__(replicas)
+        self.cut = None
+        self.asked = asyncio.Event()
+
+    @asynccontextmanager
+    async def choose(self, route):
+        first, *_ = route.rank({replica.replica_id: replica.address for replica in self.replicas})
+        if first == self.cut:
+            self.asked.set()
+            await asyncio.Event().wait()
+        async with super().choose(route) as chosen:
+            yield chosen
+
+
 @asynccontextmanager
 async def fleet_of(names, clock, chooser=Listed):
     async with AsyncExitStack() as stack:
@@ -91,3 +109,26 @@ async def test_a_place_that_nobody_takes_back_does_not_keep_its_request():
         fleet._chooser.answers.set()
         await asyncio.sleep(0.01)
         assert fleet._chooser.held == 0
+
+
+async def test_a_request_that_waits_for_a_place_goes_elsewhere_when_the_replica_is_lost():
+    async with fleet_of("ab", Clock(), Stuck) as fleet, asyncio.timeout(5):
+        async with fleet.reserve() as place:
+            lost, link = place.link.replica_id, place.link
+        fleet._chooser.cut = lost
+        waiting = [asyncio.ensure_future(taken_by(fleet, 1)) for _ in range(4)]
+        await fleet._chooser.asked.wait()
+        await fleet.report_lost(link)
+        assert await asyncio.gather(*waiting) == [{"a", "b"} - {lost}] * 4
+
+
+async def test_a_request_that_is_cancelled_while_it_waits_for_a_place_leaves_nothing_behind():
+    async with fleet_of("a", Clock(), Stuck) as fleet, asyncio.timeout(5):
+        fleet._chooser.cut, before = "a", asyncio.all_tasks()
+        waiting = asyncio.ensure_future(taken_by(fleet, 1))
+        await fleet._chooser.asked.wait()
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert waiting.cancelled()
+        await asyncio.sleep(0)
+        assert (fleet._chooser.held, asyncio.all_tasks() - before) == (0, set())

@@ -1,5 +1,9 @@
 """Blocks that replicas are thought to hold, in bounded memory."""
 
+import math
+
+import pytest
+
 from quire.cluster.routing.prefixes import KnownBlocks, Rents
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 
@@ -61,3 +65,18 @@ def test_what_nobody_has_paid_for_lately_is_forgotten():
         rents.pay(prefixes[0], 1.0)
     assert rents.paid_s(prefixes[1]) == 0
     assert rents.paid_s(prefixes[0]) == 5001.0
+
+
+def test_rent_fades_while_what_a_copy_would_be_is_forgotten():
+    rents, (one,) = Rents(), chain(1)
+    rents.pay(one, 1.0)
+    rents.turned(0.5)
+    rents.turned(0.5)
+    assert rents.paid_s(one) == pytest.approx(math.exp(-1))
+    rents.pay(one, 1.0)
+    assert rents.paid_s(one) == pytest.approx(1 + math.exp(-1))
+
+
+def test_it_says_how_much_it_forgot():
+    known = KnownBlocks(4)
+    assert [known.used(chain(1, 2, 3)), known.used(chain(1)), known.used(chain(4, 5, 6))] == [0, 0, 2]
