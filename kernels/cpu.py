@@ -113,15 +113,13 @@ def copy_pages(
     pool_NB: Tensor,
     pages_M: Tensor,
     bytes_MB: Tensor,
-    weights: tuple[Tensor, Tensor],
     sum_M: Tensor | None,
     *,
     scatter: bool,
 ) -> bool:
     """Between pages of a pool, whose rows may lie apart, and contiguous bytes, by the calling thread alone.
 
-    `weights`: of checksums, which are added to `sum_M` if there is one. False where no C++ compiler is found:
-    nothing was done.
+    Checksums are added to `sum_M` if there is one. False where no C++ compiler is found: nothing was done.
     """
     library = _library()
     if library is None:
@@ -131,22 +129,19 @@ def copy_pages(
         raise IndexError(f"pages {pages_M.tolist()} do not all lie in a pool of {pool_NB.shape[0]}")
     library.quire_copy_pages(
         pool_NB.data_ptr(), pool_NB.stride(0), pages_M.data_ptr(), len(pages_M), bytes_MB.shape[1],
-        bytes_MB.data_ptr(), scatter, byref(_Weights.of(*weights)),
+        bytes_MB.data_ptr(), scatter,
         None if sum_M is None else sum_M.data_ptr(), 0 if sum_M is None else sum_M.stride(0),
     )  # fmt: skip
     return True
 
 
-def checksum_pages(bytes_MB: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor | None:
+def checksum_pages(bytes_MB: Tensor) -> Tensor | None:
     """`pages.checksum_pages` by the calling thread alone; None where no C++ compiler is found."""
     library = _library()
     if library is None:
         return None
     sum_M = torch.empty(bytes_MB.shape[0], dtype=torch.int64)
-    library.quire_checksum_pages(
-        bytes_MB.data_ptr(), bytes_MB.shape[0], bytes_MB.shape[1] // 4, byref(_Weights.of(*weights)),
-        sum_M.data_ptr(),
-    )  # fmt: skip
+    library.quire_checksum_pages(bytes_MB.data_ptr(), *bytes_MB.shape, sum_M.data_ptr())
     return sum_M
 
 
@@ -252,14 +247,6 @@ class _Spec(Structure):
     _fields_ = (("scale", c_float), ("softcap", c_float), ("window", c_int64))
 
 
-class _Weights(Structure):
-    _fields_ = (("within", c_void_p), ("before", c_void_p), ("chunk_words", c_int64))
-
-    @classmethod
-    def of(cls, within_K: Tensor, before_C: Tensor) -> _Weights:
-        return cls(within_K.data_ptr(), before_C.data_ptr(), within_K.shape[0])
-
-
 def _address(x_HD: Tensor | None) -> int | None:
     if x_HD is None:
         return None
@@ -294,9 +281,9 @@ def _library() -> ctypes.CDLL | None:
         POINTER(_Cache), POINTER(_Rows), c_void_p, POINTER(_Batch), POINTER(_Spec), c_int,
     ]  # fmt: skip
     library.quire_copy_pages.argtypes = [
-        c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_bool, POINTER(_Weights), c_void_p, c_int64,
+        c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_bool, c_void_p, c_int64,
     ]  # fmt: skip
-    library.quire_checksum_pages.argtypes = [c_void_p, c_int64, c_int64, POINTER(_Weights), c_void_p]
+    library.quire_checksum_pages.argtypes = [c_void_p, c_int64, c_int64, c_void_p]
     library.quire_write.restype = library.quire_attend.restype = c_bool
     library.quire_copy_pages.restype = library.quire_checksum_pages.restype = None
     return library

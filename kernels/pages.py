@@ -1,11 +1,9 @@
 """Whole pages as bytes: packed for a message, unpacked from one, and their checksums.
 
-Legend: see `paged.py`; here W 32-bit words of a page, C chunks of it, K words of a chunk.
+Legend: see `paged.py`; here W words of a page, K words of a chunk.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import triton
@@ -16,7 +14,6 @@ from quire.kernels import cpu
 
 _WORD = 4
 _CHUNK_WORDS = 1024  # 32-bit words a program copies and sums
-_BASE = 0x5851F42D4C957F2D  # odd; base**k - 1 holds 2**3 times what k holds of 2, at most
 
 
 def gather_pages(
@@ -45,7 +42,7 @@ def _copy(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor, sum_M: Tensor | No
     if pool_NB.device.type != "cpu":
         launch_copy(pool_NB, bytes_MB, pages_M, scatter=scatter, sum_M=sum_M)
         return
-    if cpu.copy_pages(pool_NB, pages_M, bytes_MB, _page_weights(bytes_MB), sum_M, scatter=scatter):
+    if cpu.copy_pages(pool_NB, pages_M, bytes_MB, sum_M, scatter=scatter):
         return
     if scatter:
         pool_NB[pages_M.long()] = bytes_MB
@@ -67,9 +64,10 @@ def _check(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor) -> None:
 def checksum_pages(bytes_MB: Tensor) -> Tensor:
     """One 64-bit checksum per page, int64 [M]: the same on every device and machine.
 
-    The page's 32-bit words, as unsigned numbers w_i, give the sum of (w_i + 1) * base**i modulo 2**64. It
-    tells any change confined to one word, and any two words exchanged, for certain (base is odd, and
-    base**k - 1 has too few factors of 2 to hide 32 bits); other damage with odds of about 1 in 2**32 or less.
+    The sum over the page's 32-bit words w, unsigned, of (w + 1) (4x**2 + 6x + 1) modulo 2**64, where x counts
+    words from the page's end: additions only for whoever goes through them in order. It tells any change
+    confined to one word, and any two words exchanged, for certain (a weight is odd, and two of them differ by
+    twice an odd multiple of the words' distance); other damage with odds of about 1 in 2**32 or less.
     It guards against accidents, not against an adversary.
     """
     if bytes_MB.shape[1] % _WORD:
@@ -85,10 +83,9 @@ def launch_copy(
 ) -> None:
     """Between pool and contiguous `bytes_MB`; sizes, strides and offsets are multiples of 8 bytes."""
     pages, words, stride = pages_M.shape[0], pool_NB.shape[1] // 8, pool_NB.stride(0) // 8
-    within_K, before_C = _page_weights(bytes_MB)
-    _copy_kernel[(pages, before_C.shape[0])](
+    copy_kernel[(pages, triton.cdiv(words, _CHUNK_WORDS // 2))](
         *(pool_NB.view(torch.int64), bytes_MB.view(torch.int64), pages_M, words, stride),
-        *(sum_M, 0 if sum_M is None else sum_M.stride(0), within_K, before_C),
+        *(sum_M, 0 if sum_M is None else sum_M.stride(0)),
         SCATTER=scatter,
         W=_CHUNK_WORDS // 2,
     )
@@ -97,72 +94,57 @@ def launch_copy(
 def launch_checksum(bytes_MB: Tensor) -> Tensor:
     """One program per page and chunk; integer addition commutes, so the order of the sums does not show."""
     pages, words = bytes_MB.shape[0], bytes_MB.shape[1] // _WORD
-    within_K, before_C = _page_weights(bytes_MB)
     sum_M = torch.zeros(pages, dtype=torch.int64, device=bytes_MB.device)
-    _checksum_kernel[(pages, before_C.shape[0])](
-        bytes_MB.view(torch.int32), within_K, before_C, sum_M, words, K=_CHUNK_WORDS
+    _checksum_kernel[(pages, triton.cdiv(words, _CHUNK_WORDS))](
+        bytes_MB.view(torch.int32), sum_M, words, K=_CHUNK_WORDS
     )
     return sum_M
 
 
 def _checksum_cpu(bytes_MB: Tensor) -> Tensor:
-    """Without a compiler: chunk by chunk, so that the 64-bit products stay in the cache."""
-    words_MW = bytes_MB.view(torch.int32)
-    within_K, before_C = weights = _page_weights(bytes_MB)
-    if (compiled_M := cpu.checksum_pages(bytes_MB, weights)) is not None:
+    if (compiled_M := cpu.checksum_pages(bytes_MB)) is not None:
         return compiled_M
+    words_MW = bytes_MB.view(torch.int32)
+    x_W = torch.arange(words_MW.shape[1], 0, -1)
     sum_M = torch.zeros(bytes_MB.shape[0], dtype=torch.int64)
-    for c, words_MK in enumerate(words_MW.split(_CHUNK_WORDS, dim=1)):
-        terms_MK = ((words_MK.long() & 0xFFFFFFFF) + 1) * within_K[: words_MK.shape[1]]
-        sum_M += terms_MK.sum(1) * before_C[c]
+    chunks = zip(words_MW.split(_CHUNK_WORDS, 1), x_W.split(_CHUNK_WORDS), strict=True)
+    for words_MK, x_K in chunks:  # so that products stay in the cache
+        terms_MK = ((words_MK.long() & 0xFFFFFFFF) + 1) * ((4 * x_K + 6) * x_K + 1)
+        sum_M += terms_MK.sum(1)
     return sum_M
 
 
-def _page_weights(bytes_MB: Tensor) -> tuple[Tensor, Tensor]:
-    return _weights(triton.cdiv(bytes_MB.shape[1], _WORD * _CHUNK_WORDS), bytes_MB.device)
-
-
-@lru_cache(maxsize=64)
-def _weights(chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """base**k for each word of a chunk [K], and base**(c K) for each chunk [C], modulo 2**64."""
-    powers_K = _powers(_BASE, _CHUNK_WORDS)
-    powers_C = _powers(pow(_BASE, _CHUNK_WORDS, 2**64), chunks)
-    return powers_K.to(device), powers_C.to(device)
-
-
-def _powers(base: int, count: int) -> Tensor:
-    signed = base - 2**64 if base >= 2**63 else base
-    return torch.tensor([1] + [signed] * (count - 1)).cumprod(0)
+@triton.jit
+def _weight(x):
+    """See `checksum_pages`."""
+    return (4 * x + 6) * x + 1
 
 
 @triton.jit
-def _copy_kernel(
-    pool_ptr, bytes_ptr, pages_ptr, words, stride, sum_ptr, sum_stride, within_ptr, before_ptr,
+def copy_kernel(
+    pool_ptr, bytes_ptr, pages_ptr, words, stride, sum_ptr, sum_stride,
     SCATTER: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Grid (pages, chunks); words of 64 bits. `sum_ptr`: None, or where the checksums are added."""
     i, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     page = tl.load(pages_ptr + i).to(tl.int64)
-    k_W = tl.arange(0, W)
-    word_W = chunk * W + k_W
+    word_W = chunk * W + tl.arange(0, W)
     inside_W = word_W < words
     pool_ptr_W, bytes_ptr_W = pool_ptr + page * stride + word_W, bytes_ptr + i * words + word_W
     data_W = tl.load(bytes_ptr_W if SCATTER else pool_ptr_W, mask=inside_W, other=0)
     tl.store(pool_ptr_W if SCATTER else bytes_ptr_W, data_W, mask=inside_W)
     if sum_ptr is not None:
-        low_W = ((data_W & 0xFFFFFFFF) + 1) * tl.load(within_ptr + 2 * k_W)
-        high_W = (((data_W >> 32) & 0xFFFFFFFF) + 1) * tl.load(within_ptr + 2 * k_W + 1)
-        part = tl.sum(tl.where(inside_W, low_W + high_W, 0), 0) * tl.load(before_ptr + chunk)
-        tl.atomic_add(sum_ptr + i * sum_stride, part)
+        x_W = 2 * (words - word_W).to(tl.int64)
+        low_W = ((data_W & 0xFFFFFFFF) + 1) * _weight(x_W)
+        high_W = (((data_W >> 32) & 0xFFFFFFFF) + 1) * _weight(x_W - 1)
+        tl.atomic_add(sum_ptr + i * sum_stride, tl.sum(tl.where(inside_W, low_W + high_W, 0), 0))
 
 
 @triton.jit
-def _checksum_kernel(words_ptr, within_ptr, before_ptr, sum_ptr, words, K: tl.constexpr):
+def _checksum_kernel(words_ptr, sum_ptr, words, K: tl.constexpr):
     """Grid (pages, chunks); words of 32 bits."""
-    page, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    k_K = tl.arange(0, K)
-    inside_K = chunk * K + k_K < words
-    word_K = tl.load(words_ptr + page * words + chunk * K + k_K, mask=inside_K, other=0)
-    term_K = ((word_K.to(tl.int64) & 0xFFFFFFFF) + 1) * tl.load(within_ptr + k_K)
-    part = tl.sum(tl.where(inside_K, term_K, 0), 0) * tl.load(before_ptr + chunk)
-    tl.atomic_add(sum_ptr + page, part)
+    page, at_K = tl.program_id(0).to(tl.int64), tl.program_id(1) * K + tl.arange(0, K)
+    inside_K = at_K < words
+    word_K = tl.load(words_ptr + page * words + at_K, mask=inside_K, other=0)
+    term_K = ((word_K.to(tl.int64) & 0xFFFFFFFF) + 1) * _weight((words - at_K).to(tl.int64))
+    tl.atomic_add(sum_ptr + page, tl.sum(tl.where(inside_K, term_K, 0), 0))

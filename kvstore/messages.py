@@ -157,7 +157,7 @@ _HEADER = np.dtype(
 HEADER_BYTES = _HEADER.itemsize
 _WORD = 8
 CHECKSUM_WORD = _HEADER.fields["checksum"][1] // _WORD  # type: ignore[index]
-_VERSION = 2
+_VERSION = 3
 
 
 def page_headers(

@@ -18,6 +18,7 @@ from quire.kernels._combine import combine_kernel, combine_tile
 from quire.kernels.decode import decode_kernel
 from quire.kernels.formats import FORMATS, LayerFormat
 from quire.kernels.layout import PageLayout
+from quire.kernels.pages import copy_kernel
 from quire.kernels.prefill import prefill_kernel
 from quire.kernels.unpack import unpack_kernel
 from quire.kernels.write import write_kernel
@@ -205,3 +206,16 @@ def compiled_write(name: str, capability: int, warps: int, **constants: object) 
     others = {"k_shift_ptr": "*fp32:16", "v_shift_ptr": "*fp32:16", "q_out_ptr": "*fp32:16"}
     others |= {"query_tokens": "i32", "Q_TERMS": 1, "G": 0}
     return compiled(write_kernel, name, name, capability, warps, **{**others, **sides, **constants})
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("scatter", [False, True])
+def test_copies_are_wide_and_summing_them_reads_nothing_more(capability, scatter):
+    types = {"pool_ptr": "*i64:16", "bytes_ptr": "*i64:16", "pages_ptr": "*i32:16", "words": "i32:16"}
+    types |= {"stride": "i32:16", "sum_ptr": "*i64:16", "sum_stride": "i32"}
+    arguments = {**types, "SCATTER": scatter, "W": 512}
+    code = compile_kernel(copy_kernel, arguments, capability=capability, warps=4)
+    assert code.spill_bytes == 0
+    assert sum(n for op, n in code.all.items() if op.startswith("LDG.E.128")) == 2
+    assert sum(n for op, n in code.all.items() if op.startswith("LDG")) == 3  # and the page's number
+    assert sum(n for op, n in code.all.items() if op.startswith("STG.E.128")) == 2

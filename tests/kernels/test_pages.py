@@ -90,16 +90,24 @@ def test_scatter_refuses_bytes_of_another_page_size():
         scatter_pages(random_pages(4), torch.tensor([0, 1]), random_pages(2, 256))
 
 
-@pytest.mark.parametrize("page_bytes", [128, 4096, PAGE_BYTES])
-def test_the_checksum_kernel_agrees_with_the_cpu_and_with_the_definition(page_bytes):
-    pages = random_pages(3, page_bytes)
-    base, expected = 0x5851F42D4C957F2D, []
+@pytest.mark.parametrize("page_bytes", [4, 128, 4096 + 20, PAGE_BYTES])
+def test_checksums_follow_the_definition_everywhere(page_bytes, monkeypatch):
+    pages, expected = random_pages(3, page_bytes), []
     for page in pages:
         words = [int.from_bytes(bytes(page[i : i + 4].tolist()), "little") for i in range(0, page_bytes, 4)]
-        total = sum((w + 1) * pow(base, i, 2**64) for i, w in enumerate(words)) % 2**64
+        total = sum((w + 1) * (4 * x * x + 6 * x + 1) for x, w in enumerate(reversed(words), 1)) % 2**64
         expected.append(total - 2**64 if total >= 2**63 else total)
     assert checksum_pages(pages).tolist() == expected
     assert launch_checksum(pages).tolist() == expected
+    monkeypatch.setattr(cpu, "checksum_pages", lambda bytes_MB: None)  # no compiler
+    assert checksum_pages(pages).tolist() == expected
+
+
+def test_a_checksum_is_of_64_bits_however_large_the_page():
+    words = torch.full((1, 1 << 21), -1, dtype=torch.int32)
+    x = torch.arange(1 << 21, 0, -1)
+    expected = (4 * x * x + 6 * x + 1 << 32).sum()  # modulo 2**64, as (w + 1) is 2**32
+    assert checksum_pages(words.view(torch.uint8)).item() == expected.item()
 
 
 def test_the_checksum_tells_every_bit_of_a_word_and_every_exchange():
@@ -108,7 +116,7 @@ def test_the_checksum_tells_every_bit_of_a_word_and_every_exchange():
     changed = page.repeat(64, 1)
     for i in range(32):
         changed.view(torch.int32)[i, 17] ^= torch.tensor(1).int() << i  # one bit
-        j = 1 << (i % 10)
+        j = 1 << (i % 10)  # however far apart
         changed.view(torch.int32)[32 + i, [i, i + j]] = words[0, [i + j, i]]  # two words exchanged
     assert len({*checksum_pages(changed).tolist(), *checksum_pages(page).tolist()}) == 65
 
