@@ -37,7 +37,7 @@ BEFORE_TOKENS = 4000
 """Behind so many tokens a prompt's token costs twice as much."""
 KEYS = KeySpace(b"layout", b"weights", b"transforms")
 ROUNDS, ROUND_S = 2, 200.0
-PRICES = {"never": float("inf"), "x1": 1.0, "x2": 2.0, "x4": 4.0, "x6": 6.0}
+PRICES = {"never": float("inf"), "x1": 1.0, "x3": 3.0, "x6": 6.0}
 
 
 @dataclass(eq=False)

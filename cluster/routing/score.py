@@ -5,7 +5,8 @@
                         + work (compute what it has not, or fetch that from a neighbour)
 
 All rates are measured by the replicas. To this comes what others pay: every running sequence waits while the
-prompt is computed, and blocks that leave a full pool for it are computed again, as often as they are found.
+prompt is computed (half of that counts: on average they are half way through), and blocks that leave a full
+pool for it are computed again, as often as they are found.
 
 For each request alone it may be sooner to wait where its prefix is, time after time, while others are idle.
 So rent is counted: what each pays for waiting there. Once the requests for a prefix have paid as much as it
@@ -25,7 +26,7 @@ STALE_S = 3.0
 _TIE_S = 0.002
 _TIE_SHARE = 0.1
 """Costs closer than this, or than this share of the least one's time to first token, are equal."""
-_SURE = 2
+_SURE = 3
 """So often waiting has cost as much as a copy before one is made: it takes room from other prefixes, and what
 was asked for until now may not be asked for again. docs/performance.md has what 1 to 6 come to."""
 _TYPICAL_BEFORE = 1000
@@ -180,7 +181,7 @@ def predict(prompt: Prompt, candidate: Candidate, rates: Rates) -> Prediction:
     need = -(-prompt.tokens // prompt.page_tokens) - candidate.known_blocks
     leave = max(min(need - load.pages_free, load.pages_cached), 0) * prompt.page_tokens
     had = cached + fetched
-    delay_s = load.running * rates.compute_s(had, prompt.tokens - had)
+    delay_s = load.running * rates.compute_s(had, prompt.tokens - had) / 2  # they are half way through
     return Prediction(
         replica_id=candidate.replica_id,
         wait_s=_wait(load, rates, candidate),

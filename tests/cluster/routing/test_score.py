@@ -17,7 +17,7 @@ IDLE = LoadReport(
     hold_s=2.0,
 )
 BUSY = replace(IDLE, running=4, queued_tokens=800, pages_free=60)
-SURE = 2
+SURE = 3
 DRAW = (0.1, 0.2, 0.3, 0.4)
 
 
@@ -124,9 +124,9 @@ def test_blocks_that_must_leave_cost_as_much_as_they_are_used():
 
 def test_what_is_computed_makes_running_sequences_wait_and_what_is_fetched_does_not():
     busy = replace(IDLE, running=3, fetch_s=0.01, fetch_s_per_token=1e-5)
-    assert predicted(replica("a", busy)).others_s == pytest.approx(3 * 1.0)
-    assert predicted(replica("a", busy, known_blocks=10)).others_s == pytest.approx(3 * 0.36)
-    assert predicted(replica("a", busy, holder_blocks=10)).others_s == pytest.approx(3 * 0.36)
+    assert predicted(replica("a", busy)).others_s == pytest.approx(3 * 1.0 / 2)
+    assert predicted(replica("a", busy, known_blocks=10)).others_s == pytest.approx(3 * 0.36 / 2)
+    assert predicted(replica("a", busy, holder_blocks=10)).others_s == pytest.approx(3 * 0.36 / 2)
 
 
 def test_ties_go_to_the_one_chosen_less_then_to_the_draw():
