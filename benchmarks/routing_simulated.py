@@ -2,10 +2,10 @@
 
     PYTHONPATH=src:benchmarks python benchmarks/routing_simulated.py WORKLOAD... [--per-s 6] [--json FILE]
 
-For what one noisy run of minutes cannot tell: what a constant of the router is worth, over many seeds. A
+For what one noisy run of minutes cannot tell: what the weights of the score are worth, over many seeds. A
 replica is a pool of pages that forgets the least recently used, and steps that take a fixed time, and more
-for each prompt token and each running sequence (as the demo model on 0.4 cores). `default` is the less busy
-of two drawn. Ours is shown with copies of hot prefixes at several prices; `never` makes none.
+for each prompt token and each running sequence (as the demo model on 0.4 cores). Loads and reservations take
+no time on their way. `default` is the less busy of two drawn, by exact counts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from statistics import mean
-from unittest import mock
 
 from routing_workloads import WORKLOADS, Workload
 from rows import Row, report
 
-from quire.cluster.routing import score
 from quire.cluster.routing.book import Route, Routes
-from quire.cluster.routing.score import Reason
+from quire.cluster.routing.score import Reason, Weights
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 from quire.replicas.load_report import LoadReport, Pace
 
@@ -37,7 +35,15 @@ BEFORE_TOKENS = 4000
 """Behind so many tokens a prompt's token costs twice as much."""
 KEYS = KeySpace(b"layout", b"weights", b"transforms")
 ROUNDS, ROUND_S = 2, 200.0
-PRICES = {"never": float("inf"), "x1": 1.0, "x3": 3.0, "x6": 6.0}
+WEIGHTS = {
+    "default": None,
+    "ours": Weights(),
+    "no copies": Weights(copy=float("inf")),
+    "copies at 1": Weights(copy=1.0),
+    "copies at 6": Weights(copy=6.0),
+    "delay at 0": Weights(delay=0.0),
+    "delay at 1": Weights(delay=1.0),
+}
 
 
 @dataclass(eq=False)
@@ -76,6 +82,10 @@ class Replica:
         self.taken = 0
         self._cached: OrderedDict[BlockKey, None] = OrderedDict()
         self._readers: Counter[BlockKey] = Counter()
+        self._decoding: list[Asked] = []
+        self._computed: list[tuple[Asked, int]] = []
+        """Prompts of the step under way, and tokens of each."""
+        self._took_s = 0.0
         self._pace = Pace()
 
     def load(self) -> LoadReport:
@@ -168,10 +178,11 @@ class Replica:
 class Simulation:
     """Replicas, one gateway, and what happens when."""
 
-    def __init__(self, *, ours: bool, seed: int) -> None:
+    def __init__(self, weights: Weights | None, seed: int) -> None:
+        """Without weights: the default router."""
         self._now_s, self._order = 0.0, count()
         self._random = random.Random(seed)
-        self._routes = Routes(clock=lambda: self._now_s, seed=seed) if ours else None
+        self._routes = Routes(clock=lambda: self._now_s, seed=seed, weights=weights) if weights else None
         self._replicas = {f"replica {n}": Replica() for n in range(REPLICAS)}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self.first_s: list[float] = []
@@ -245,9 +256,9 @@ class Simulation:
             self._routes.heard(name, replica.load(), replica.taken)
 
 
-def simulate(workload: Workload, *, ours: bool, seed: int) -> tuple[float, float, float, int]:
+def simulate(workload: Workload, weights: Weights | None, seed: int) -> tuple[float, float, float, int]:
     """p50, p90 of the time to first token in ms, hit rate, and copies made."""
-    simulation = Simulation(ours=ours, seed=seed)
+    simulation = Simulation(weights, seed)
     for number in range(4 * REPLICAS):
         name, prompt = f"replica {number % REPLICAS}", [7 + number] * 96
         simulation.at(0.15 * number, lambda name=name, prompt=prompt: simulation.ask(prompt, name))
@@ -270,19 +281,12 @@ def main() -> int:
     args = parser.parse_args()
     rows = []
     for name in args.workloads:
-        workload = replace(WORKLOADS[name], per_s=args.per_s)
-        seen = {"default": [simulate(workload, ours=False, seed=seed) for seed in range(args.seeds)]}
-        for price, times in PRICES.items():
-            with mock.patch.object(score, "_SURE", times):
-                seen[price] = [simulate(workload, ours=True, seed=seed) for seed in range(args.seeds)]
-        base = mean(p90 for _, p90, _, _ in seen["default"])
-        for how, runs in seen.items():
+        workload, base = replace(WORKLOADS[name], per_s=args.per_s), 0.0
+        for how, weights in WEIGHTS.items():
+            runs = [simulate(workload, weights, seed) for seed in range(args.seeds)]
             p50, p90, hit_rate, copies = map(mean, zip(*runs, strict=True))
-            case = (
-                f"{name} {args.per_s:g}/s, copies {how}"
-                if how in PRICES
-                else f"{name} {args.per_s:g}/s, {how}"
-            )
+            base = base or p90
+            case = f"{name} {args.per_s:g}/s, {how}"
             rows.append(Row(case, "first token p90", p90, "ms", "default", p90 / base))
             print(f"{case}: p50 {p50:.0f} ms, hit rate {hit_rate:.3f}, {copies:.1f} copies", flush=True)
     report(rows, args.json)

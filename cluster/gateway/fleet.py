@@ -96,22 +96,20 @@ class Fleet:
 
         Raises NoReplicaReady after `wait_s`.
         """
-        route, slot = self.routes.route(token_ids, tenant), AsyncExitStack()
+        slot = AsyncExitStack()
         try:
-            try:
-                async with asyncio.timeout(self._wait_s):
-                    link = await self._reserve(slot, route)
-            except TimeoutError as error:
-                raise NoReplicaReady(
-                    f"no replica was ready within {self._wait_s:g} s; it may still be loading: try again, "
-                    "or look at `quire stats` and the replica's log"
-                ) from error
+            async with asyncio.timeout(self._wait_s):
+                place = await self._reserve(slot, token_ids, tenant)
+        except TimeoutError as error:
+            raise NoReplicaReady(
+                f"no replica was ready within {self._wait_s:g} s; it may still be loading: try again, "
+                "or look at `quire stats` and the replica's log"
+            ) from error
+        try:
             self._meet_unknown()
-            yield Place(link, route)
+            yield place
         finally:
-            route.ended()
-            # A machine that is gone does not answer this, and the request is to go elsewhere meanwhile.
-            self._beside(self._giving_back, slot.aclose())
+            self._give_back(place.route, slot)
 
     async def known(self) -> ReplicaLink:
         """The replica that was met last; it may be gone. During an upgrade others serve something else.
@@ -156,26 +154,39 @@ class Fleet:
         for link in links.values():
             await link.close()
 
-    async def _reserve(self, slot: AsyncExitStack, route: Route) -> ReplicaLink:
+    async def _reserve(self, slot: AsyncExitStack, token_ids: Sequence[int], tenant: str) -> Place:
+        """`slot` gives the place back."""
         while True:
-            async with AsyncExitStack() as attempt:
+            route, attempt = self.routes.route(token_ids, tenant), AsyncExitStack()
+            try:
                 chosen = await self._choose(attempt, route)
                 if chosen is not None and not self.routes.avoids(chosen.replica_id):
                     with suppress(ReplicaDied):  # then another one, or this one a little later
                         link = await self._link(chosen)
                         route.reserved(chosen.replica_id)
                         slot.push_async_exit(attempt.pop_all())
-                        return link
+                        return Place(link, route)
+            except BaseException:
+                self._give_back(route, attempt)
+                raise
+            self._give_back(route, attempt)
             await asyncio.sleep(_PAUSE_S)
 
+    def _give_back(self, route: Route, slot: AsyncExitStack) -> None:
+        """A machine that is gone does not answer this, and the request is to go elsewhere meanwhile."""
+        route.ended()
+        self._beside(self._giving_back, slot.aclose())
+
     async def _choose(self, attempt: AsyncExitStack, route: Route) -> ReplicaAddress | None:
-        """None: the one that was asked for a place was lost meanwhile. Serve waits until its node is declared
-        dead, and keeps doing so beside us: a place that it is given after all, it gives back.
+        """None: the best one was lost while it was asked for a place, and there are others.
+
+        Serve waits until its node is declared dead, and keeps doing so beside us: a place that it is given
+        after all, it gives back. Only the best one is watched; of others Serve says nothing.
         """
         entering = asyncio.create_task(attempt.enter_async_context(self._chooser.choose(route)))
         try:
             while not (await asyncio.wait({entering}, timeout=_LOOK_S))[0]:
-                if self._lost(route.replica_id):
+                if self._best_is_lost(route):
                     return None
             return entering.result()
         finally:
@@ -183,18 +194,19 @@ class Fleet:
                 entering.cancel()
                 await asyncio.wait({entering})
 
-    def _lost(self, replica_id: str) -> bool:
-        link = self._links.get(replica_id)
-        if link is not None and not link.alive:
-            del self._links[replica_id]
-            self.routes.left(replica_id, _AVOID_S)
-        return self.routes.avoids(replica_id)
+    def _best_is_lost(self, route: Route) -> bool:
+        self._drop_dead()
+        avoids = self.routes.avoids
+        return avoids(route.replica_id) and not all(avoids(name) for name in route.candidates)
+
+    def _drop_dead(self) -> None:
+        for link in [link for link in self._links.values() if not link.alive]:
+            del self._links[link.replica_id]
+            self.routes.left(link.replica_id, _AVOID_S)
 
     def _meet_unknown(self) -> None:
         """Replicas that Serve knows and nobody was sent to yet: whoever is to be chosen must be heard."""
-        for link in [link for link in self._links.values() if not link.alive]:
-            del self._links[link.replica_id]
-            self.routes.left(link.replica_id)
+        self._drop_dead()
         for replica_id, address in self.routes.unknown().items():
             if replica_id not in self._links and len(self._meeting) < _MEETINGS:
                 self._beside(self._meeting, self._meet(ReplicaAddress(replica_id, address)))
@@ -205,8 +217,10 @@ class Fleet:
         task.add_done_callback(tasks.discard)
 
     async def _meet(self, replica: ReplicaAddress) -> None:
-        with suppress(ReplicaDied):  # it is asked again with the next request
+        try:
             await self._link(replica)
+        except ReplicaDied:  # it is asked again later, beside a request
+            self.routes.left(replica.replica_id, _AVOID_S)
 
     async def _link(self, chosen: ReplicaAddress) -> ReplicaLink:
         link = self._links.get(chosen.replica_id)

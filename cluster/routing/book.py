@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
-from quire.cluster.routing.prefixes import MAX_BLOCKS, KnownBlocks, Rents
-from quire.cluster.routing.score import Candidate, Prediction, Prompt, Reason, rank
+from quire.cluster.routing.prefixes import MAX_BLOCKS, KnownBlocks
+from quire.cluster.routing.rents import Rents
+from quire.cluster.routing.score import Candidate, Prediction, Prompt, Reason, Weights, rank
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 from quire.replicas.load_report import LoadReport
 
@@ -68,6 +69,8 @@ class _Known:
     open: set[Route] = field(default_factory=set)
     chosen: float = 0.0
     avoid_until_s: float = 0.0
+    lost: bool = False
+    """It failed as dead and was not met since."""
 
 
 class Route:
@@ -91,6 +94,8 @@ class Route:
         """To compute at the replica."""
         self.waits = False
         """Whether its first token is still to come."""
+        self.over = False
+        """Serve may rank it still, if it was given up while a place was asked for: it counts nowhere."""
         self.chains: dict[KeySpace, list[BlockKey]] = {}
 
     def rank(self, replicas: Mapping[str, str]) -> tuple[str, ...]:
@@ -125,8 +130,14 @@ class Route:
 class Routes:
     """All of one gateway."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic, seed: int | None = None) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        seed: int | None = None,
+        weights: Weights | None = None,
+    ) -> None:
+        self._clock, self._weights = clock, weights or Weights()
         self._random = random.Random(seed)
         self._lock = Lock()
         self._replicas: dict[str, _Known] = {}
@@ -159,7 +170,8 @@ class Routes:
     def joined(self, replica_id: str, keys: KeySpace, page_tokens: int) -> None:
         """The gateway has a stream to it."""
         with self._lock:
-            self._known(replica_id).keys = keys
+            known = self._known(replica_id)
+            known.keys, known.lost = keys, False
             self._page_tokens = page_tokens
 
     def heard(self, replica_id: str, load: LoadReport, seen_call: int) -> None:
@@ -171,7 +183,9 @@ class Routes:
             known.blocks.resize(min(load.pages_total + load.host_slots, most))
 
     def left(self, replica_id: str, avoid_s: float = 0.0) -> None:
-        """The stream has ended: what is known of it is so no more. For so long it is avoided: ranked last."""
+        """The stream has ended: what is known of it is so no more. With `avoid_s` it is ranked last: for so
+        long, and until it is met again.
+        """
         with self._lock:
             if (known := self._replicas.get(replica_id)) is not None:
                 self._replicas[replica_id] = _Known(
@@ -179,6 +193,7 @@ class Routes:
                     known.address,
                     open=known.open,
                     avoid_until_s=max(known.avoid_until_s, self._clock() + avoid_s),
+                    lost=known.lost or avoid_s > 0,
                 )
 
     def avoids(self, replica_id: str) -> bool:
@@ -203,16 +218,21 @@ class Routes:
         """See `Route.rank`."""
         began_s = self._clock()
         with self._lock:
+            if route.over:
+                return tuple(replicas)
             self._keep(replicas)
-            wanted = [name for name in replicas if self._replicas[name].avoid_until_s <= began_s]
+            known = self._replicas
+            wanted = [n for n in replicas if not known[n].lost and known[n].avoid_until_s <= began_s]
             names = wanted or list(replicas)
             route.candidates = {c.replica_id: c for c in self._candidates(route, names, began_s)}
             prompt = Prompt(len(route.token_ids), self._page_tokens or 1)
             draw = [self._random.random() for _ in names]
             route.held = self._held(route)
             paid_s = self._rents.paid_s(route.held) if route.held else 0.0
-            ranking = rank(prompt, list(route.candidates.values()), draw, paid_s)
+            ranking = rank(prompt, list(route.candidates.values()), draw, self._weights, paid_s)
             route.reason, route.best, route.rent_s = ranking.reason, ranking.best, ranking.rent_s
+            if route.held and route.reason is Reason.COPY:
+                self._rents.bought(route.held)  # or all that are ranked before it is reserved would go
             order = (*ranking.order, *(name for name in replicas if name not in names))
             self._count_at(route, order[0])
             route.scoring_s = self._clock() - began_s
@@ -249,6 +269,7 @@ class Routes:
     def ended(self, route: Route, output_ids: Sequence[int]) -> None:
         """See `Route.ended`."""
         with self._lock:
+            route.over = True
             known = self._replicas.get(route.replica_id)
             if known is None:
                 return
@@ -287,7 +308,8 @@ class Routes:
 
     def _use(self, known: _Known, chain: Sequence[BlockKey]) -> None:
         if forgotten := known.blocks.used(chain):
-            self._rents.turned(forgotten / sum(len(known.blocks) for known in self._replicas.values()))
+            held = sum(len(known.blocks) for known in self._replicas.values())
+            self._rents.turned(forgotten / max(held, 1))
 
     def _held(self, route: Route) -> BlockKey | None:
         holder = max(route.candidates.values(), key=lambda c: c.known_blocks)
@@ -301,7 +323,8 @@ class Routes:
             return
         most = max(c.known_blocks for c in route.candidates.values())
         if route.candidates[replica_id].known_blocks == most:
-            self._rents.pay(route.held, route.rent_s)
+            if route.rent_s:
+                self._rents.pay(route.held, route.rent_s)
         else:
             self._rents.bought(route.held)
 

@@ -1,4 +1,4 @@
-"""Which replica is thought to hold which blocks, and what waiting for those that hold a prefix has cost.
+"""Which replica is thought to hold which blocks: what was sent where, as the pools there would keep it.
 
 For each replica the keys of the blocks it was sent, forgotten in the order in which its pool forgets: least
 recently used first, and the end of a prompt before its beginning. So what is known of a prompt at a replica
@@ -7,7 +7,6 @@ is always a beginning of it, found by bisection. Memory is bounded, however long
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,8 +16,6 @@ from quire.kvstore.keys import BlockKey
 _HINT_BYTES = 8
 MAX_BLOCKS = 1 << 20
 """Over all replicas; about 100 bytes each."""
-_MOST_RENTS = 4096
-"""Prefixes that nobody has waited for lately are forgotten."""
 
 
 class KnownBlocks:
@@ -53,37 +50,3 @@ class KnownBlocks:
         for _ in range(surplus):
             self._hints.popitem(last=False)
         return surplus
-
-
-class Rents:
-    """What requests have paid for waiting where their prefix is, by the key of its last block.
-
-    A payment counts for as long as a copy would have lasted: it fades while the pools are filled anew.
-    """
-
-    def __init__(self) -> None:
-        self._paid: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
-        """Seconds, and the turnover when they were counted."""
-        self._turnover = 0.0
-        """How often all pools together have forgotten as many blocks as they hold."""
-
-    def paid_s(self, prefix: BlockKey) -> float:
-        """Since it was last computed somewhere."""
-        paid_s, then = self._paid.get(prefix[:_HINT_BYTES], (0.0, 0.0))
-        return paid_s * math.exp(then - self._turnover)
-
-    def pay(self, prefix: BlockKey, seconds: float) -> None:
-        """One request has waited so long."""
-        paid_s = self.paid_s(prefix) + seconds
-        self.bought(prefix)
-        self._paid[prefix[:_HINT_BYTES]] = paid_s, self._turnover
-        if len(self._paid) > _MOST_RENTS:
-            self._paid.popitem(last=False)
-
-    def bought(self, prefix: BlockKey) -> None:
-        """One more replica has it."""
-        self._paid.pop(prefix[:_HINT_BYTES], None)
-
-    def turned(self, share: float) -> None:
-        """Pools have forgotten this share of what they hold."""
-        self._turnover += share

@@ -5,12 +5,11 @@
                         + work (compute what it has not, or fetch that from a neighbour)
 
 All rates are measured by the replicas. To this comes what others pay: every running sequence waits while the
-prompt is computed (half of that counts: on average they are half way through), and blocks that leave a full
-pool for it are computed again, as often as they are found.
+prompt is computed, and blocks that leave a full pool for it are computed again, as often as they are found.
 
 For each request alone it may be sooner to wait where its prefix is, time after time, while others are idle.
-So rent is counted: what each pays for waiting there. Once the requests for a prefix have paid as much as it
-costs to compute it elsewhere, and that several times, one of them computes it there: rent or buy.
+So rent is counted: what each pays for waiting there. Once the requests for a prefix have paid several times
+what it costs to have it elsewhere, one of them goes there: rent or buy.
 """
 
 from __future__ import annotations
@@ -26,11 +25,19 @@ STALE_S = 3.0
 _TIE_S = 0.002
 _TIE_SHARE = 0.1
 """Costs closer than this, or than this share of the least one's time to first token, are equal."""
-_SURE = 3
-"""So often waiting has cost as much as a copy before one is made: it takes room from other prefixes, and what
-was asked for until now may not be asked for again. docs/performance.md has what 1 to 6 come to."""
 _TYPICAL_BEFORE = 1000
 """Tokens behind which paces of prefill are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What was found by simulation: docs/performance.md has what others come to."""
+
+    delay: float = 0.5
+    """Of what running sequences wait for a prompt, against what it waits itself."""
+    copy: float = 3.0
+    """So many times its cost must have been paid in rent before there is one more copy of a prefix: it takes
+    room from others, and what was asked for until now may not be asked for again."""
 
 
 class Reason(StrEnum):
@@ -102,7 +109,7 @@ class Prediction:
     pressure_s: float
     work_s: float
     others_s: float
-    """The waiting of running sequences, summed, and computing again what it makes leave."""
+    """What counts of the waiting of running sequences, and computing again what it makes leave."""
     cached_tokens: int
     fetched_tokens: int
 
@@ -140,7 +147,11 @@ class _Copy:
 
 
 def rank(
-    prompt: Prompt, candidates: Sequence[Candidate], draw: Sequence[float], paid_s: float = 0.0
+    prompt: Prompt,
+    candidates: Sequence[Candidate],
+    draw: Sequence[float],
+    weights: Weights,
+    paid_s: float = 0.0,
 ) -> Ranking:
     """`draw`: one random number for each candidate, which breaks what ties remain. `paid_s`: rent so far."""
     if len(candidates) == 1:
@@ -150,7 +161,7 @@ def rank(
         return Ranking(_of_two(candidates, draw), Reason.BLIND, None)
     heard = [c for c in candidates if c.load is None or c.age_s <= STALE_S]
     silent = [c for c in candidates if c not in heard]  # stalled, or the way to it is: last
-    predictions = {c.replica_id: predict(prompt, c, rates) for c in heard}
+    predictions = {c.replica_id: predict(prompt, c, rates, weights) for c in heard}
     least = min(predictions.values(), key=lambda p: p.cost_s)
     equal_s = least.cost_s + max(_TIE_S, _TIE_SHARE * least.first_token_s)
 
@@ -164,15 +175,15 @@ def rank(
     order = [heard[at] for at in sorted(range(len(heard)), key=place)]
     best = predictions[order[0].replica_id]
     reason = Reason.PREFIX if best.cached_tokens else Reason.LOAD
-    copy = _copy(prompt, order, predictions, rates)
-    if copy and paid_s + copy.saves_s >= _SURE * copy.costs_s:
+    copy = _copy(prompt, order, predictions, rates, weights)
+    if copy and paid_s + copy.saves_s >= weights.copy * copy.costs_s:
         order = [copy.at, *(c for c in order if c is not copy.at)]
         best, reason = predictions[copy.at.replica_id], Reason.COPY
     rent_s = copy.saves_s if copy else 0.0
     return Ranking(tuple(c.replica_id for c in order + silent), reason, best, rent_s)
 
 
-def predict(prompt: Prompt, candidate: Candidate, rates: Rates) -> Prediction:
+def predict(prompt: Prompt, candidate: Candidate, rates: Rates, weights: Weights) -> Prediction:
     """For one replica. One that has not said anything yet is thought to be idle and empty."""
     load = candidate.load or LoadReport(pages_total=1, pages_free=1 << 30, max_running=1 << 30)
     cached = min(candidate.known_blocks * prompt.page_tokens, prompt.tokens - 1)
@@ -181,13 +192,13 @@ def predict(prompt: Prompt, candidate: Candidate, rates: Rates) -> Prediction:
     need = -(-prompt.tokens // prompt.page_tokens) - candidate.known_blocks
     leave = max(min(need - load.pages_free, load.pages_cached), 0) * prompt.page_tokens
     had = cached + fetched
-    delay_s = load.running * rates.compute_s(had, prompt.tokens - had) / 2  # they are half way through
+    delay_s = load.running * rates.compute_s(had, prompt.tokens - had)
     return Prediction(
         replica_id=candidate.replica_id,
         wait_s=_wait(load, rates, candidate),
         pressure_s=_pressure(load, need, candidate.sent_requests),
         work_s=work_s,
-        others_s=delay_s + load.hit_share * rates.compute_s(prompt.tokens // 2, leave),
+        others_s=weights.delay * delay_s + load.hit_share * rates.compute_s(prompt.tokens // 2, leave),
         cached_tokens=cached,
         fetched_tokens=fetched,
     )
@@ -214,15 +225,20 @@ def rates_of(loads: Sequence[LoadReport]) -> Rates | None:
 
 
 def _copy(
-    prompt: Prompt, order: Sequence[Candidate], predictions: Mapping[str, Prediction], rates: Rates
+    prompt: Prompt,
+    order: Sequence[Candidate],
+    predictions: Mapping[str, Prediction],
+    rates: Rates,
+    weights: Weights,
 ) -> _Copy | None:
     """None where it would save nothing."""
     first = order[0]
     without = [c for c in order if c.known_blocks < first.known_blocks]
     if not without or first.known_blocks < max(c.known_blocks for c in order):
         return None
-    with_it = [predict(prompt, replace(c, known_blocks=first.known_blocks), rates).cost_s for c in without]
-    least_s, at = min(zip(with_it, without, strict=True), key=lambda pair: pair[0])
+    with_it = [replace(c, known_blocks=first.known_blocks) for c in without]
+    costs_s = [predict(prompt, c, rates, weights).cost_s for c in with_it]
+    least_s, at = min(zip(costs_s, without, strict=True), key=lambda pair: pair[0])
     saves_s = predictions[first.replica_id].cost_s - least_s
     return _Copy(at, saves_s, predictions[at.replica_id].cost_s - least_s) if saves_s > 0 else None
 

@@ -57,7 +57,7 @@ def test_a_range_of_columns_is_gathered_and_scattered_alone():
         assert not other.any()
 
 
-@pytest.mark.parametrize("page_bytes", [128, 8192, PAGE_BYTES])
+@pytest.mark.parametrize("page_bytes", [128, 8192, 4096 + 24, PAGE_BYTES])
 def test_copying_adds_the_checksums_where_it_is_told(page_bytes):
     pool, pages = random_pages(6, page_bytes), torch.tensor([4, 1, 5])
     expected = checksum_pages(pool[pages])

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import pytest
 from serving import SECRET, TOKENIZER, Listed, ScriptedEngine
 
 from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
@@ -34,21 +35,34 @@ class Silent(Listed):
 
 
 class Stuck(Listed):
-    """As Serve does with a machine that was cut off: whoever asks it for a place waits, until `answers`."""
+    """As Serve does with a machine that was cut off: who asks it for a place waits until `answers`.
+
+    So does what is left of a request that was cancelled meanwhile; then it is ranked once more.
+    """
 
     def __init__(self, replicas):
         super().__init__(replicas)
         self.cut = None
-        self.asked = asyncio.Event()
+        self.asked, self.answers = asyncio.Event(), asyncio.Event()
+        self.waiting = []
 
     @asynccontextmanager
     async def choose(self, route):
-        first, *_ = route.rank({replica.replica_id: replica.address for replica in self.replicas})
-        if first == self.cut:
+        best = self._rank(route)[0]
+        if best == self.cut:
+            self.waiting.append(asyncio.create_task(self._wait(route)))
             self.asked.set()
-            await asyncio.Event().wait()
-        async with super().choose(route) as chosen:
-            yield chosen
+            await asyncio.shield(self.waiting[-1])
+        self.held += 1
+        yield next(replica for replica in self.replicas if replica.replica_id == best)
+        self.held -= 1
+
+    async def _wait(self, route):
+        await self.answers.wait()
+        self._rank(route)
+
+    def _rank(self, route):
+        return route.rank({replica.replica_id: replica.address for replica in self.replicas})
 
 
 @asynccontextmanager
@@ -111,24 +125,70 @@ async def test_a_place_that_nobody_takes_back_does_not_keep_its_request():
         assert fleet._chooser.held == 0
 
 
-async def test_a_request_that_waits_for_a_place_goes_elsewhere_when_the_replica_is_lost():
+@pytest.mark.parametrize("reported", [True, False])
+async def test_a_request_that_waits_for_a_place_goes_elsewhere_when_the_replica_is_lost(reported):
     async with fleet_of("ab", Clock(), Stuck) as fleet, asyncio.timeout(5):
         async with fleet.reserve() as place:
             lost, link = place.link.replica_id, place.link
         fleet._chooser.cut = lost
         waiting = [asyncio.ensure_future(taken_by(fleet, 1)) for _ in range(4)]
         await fleet._chooser.asked.wait()
-        await fleet.report_lost(link)
+        await (fleet.report_lost(link) if reported else link.close())
         assert await asyncio.gather(*waiting) == [{"a", "b"} - {lost}] * 4
+
+
+async def test_what_serve_does_with_a_request_that_was_given_up_does_not_count():
+    async with fleet_of("ab", Clock(), Stuck) as fleet, asyncio.timeout(5):
+        async with fleet.reserve() as place:
+            fleet._chooser.cut = place.link.replica_id
+            link = place.link
+        done = asyncio.Event()
+        serving = [asyncio.create_task(held(fleet, done)) for _ in range(2)]  # one at each
+        await fleet._chooser.asked.wait()
+        await link.close()
+        while fleet._chooser.held < 2:
+            await asyncio.sleep(0.01)
+        fleet._chooser.answers.set()
+        await asyncio.gather(*fleet._chooser.waiting)
+        done.set()
+        assert link.replica_id not in {decision.replica_id for decision in await asyncio.gather(*serving)}
+        assert open_requests(fleet) == {"a": 0, "b": 0}
+
+
+async def test_a_request_stays_where_it_waits_if_nobody_else_is_there():
+    async with fleet_of("a", Clock(), Stuck) as fleet, asyncio.timeout(5):
+        async with fleet.reserve() as place:
+            link = place.link
+        fleet._chooser.cut = "a"
+        waiting = asyncio.create_task(taken_by(fleet, 1))
+        await fleet._chooser.asked.wait()
+        await link.close()
+        await asyncio.sleep(0.6)  # two looks
+        assert len(fleet._chooser.waiting) == 1
+        waiting.cancel()
 
 
 async def test_a_request_that_is_cancelled_while_it_waits_for_a_place_leaves_nothing_behind():
     async with fleet_of("a", Clock(), Stuck) as fleet, asyncio.timeout(5):
         fleet._chooser.cut, before = "a", asyncio.all_tasks()
-        waiting = asyncio.ensure_future(taken_by(fleet, 1))
+        waiting = asyncio.create_task(taken_by(fleet, 1))
         await fleet._chooser.asked.wait()
         waiting.cancel()
         await asyncio.wait({waiting})
         assert waiting.cancelled()
+        fleet._chooser.answers.set()
+        await asyncio.wait(fleet._chooser.waiting)
         await asyncio.sleep(0)
-        assert (fleet._chooser.held, asyncio.all_tasks() - before) == (0, set())
+        assert (open_requests(fleet), asyncio.all_tasks() - before) == ({"a": 0}, set())
+
+
+async def held(fleet, done):
+    """Where a request went that keeps its place until `done`."""
+    async with fleet.reserve() as place:
+        await done.wait()
+        return place.route.decision
+
+
+def open_requests(fleet):
+    """By replica, as the gateway's books have it."""
+    return {name: len(known.open) for name, known in fleet.routes._replicas.items()}

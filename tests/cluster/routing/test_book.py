@@ -104,6 +104,27 @@ def test_after_a_copy_rent_is_counted_anew(routes):
     assert reasons == [Reason.PREFIX] * 5 + [Reason.COPY]
 
 
+def test_one_copy_is_made_of_what_was_paid_however_many_ask_at_once(routes):
+    _held_at_a_busy_replica(routes, PROMPT)
+    for n in range(5):
+        _asked(routes, PROMPT, n)
+    asked = [routes.route(PROMPT + [n] * 20) for n in range(4)]
+    for route in asked:
+        route.rank(ADDRESSES)  # and Serve is still about to reserve their places
+    assert [route.reason for route in asked].count(Reason.COPY) == 1
+
+
+def test_rent_fades_with_what_the_pools_forget(routes):
+    for name in ADDRESSES:
+        routes.heard(name, replace(IDLE, pages_total=12, pages_free=12), 0)
+    _held_at_a_busy_replica(routes, PROMPT, pages_total=12)
+    for n in range(12):
+        assert _asked(routes, PROMPT, n).decision.reason is Reason.PREFIX
+        for other in range(2):  # 20 blocks of 36
+            done(sent(routes, [10_000 + 1000 * n + other] * 640))
+        _held_at_a_busy_replica(routes, PROMPT, pages_total=12)
+
+
 def test_waiting_for_one_prefix_pays_for_no_other(routes):
     other = [n + 5000 for n in PROMPT]
     for prompt in (PROMPT, other):
@@ -113,9 +134,9 @@ def test_waiting_for_one_prefix_pays_for_no_other(routes):
             assert _asked(routes, prompt, 0).decision.reason is Reason.PREFIX
 
 
-def _held_at_a_busy_replica(routes, prompt):
+def _held_at_a_busy_replica(routes, prompt, **load):
     replica_id = _asked(routes, prompt, 99).replica_id
-    routes.heard(replica_id, replace(IDLE, queued_tokens=350), 9)
+    routes.heard(replica_id, replace(IDLE, queued_tokens=350, **load), 9)
     return replica_id
 
 
@@ -157,6 +178,29 @@ def test_one_that_is_avoided_comes_last_and_is_met_again_later(routes, clock):
     clock.now_s += 6
     assert not routes.avoids(route.replica_id)
     assert routes.unknown() == {route.replica_id: ADDRESSES[route.replica_id]}
+
+
+def test_one_that_was_lost_comes_last_until_it_is_met_again(routes, clock):
+    """Nothing is known of it, which would make it look idle."""
+    for name in ("a", "b"):
+        routes.heard(name, replace(IDLE, queued_tokens=500), 0)
+    routes.left("c", avoid_s=5)
+    clock.now_s += 6
+    routes.heard("a", replace(IDLE, queued_tokens=500), 0)
+    routes.heard("b", replace(IDLE, queued_tokens=500), 0)
+    assert routes.route(PROMPT).rank(ADDRESSES)[-1] == "c"
+    routes.joined("c", KEYS, 64)
+    routes.heard("c", IDLE, 0)
+    assert routes.route(PROMPT).rank(ADDRESSES)[0] == "c"
+
+
+def test_one_that_is_over_counts_nowhere_when_serve_ranks_it_once_more(routes):
+    route = sent(routes)
+    decision = route.decision
+    done(route)
+    assert set(route.rank(ADDRESSES)) == set(ADDRESSES)
+    assert route.decision == decision
+    assert {c.open_requests for c in _candidates(routes)} == {0}
 
 
 def test_one_that_is_avoided_stays_so_when_it_leaves_once_more(routes):

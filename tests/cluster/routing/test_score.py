@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from quire.cluster.routing.score import STALE_S, Candidate, Prompt, Reason, predict, rank, rates_of
+from quire.cluster.routing.score import STALE_S, Candidate, Prompt, Reason, Weights, predict, rank, rates_of
 from quire.replicas.load_report import LoadReport
 
 PROMPT = Prompt(tokens=1000, page_tokens=64)
@@ -17,7 +17,7 @@ IDLE = LoadReport(
     hold_s=2.0,
 )
 BUSY = replace(IDLE, running=4, queued_tokens=800, pages_free=60)
-SURE = 3
+COPY = 3.0
 DRAW = (0.1, 0.2, 0.3, 0.4)
 
 
@@ -25,12 +25,12 @@ def replica(name, load=IDLE, **fields):
     return Candidate(replica_id=name, load=load, **fields)
 
 
-def predicted(candidate):
-    return predict(PROMPT, candidate, rates_of([candidate.load]))
+def predicted(candidate, delay=1.0):
+    return predict(PROMPT, candidate, rates_of([candidate.load]), Weights(delay=delay))
 
 
 def ranked(*candidates, prompt=PROMPT, draw=DRAW, paid_s=0.0):
-    return rank(prompt, candidates, draw, paid_s)
+    return rank(prompt, candidates, draw, Weights(delay=1.0, copy=COPY), paid_s)
 
 
 def test_the_only_one_is_taken_and_nothing_is_predicted():
@@ -58,7 +58,7 @@ def test_waiting_for_the_holder_is_rent_and_once_it_makes_up_for_some_copies_the
     stays = ranked(holder, replica("idle"))
     assert (stays.order, stays.reason) == (("holder", "idle"), Reason.PREFIX)
     assert stays.rent_s == pytest.approx(0.4)
-    price_s = SURE * 0.768
+    price_s = COPY * 0.768
     assert ranked(holder, replica("idle"), paid_s=price_s - stays.rent_s - 0.01).order[0] == "holder"
     copies = ranked(holder, replica("idle"), paid_s=price_s - stays.rent_s + 0.01)
     assert (copies.order, copies.reason) == (("idle", "holder"), Reason.COPY)
@@ -124,9 +124,10 @@ def test_blocks_that_must_leave_cost_as_much_as_they_are_used():
 
 def test_what_is_computed_makes_running_sequences_wait_and_what_is_fetched_does_not():
     busy = replace(IDLE, running=3, fetch_s=0.01, fetch_s_per_token=1e-5)
-    assert predicted(replica("a", busy)).others_s == pytest.approx(3 * 1.0 / 2)
-    assert predicted(replica("a", busy, known_blocks=10)).others_s == pytest.approx(3 * 0.36 / 2)
-    assert predicted(replica("a", busy, holder_blocks=10)).others_s == pytest.approx(3 * 0.36 / 2)
+    assert predicted(replica("a", busy)).others_s == pytest.approx(3 * 1.0)
+    assert predicted(replica("a", busy, known_blocks=10)).others_s == pytest.approx(3 * 0.36)
+    assert predicted(replica("a", busy, holder_blocks=10)).others_s == pytest.approx(3 * 0.36)
+    assert predicted(replica("a", busy), delay=0.5).others_s == pytest.approx(3 * 0.5)
 
 
 def test_ties_go_to_the_one_chosen_less_then_to_the_draw():
