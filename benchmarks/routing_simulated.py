@@ -40,6 +40,7 @@ WEIGHTS = {
     "ours": Weights(),
     "no copies": Weights(copy=float("inf")),
     "copies at 1": Weights(copy=1.0),
+    "copies at 3": Weights(copy=3.0),
     "copies at 6": Weights(copy=6.0),
     "delay at 0": Weights(delay=0.0),
     "delay at 1": Weights(delay=1.0),

@@ -8,8 +8,8 @@ All rates are measured by the replicas. To this comes what others pay: every run
 prompt is computed, and blocks that leave a full pool for it are computed again, as often as they are found.
 
 For each request alone it may be sooner to wait where its prefix is, time after time, while others are idle.
-So rent is counted: what each pays for waiting there. Once the requests for a prefix have paid several times
-what it costs to have it elsewhere, one of them goes there: rent or buy.
+So rent is counted: what each pays for waiting there. Once the requests for a prefix have paid more than it
+costs to have it elsewhere, one of them goes there: rent or buy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Weights:
 
     delay: float = 0.5
     """Of what running sequences wait for a prompt, against what it waits itself."""
-    copy: float = 3.0
+    copy: float = 1.5
     """So many times its cost must have been paid in rent before there is one more copy of a prefix: it takes
     room from others, and what was asked for until now may not be asked for again."""
 

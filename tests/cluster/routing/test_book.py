@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from quire.cluster.routing.book import Routes
-from quire.cluster.routing.score import Reason
+from quire.cluster.routing.score import Reason, Weights
 from quire.kvstore.keys import KeySpace
 from quire.replicas.load_report import LoadReport
 
@@ -31,7 +31,7 @@ def clock():
 
 @pytest.fixture
 def routes(clock):
-    routes = Routes(clock=clock, seed=0)
+    routes = Routes(clock=clock, seed=0, weights=Weights(copy=3.0))
     for name in ADDRESSES:
         routes.joined(name, KEYS, 64)
         routes.heard(name, IDLE, 0)
