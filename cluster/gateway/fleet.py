@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    suppress,
+)
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -158,18 +164,16 @@ class Fleet:
         """`slot` gives the place back."""
         while True:
             route, attempt = self.routes.route(token_ids, tenant), AsyncExitStack()
-            try:
+            with ExitStack() as unless_taken:
+                unless_taken.callback(self._give_back, route, attempt)
                 chosen = await self._choose(attempt, route)
                 if chosen is not None and not self.routes.avoids(chosen.replica_id):
                     with suppress(ReplicaDied):  # then another one, or this one a little later
                         link = await self._link(chosen)
                         route.reserved(chosen.replica_id)
                         slot.push_async_exit(attempt.pop_all())
+                        unless_taken.pop_all()
                         return Place(link, route)
-            except BaseException:
-                self._give_back(route, attempt)
-                raise
-            self._give_back(route, attempt)
             await asyncio.sleep(_PAUSE_S)
 
     def _give_back(self, route: Route, slot: AsyncExitStack) -> None:
