@@ -18,7 +18,8 @@ from contextlib import (
 from dataclasses import dataclass
 from typing import Protocol
 
-from quire.cluster.gateway.links import ReplicaLink
+from quire.cluster.gateway.early import Early, Send
+from quire.cluster.gateway.links import Call, ReplicaLink
 from quire.cluster.gateway.prompts import Tokenizers
 from quire.cluster.routing.book import Route, Routes
 from quire.protos.quire.v1 import inference_pb2
@@ -59,6 +60,8 @@ class Place:
 
     link: ReplicaLink
     route: Route
+    call: Call | None
+    """The request, where it was sent there already."""
 
 
 class NoReplicaReady(ReplicaDied):
@@ -97,15 +100,18 @@ class Fleet:
         return sum(link.alive for link in tuple(self._links.values()))
 
     @asynccontextmanager
-    async def reserve(self, token_ids: Sequence[int] = (), tenant: str = "") -> AsyncIterator[Place]:
+    async def reserve(
+        self, token_ids: Sequence[int] = (), tenant: str = "", send: Send = lambda link: None
+    ) -> AsyncIterator[Place]:
         """A place on a living replica, given back at the end: on the best one for this prompt.
 
+        `send` may be called before the place is sure, and once for each replica that is tried.
         Raises NoReplicaReady after `wait_s`.
         """
         slot = AsyncExitStack()
         try:
             async with asyncio.timeout(self._wait_s):
-                place = await self._reserve(slot, token_ids, tenant)
+                place = await self._reserve(slot, token_ids, tenant, send)
         except TimeoutError as error:
             raise NoReplicaReady(
                 f"no replica was ready within {self._wait_s:g} s; it may still be loading: try again, "
@@ -115,6 +121,8 @@ class Fleet:
             self._meet_unknown()
             yield place
         finally:
+            if place.call is not None:
+                place.call.close()
             self._give_back(place.route, slot)
 
     async def known(self) -> ReplicaLink:
@@ -160,12 +168,16 @@ class Fleet:
         for link in links.values():
             await link.close()
 
-    async def _reserve(self, slot: AsyncExitStack, token_ids: Sequence[int], tenant: str) -> Place:
+    async def _reserve(
+        self, slot: AsyncExitStack, token_ids: Sequence[int], tenant: str, send: Send
+    ) -> Place:
         """`slot` gives the place back."""
         while True:
-            route, attempt = self.routes.route(token_ids, tenant), AsyncExitStack()
+            early, attempt = Early(send, self._links), AsyncExitStack()
+            route = self.routes.route(token_ids, tenant, early.ranked)
             with ExitStack() as unless_taken:
                 unless_taken.callback(self._give_back, route, attempt)
+                unless_taken.callback(early.close)
                 chosen = await self._choose(attempt, route)
                 if chosen is not None and not self.routes.avoids(chosen.replica_id):
                     with suppress(ReplicaDied):  # then another one, or this one a little later
@@ -173,7 +185,7 @@ class Fleet:
                         route.reserved(chosen.replica_id)
                         slot.push_async_exit(attempt.pop_all())
                         unless_taken.pop_all()
-                        return Place(link, route)
+                        return Place(link, route, early.taken(link))
             await asyncio.sleep(_PAUSE_S)
 
     def _give_back(self, route: Route, slot: AsyncExitStack) -> None:

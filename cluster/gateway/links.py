@@ -25,7 +25,7 @@ class Call:
     """One request on a link. Iterate its events; close it in any case."""
 
     def __init__(self, link: ReplicaLink, number: int) -> None:
-        self._link = link
+        self.link = link
         self.number = number
         """On its link: counted up."""
         self._events: deque[engine_pb2.Event] = deque()
@@ -47,13 +47,14 @@ class Call:
 
     def cancel(self) -> None:
         """Asks the replica to end it; its last event still comes."""
-        self._link.send(engine_pb2.GatewayMessage(cancel=engine_pb2.CancelCall(call=self.number)))
+        self.link.send(engine_pb2.GatewayMessage(cancel=engine_pb2.CancelCall(call=self.number)))
 
     def close(self) -> None:
         """Gives everything back, on the replica too if the last event has not come."""
         if not self._over:
+            self._over = True
             self.cancel()
-        self._link.forget(self.number)
+        self.link.forget(self.number)
 
     def feed(self, event: engine_pb2.Event) -> None:
         """For the link: an event has come."""

@@ -78,12 +78,16 @@ class Relay:
         return not self._delivered or repeatable(sampling)
 
     async def _attempt(self, request: _Request, client: Client) -> None:
-        async with self._fleet.reserve(request.submit.token_ids, request.submit.tenant) as place:
-            await request.fit(place.link)
-            if self._deadline_s is not None:
-                request.submit.remaining_s = max(0.0, self._deadline_s - time.monotonic())
-            call = self._call = place.link.submit(request.submit)
-            place.route.submitted(call.number)
+        def send(link: ReplicaLink) -> Call | None:
+            return self._send(request, link) if request.fits(link) else None
+
+        async with self._fleet.reserve(request.submit.token_ids, request.submit.tenant, send) as place:
+            call = place.call
+            if call is None:
+                await request.fit(place.link)
+                call = self._send(request, place.link)
+                place.route.submitted(call.number)
+            self._call = call
             try:
                 if self._cancelled:
                     call.cancel()
@@ -91,6 +95,11 @@ class Relay:
             finally:
                 self._call = None
                 call.close()
+
+    def _send(self, request: _Request, link: ReplicaLink) -> Call:
+        if self._deadline_s is not None:
+            request.submit.remaining_s = max(0.0, self._deadline_s - time.monotonic())
+        return link.submit(request.submit)
 
     async def _forward(self, place: Place, call: Call, client: Client) -> None:
         output_ids: list[int] = []
@@ -147,8 +156,12 @@ class _Request:
                 raise
             return _Request(submit_for, engine_pb2.Submit(), None)
 
+    def fits(self, link: ReplicaLink) -> bool:
+        """Whether it is made as this replica reads it."""
+        return self._made_for is not None and link.reads_like(self._made_for)
+
     async def fit(self, link: ReplicaLink) -> None:
         """For this replica now. Raises what making it raises."""
-        if self._made_for is None or not link.reads_like(self._made_for):
+        if not self.fits(link):
             self.submit = await self._submit_for(link)
         self._made_for = link

@@ -76,8 +76,10 @@ class _Known:
 class Route:
     """One request's way. `Routes.route` makes it; Serve's router asks it to `rank`."""
 
-    def __init__(self, routes: Routes, token_ids: Sequence[int], tenant: str) -> None:
-        self._routes = routes
+    def __init__(
+        self, routes: Routes, token_ids: Sequence[int], tenant: str, ranked: Callable[[Route], None] | None
+    ) -> None:
+        self._routes, self._ranked = routes, ranked
         self.token_ids, self.tenant = token_ids, tenant
         self.candidates: dict[str, Candidate] = {}
         self.reason = Reason.FALLBACK
@@ -100,7 +102,10 @@ class Route:
 
     def rank(self, replicas: Mapping[str, str]) -> tuple[str, ...]:
         """Ids of these replicas (id to address), best first; the request counts at the first from now on."""
-        return self._routes.rank(self, replicas)
+        order = self._routes.rank(self, replicas)
+        if self._ranked is not None and not self.over:
+            self._ranked(self)
+        return order
 
     def reserved(self, replica_id: str) -> None:
         """Serve has reserved a place there: at the best one, or where there was one."""
@@ -114,6 +119,12 @@ class Route:
         """Its first token has come."""
         if self.waits:
             self._routes.answered(self)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the replica where it counts is known to have a place for it."""
+        candidate = self.candidates.get(self.replica_id)
+        return candidate is not None and candidate.has_room
 
     def ended(self, output_ids: Sequence[int] = ()) -> None:
         """It is over. `output_ids`: tokens of its only output, which the replica holds as well now."""
@@ -147,9 +158,14 @@ class Routes:
         self._scoring_s = self._predicted_s = self._actual_s = self._error_s = 0.0
         self._predicted = self._expected_cached = 0
 
-    def route(self, token_ids: Sequence[int] = (), tenant: str = "") -> Route:
-        """A request's way, for its prompt."""
-        return Route(self, token_ids, tenant)
+    def route(
+        self,
+        token_ids: Sequence[int] = (),
+        tenant: str = "",
+        ranked: Callable[[Route], None] | None = None,
+    ) -> Route:
+        """A request's way, for its prompt. `ranked` is called whenever it was, on the thread that did it."""
+        return Route(self, token_ids, tenant, ranked)
 
     def numbers(self) -> RoutingNumbers:
         """From any thread."""
@@ -336,7 +352,8 @@ class Routes:
             held[name] = 0 if alone else known.blocks.match(self._chain(route, known))
         for name in names:
             known = self._replicas[name]
-            later = [r for r in known.open if r.waits and (not r.call or r.call > known.seen_call)]
+            others = known.open - {route}  # it may have been ranked before
+            later = [r for r in others if r.waits and (not r.call or r.call > known.seen_call)]
             shared = known.load is not None and known.load.fetch_s_per_token
             yield Candidate(
                 replica_id=name,
@@ -344,7 +361,8 @@ class Routes:
                 age_s=now_s - known.heard_s if known.load else 0.0,
                 sent_tokens=sum(r.cold_tokens for r in later),
                 sent_requests=len(later),
-                open_requests=len(known.open),
+                sent_age_s=now_s - min((r.chosen_s for r in later), default=now_s),
+                open_requests=len(others),
                 chosen=round(known.chosen),
                 known_blocks=held[name],
                 holder_blocks=max(held.values()) if shared else 0,
@@ -354,6 +372,8 @@ class Routes:
         """From now on the request is work of this replica and of no other."""
         if (before := self._replicas.get(route.replica_id)) is not None:
             before.open.discard(route)
+        if route.replica_id != replica_id:
+            route.call = 0
         route.replica_id, route.chosen_s, route.waits = replica_id, self._clock(), True
         candidate = route.candidates.get(replica_id)
         known_tokens = candidate.known_blocks * self._page_tokens if candidate else 0

@@ -71,6 +71,8 @@ class Candidate:
     sent_tokens: int = 0
     """Prompt tokens to compute in requests of this gateway that the load does not know of yet."""
     sent_requests: int = 0
+    sent_age_s: float = 0.0
+    """Since the first of those was sent."""
     open_requests: int = 0
     """Of this gateway, all of them."""
     chosen: int = 0
@@ -79,6 +81,14 @@ class Candidate:
     """Leading blocks of the prompt that it is thought to hold."""
     holder_blocks: int = 0
     """Leading blocks that it could fetch from another replica; 0 where nothing is shared."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it is known that a request would run there at once."""
+        load = self.load
+        if load is None or self.age_s > STALE_S:
+            return False
+        return load.running + load.waiting + self.sent_requests < load.max_running
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,11 +254,12 @@ def _copy(
 
 
 def _wait(load: LoadReport, rates: Rates, candidate: Candidate) -> float:
-    """What was queued when the load was told has been worked on since."""
-    queued_s = max(load.queued_tokens * rates.prefill_s_per_token - candidate.age_s, 0.0)
-    sent_s = candidate.sent_tokens * rates.prefill_s_per_token
+    """What was queued when the load was told has been worked on since, then what was sent."""
+    queued_s = load.queued_tokens * rates.prefill_s_per_token - candidate.age_s
+    worked_s = min(candidate.sent_age_s, max(-queued_s, 0.0))
+    sent_s = max(candidate.sent_tokens * rates.prefill_s_per_token - worked_s, 0.0)
     busy = load.running or load.waiting or candidate.sent_requests
-    return queued_s + sent_s + (load.step_s / 2 if busy else 0.0)
+    return max(queued_s, 0.0) + sent_s + (load.step_s / 2 if busy else 0.0)
 
 
 def _pressure(load: LoadReport, need_pages: int, sent_requests: int) -> float:

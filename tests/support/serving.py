@@ -158,6 +158,7 @@ async def staged(
     tokenizers: Sequence[Mapping[str, bytes]] = (),
     max_open_requests: int = 64,
     wait_s: float = 5.0,
+    chooser_of: Callable[[Sequence[ReplicaAddress]], Listed] = Listed,
 ) -> AsyncIterator[Stage]:
     """A replica for each engine, one gateway or more, one client. `tokenizers`: of the engines' models."""
     async with AsyncExitStack() as stack:
@@ -170,7 +171,7 @@ async def staged(
             stack.push_async_callback(server.stop, None)
             replicas.append(ReplicaAddress(name, address))
             servers.append(server)
-        chooser = Listed(replicas)
+        chooser = chooser_of(replicas)
         listeners = []
         for _ in range(gateways):
             fleet = Fleet(chooser, secret=SECRET, wait_s=wait_s)

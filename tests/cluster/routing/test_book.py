@@ -159,6 +159,56 @@ def test_what_was_sent_counts_until_a_report_knows_of_it(routes):
     assert probe.open_requests == 0
 
 
+def test_what_was_sent_counts_from_when_the_first_of_it_was(routes, clock):
+    route = sent(routes)
+    clock.now_s += 2
+    while sent(routes).replica_id != route.replica_id:
+        pass
+    clock.now_s += 3
+    (probe,) = [c for c in _candidates(routes) if c.replica_id == route.replica_id]
+    assert (probe.sent_requests, probe.sent_age_s) == (2, 5)
+    assert all(c.sent_age_s == 0 for c in _candidates(routes) if not c.sent_requests)
+
+
+def test_a_request_that_is_ranked_again_keeps_its_call_where_it_stays(routes):
+    route = routes.route(PROMPT)
+    best, second, _ = route.rank(ADDRESSES)
+    route.submitted(7)
+    assert (route.rank(ADDRESSES)[0], route.call) == (best, 7)
+    route.reserved(second)
+    assert route.call == 0
+
+
+def test_whoever_asked_for_a_route_hears_when_it_was_ranked_unless_it_is_over(routes):
+    heard = []
+    route = routes.route(PROMPT, ranked=lambda route: heard.append(route.replica_id))
+    best, *_ = route.rank(ADDRESSES)
+    route.ended()
+    route.rank(ADDRESSES)
+    assert heard == [best]
+
+
+@pytest.mark.parametrize(
+    ("load", "room"),
+    [
+        ({"running": 3, "waiting": 0}, True),
+        ({"running": 3, "waiting": 1}, False),
+        ({"max_running": 0}, False),
+    ],
+)
+def test_there_is_room_where_a_request_would_run_at_once(clock, load, room):
+    routes = Routes(clock=clock, seed=0)
+    routes.joined("a", KEYS, 64)
+    routes.heard("a", replace(IDLE, **{"max_running": 4, **load}), 0)
+    route = routes.route(PROMPT)
+    assert not route.has_room  # it is not ranked
+    route.rank({"a": "a:1"})
+    assert route.has_room is room
+    clock.now_s += 60
+    route.rank({"a": "a:1"})
+    assert not route.has_room  # nobody has heard of the replica for so long
+
+
 def test_serve_may_have_chosen_another_one(routes):
     route = routes.route(PROMPT)
     best, second, _ = route.rank(ADDRESSES)

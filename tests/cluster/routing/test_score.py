@@ -89,6 +89,14 @@ def test_a_queue_is_worked_on_while_nobody_reports():
     assert waits[0] - waits[1] == pytest.approx(0.5)
 
 
+def test_what_was_sent_is_worked_on_too_once_the_queue_is_done():
+    """800 tokens queued 1 s ago took 0.8 s; 0.2 s have been left for the 500 that were sent since."""
+    told = replica("a", BUSY, age_s=1.0, sent_tokens=500, sent_requests=1)
+    step_s = BUSY.step_s / 2
+    waits = [predicted(replace(told, sent_age_s=age_s)).wait_s - step_s for age_s in (0.0, 0.1, 0.5)]
+    assert waits == pytest.approx([0.5, 0.4, 0.3])
+
+
 def test_the_later_tokens_of_long_prompts_cost_more():
     load = replace(IDLE, prefill_s_per_token_before=1e-6)
     cold = predicted(replica("a", load))

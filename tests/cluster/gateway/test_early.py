@@ -1,0 +1,141 @@
+"""Requests that are sent before their place is sure."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+from serving import Listed, ScriptedEngine, staged
+
+from quire.cluster.client import collect_async
+from quire.replicas.load_report import LoadReport
+
+PROMPT = [5, 6, 7]
+
+
+class Slow(Listed):
+    """Ranks as Serve does, on another thread; then a place takes until `sure` is set. It is at the best one,
+    or at `elsewhere`.
+    """
+
+    def __init__(self, replicas):
+        super().__init__(replicas)
+        self.sure = asyncio.Event()
+        self.sure.set()
+        self.rankings = 1
+        self.elsewhere = None
+        self.best = ""
+
+    @asynccontextmanager
+    async def choose(self, route):
+        for _ in range(self.rankings):
+            addresses = {replica.replica_id: replica.address for replica in self.replicas}
+            self.best, *_ = await asyncio.to_thread(route.rank, addresses)
+        await self.sure.wait()
+        name = self.elsewhere or self.best
+        self.held += 1
+        try:
+            yield next(replica for replica in self.replicas if replica.replica_id == name)
+        finally:
+            self.held -= 1
+
+
+@asynccontextmanager
+async def meeting(*engines, load=LoadReport(pages_total=7, max_running=4)):  # noqa: B008, a value
+    """The gateway knows all replicas, and what they say of their load; places are not sure any more."""
+    for engine in engines:
+        engine.load = load
+    async with staged(*engines, chooser_of=Slow) as stage, asyncio.timeout(10):
+        chooser = stage.chooser
+        for name in (replica.replica_id for replica in chooser.replicas):
+            chooser.elsewhere = name
+            answer = asyncio.create_task(collect_async(stage.client.generate(PROMPT)))
+            engine = engines[int(name[-1])]
+            engine.say(await engine.requests.get(), "hello", 1, last=True)
+            await answer
+        for engine in engines:  # what was sent to the best one first
+            while not engine.requests.empty():
+                engine.requests.get_nowait()
+            while not engine.cancelled.empty():
+                engine.cancelled.get_nowait()
+        chooser.elsewhere = None
+        chooser.sure.clear()
+        yield stage
+
+
+async def test_a_request_is_computed_while_its_place_is_asked_for_and_answered_once_it_is_sure():
+    engine = ScriptedEngine()
+    async with meeting(engine) as stage:
+        stream = stage.client.generate(PROMPT)
+        first = asyncio.ensure_future(anext(stream))
+        request = await engine.requests.get()
+        engine.say(request, "a", 10)
+        await asyncio.sleep(0.1)
+        assert (first.done(), stage.chooser.held) == (False, 0)
+        stage.chooser.sure.set()
+        assert ((await first).text, stage.chooser.held) == ("a", 1)
+        engine.say(request, "b", 11, last=True)
+        assert [delta.text async for delta in stream] == ["b"]
+        assert (engine.requests.qsize(), engine.cancelled.qsize()) == (0, 0)
+
+
+async def test_one_whose_place_is_elsewhere_is_taken_back_and_answered_there():
+    engines = ScriptedEngine(), ScriptedEngine()
+    async with meeting(*engines) as stage:
+        answer = asyncio.create_task(collect_async(stage.client.generate(PROMPT)))
+        asked = [asyncio.ensure_future(engine.requests.get()) for engine in engines]
+        (sent,), _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        best = asked.index(sent)
+        engines[best].say(sent.result(), "wrong", 9)
+        stage.chooser.elsewhere = f"replica{1 - best}"
+        stage.chooser.sure.set()
+        assert await engines[best].cancelled.get() == sent.result().id
+        engines[1 - best].say(await asked[1 - best], "right", 10, last=True)
+        assert (await answer).text == "right"
+
+
+@pytest.mark.parametrize(
+    "load", [LoadReport(pages_total=7, max_running=4, running=3, waiting=1), LoadReport(pages_total=7)]
+)
+async def test_a_request_waits_for_its_place_where_the_replica_is_full(load):
+    engine = ScriptedEngine()
+    async with meeting(engine, load=load) as stage:
+        answer = asyncio.create_task(collect_async(stage.client.generate(PROMPT)))
+        await asyncio.sleep(0.1)
+        assert engine.requests.empty()
+        stage.chooser.sure.set()
+        engine.say(await engine.requests.get(), "a", 10, last=True)
+        assert (await answer).text == "a"
+
+
+async def test_a_request_that_serve_ranks_twice_is_sent_once():
+    engine = ScriptedEngine()
+    async with meeting(engine) as stage:
+        stage.chooser.rankings = 2
+        answer = asyncio.create_task(collect_async(stage.client.generate(PROMPT)))
+        request = await engine.requests.get()
+        stage.chooser.sure.set()
+        engine.say(request, "a", 10, last=True)
+        assert (await answer).text == "a"
+        assert (engine.requests.qsize(), engine.cancelled.qsize()) == (0, 0)
+
+
+async def test_a_client_that_leaves_before_the_place_is_sure_is_cancelled_on_the_replica():
+    engine = ScriptedEngine()
+    async with meeting(engine) as stage:
+        answer = asyncio.create_task(collect_async(stage.client.generate(PROMPT)))
+        request = await engine.requests.get()
+        answer.cancel()
+        assert await engine.cancelled.get() == request.id
+
+
+async def test_one_that_dies_before_the_place_is_sure_leaves_the_request_to_another():
+    engines = ScriptedEngine(), ScriptedEngine()
+    async with meeting(*engines) as stage:
+        answer = asyncio.create_task(collect_async(stage.client.generate(PROMPT)))
+        asked = [asyncio.ensure_future(engine.requests.get()) for engine in engines]
+        (sent,), _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        best = asked.index(sent)
+        await stage.kill_replica(best)
+        engines[1 - best].say(await asked[1 - best], "fine", 10, last=True)
+        stage.chooser.sure.set()
+        assert (await answer).text == "fine"
