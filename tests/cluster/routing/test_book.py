@@ -171,6 +171,7 @@ def test_what_was_sent_counts_from_when_the_first_of_it_was(routes, clock):
 
 
 def test_a_request_that_is_ranked_again_keeps_its_call_where_it_stays(routes):
+    done(sent(routes))
     route = routes.route(PROMPT)
     best, second, _ = route.rank(ADDRESSES)
     route.submitted(7)
