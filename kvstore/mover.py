@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -110,8 +110,9 @@ class _Pages:
         self._order, self._piece = order, piece
         self._pages_M = torch.tensor(order.pages, device=device)
         self._headers_MW = torch.from_numpy(headers).to(device)
-        large = 2 * piece.size_bytes > chunk_bytes
-        self._step = 1 if large else round(chunk_bytes / piece.size_bytes)
+        self._alone = 2 * piece.size_bytes > chunk_bytes
+        """Each page is a chunk by itself."""
+        self._step = 1 if self._alone else round(chunk_bytes / piece.size_bytes)
         counts = [min(self._step, len(order.pages) - at) for at in range(0, len(order.pages), self._step)]
         self.sizes = (*(count * piece.size_bytes for count in counts), len(order.pages) * HEADER_BYTES)
 
@@ -129,18 +130,27 @@ class _Pages:
 
 
 class _Sums:
-    """Checksums of large pages that were sent before. What a page holds in one generation never changes."""
+    """Checksums of large pages, by a thread of its own: gloo sends in the thread that asks it to.
+
+    Those of pages that were sent before are kept: what a page holds in one generation never changes.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[PageId, int, int], tuple[int, int]] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="quire-sums")
+        self._known: dict[tuple[PageId, int, int], tuple[int, Future[int]]] = {}
         """Generation and sum, by page, first head and number of heads."""
 
-    def of(self, page: PageId, generation: int, heads: tuple[int, int], bytes_B: Tensor) -> int:
+    def of(self, page: PageId, generation: int, heads: tuple[int, int], bytes_B: Tensor) -> Future[int]:
         name = (page, *heads)
         known = self._known.get(name)
         if known is None or known[0] != generation:
-            known = self._known[name] = generation, int(checksum_pages(bytes_B[None]))
+            known = self._known[name] = generation, self._worker.submit(_sum, bytes_B)
         return known[1]
+
+
+def _sum(bytes_B: Tensor) -> int:
+    with torch.cuda.device_of(bytes_B):
+        return int(checksum_pages(bytes_B[None]))
 
 
 class Outgoing(_Pages):
@@ -157,25 +167,27 @@ class Outgoing(_Pages):
     ) -> None:
         super().__init__(pool, order, piece, chunk_bytes)
         self._sums, self._limit = sums, limit
+        self._sum_M: list[Future[int]] = []
+        """Of large pages."""
 
     def give(self, index: int, room: Tensor) -> Tensor:
         if self._limit is not None:
             self._limit.wait(room.numel())
-        alone = self._step == 1
-        if alone and index:
-            self._sum(index - 1)  # which was read a moment ago, and is in the cache
         if self._is_headers(index):
+            for page, sum_ in enumerate(self._sum_M):
+                self._headers_MW[page, CHECKSUM_WORD] = sum_.result()
             return room.copy_(_as_bytes(self._headers_MW))
-        if alone:
-            return self._bytes_NB[self._order.pages[index]]
+        if self._alone:
+            return self._large(index)
         part = self._part(index)
         gather_pages(self._bytes_NB, self._pages_M[part], self._rows(room), self._sum_C(part))
         return room
 
-    def _sum(self, index: int) -> None:
+    def _large(self, index: int) -> Tensor:
         page, generation = self._order.pages[index], self._order.generations[index]
-        heads = (self._piece.first_head, self._piece.heads)
-        self._headers_MW[index, CHECKSUM_WORD] = self._sums.of(page, generation, heads, self._bytes_NB[page])
+        heads, bytes_B = (self._piece.first_head, self._piece.heads), self._bytes_NB[page]
+        self._sum_M.append(self._sums.of(page, generation, heads, bytes_B))
+        return bytes_B
 
 
 class Incoming(_Pages):
