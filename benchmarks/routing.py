@@ -54,6 +54,8 @@ CONFIG = ServeConfig(
     gateway=GatewayConfig(port=0, cpus=0.05),
     replicas=ReplicaConfig(count=3, cpus_per_shard=0.05, graceful_shutdown_s=1, health_check_timeout_s=60.0),
 )
+JUDGED = {"quire", "default", "prefix"}
+"""With these among them, a run says by its exit status whether the target held."""
 TARGET_P90 = 0.7
 CPU_GROUPS, PERIOD_US = Path("/sys/fs/cgroup/cpu"), 10_000
 
@@ -263,7 +265,7 @@ def main() -> int:
                 if args.json:
                     merge(rows, args.json)
             say_more(case, seen)
-            good = good and (len(seen) < len(ROUTERS) or held(name, seen))
+            good = good and (not seen.keys() >= JUDGED or held(name, seen))
     return 0 if good else 1
 
 

@@ -40,7 +40,7 @@ WEIGHTS = {
     "ours": Weights(),
     "no copies": Weights(copy=float("inf")),
     "copies at 1": Weights(copy=1.0),
-    "copies at 3": Weights(copy=3.0),
+    "copies at 2": Weights(copy=2.0),
     "copies at 6": Weights(copy=6.0),
     "delay at 0": Weights(delay=0.0),
     "delay at 1": Weights(delay=1.0),
@@ -156,7 +156,6 @@ class Replica:
         asked.held, asked.own_pages, asked.admitted_s = held, need, now_s
         asked.cached = asked.done = len(held) * PAGE_TOKENS
         self._readers.update(held)
-        self._pace.admitted(len(asked.prompt), asked.cached)
         return True
 
     def _publish(self, asked: Asked) -> None:

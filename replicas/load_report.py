@@ -37,8 +37,6 @@ class LoadReport:
     step_s: float = 0.0
     hold_s: float = 0.0
     """For so long a sequence holds its pages."""
-    hit_share: float = 0.0
-    """Of prompt tokens, those that were found in the cache."""
     fetch_s: float = 0.0
     """Of a fetch from a neighbour, before its first byte."""
     fetch_s_per_token: float = 0.0
@@ -52,18 +50,12 @@ class Pace:
         self._prefill = PrefillPace(_PREFILL_MEMORY)
         self._step = Average(_STEP_MEMORY)
         self._hold = Average(_SEQUENCE_MEMORY)
-        self._cached, self._prompt = Average(_SEQUENCE_MEMORY), Average(_SEQUENCE_MEMORY)
 
     def stepped(self, seconds: float, prompt_tokens: int, before: float) -> None:
         """A step took so long and computed so many tokens of prompts, which stood behind so many others."""
         self._step.add(seconds)
         if prompt_tokens and seconds > 0:
             self._prefill.add(prompt_tokens, seconds, before)
-
-    def admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
-        """A request has got its pages."""
-        self._prompt.add(prompt_tokens)
-        self._cached.add(cached_tokens)
 
     def released(self, seconds: float) -> None:
         """A sequence has ended, that held pages for so long."""
@@ -77,5 +69,4 @@ class Pace:
             "prefill_s_per_token_before": slope,
             "step_s": self._step.value if self._step.known else 0.0,
             "hold_s": self._hold.value if self._hold.known else 0.0,
-            "hit_share": self._cached.value / self._prompt.value if self._prompt.known else 0.0,
         }

@@ -66,7 +66,6 @@ class Meter:
 
     def admitted(self, seq: Sequence) -> None:
         """The first sequence of a request has got its pages."""
-        self._pace.admitted(seq.prompt_tokens, seq.computed)
         self.counts.update(seq.hits())
 
     def launched(self, step: LaunchedStep) -> None:

@@ -5,7 +5,7 @@
                         + work (compute what it has not, or fetch that from a neighbour)
 
 All rates are measured by the replicas. To this comes what others pay: every running sequence waits while the
-prompt is computed, and blocks that leave a full pool for it are computed again, as often as they are found.
+prompt is computed.
 
 For each request alone it may be sooner to wait where its prefix is, time after time, while others are idle.
 So rent is counted: what each pays for waiting there. Once the requests for a prefix have paid more than it
@@ -35,9 +35,9 @@ class Weights:
 
     delay: float = 0.5
     """Of what running sequences wait for a prompt, against what it waits itself."""
-    copy: float = 1.5
+    copy: float = 3.0
     """So many times its cost must have been paid in rent before there is one more copy of a prefix: it takes
-    room from others, and what was asked for until now may not be asked for again."""
+    time and room from others, and what was asked for until now may not be asked for again."""
 
 
 class Reason(StrEnum):
@@ -119,7 +119,7 @@ class Prediction:
     pressure_s: float
     work_s: float
     others_s: float
-    """What counts of the waiting of running sequences, and computing again what it makes leave."""
+    """What counts of the waiting of running sequences."""
     cached_tokens: int
     fetched_tokens: int
 
@@ -200,7 +200,6 @@ def predict(prompt: Prompt, candidate: Candidate, rates: Rates, weights: Weights
     fetchable = min(candidate.holder_blocks * prompt.page_tokens, prompt.tokens - 1)
     work_s, fetched = _work(rates, prompt.tokens, cached, fetchable)
     need = -(-prompt.tokens // prompt.page_tokens) - candidate.known_blocks
-    leave = max(min(need - load.pages_free, load.pages_cached), 0) * prompt.page_tokens
     had = cached + fetched
     delay_s = load.running * rates.compute_s(had, prompt.tokens - had)
     return Prediction(
@@ -208,7 +207,7 @@ def predict(prompt: Prompt, candidate: Candidate, rates: Rates, weights: Weights
         wait_s=_wait(load, rates, candidate),
         pressure_s=_pressure(load, need, candidate.sent_requests),
         work_s=work_s,
-        others_s=weights.delay * delay_s + load.hit_share * rates.compute_s(prompt.tokens // 2, leave),
+        others_s=weights.delay * delay_s,
         cached_tokens=cached,
         fetched_tokens=fetched,
     )

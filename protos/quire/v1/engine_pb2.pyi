@@ -115,7 +115,7 @@ class KeySpace(_message.Message):
     def __init__(self, layout: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., transforms: _Optional[bytes] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("seen_call", "queued_tokens", "running", "waiting", "max_running", "pages_total", "pages_free", "pages_cached", "host_slots", "prefill_s_per_token", "prefill_s_per_token_before", "step_s", "hold_s", "hit_share", "fetch_s", "fetch_s_per_token")
+    __slots__ = ("seen_call", "queued_tokens", "running", "waiting", "max_running", "pages_total", "pages_free", "pages_cached", "host_slots", "prefill_s_per_token", "prefill_s_per_token_before", "step_s", "hold_s", "fetch_s", "fetch_s_per_token")
     SEEN_CALL_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -129,7 +129,6 @@ class Load(_message.Message):
     PREFILL_S_PER_TOKEN_BEFORE_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     HOLD_S_FIELD_NUMBER: _ClassVar[int]
-    HIT_SHARE_FIELD_NUMBER: _ClassVar[int]
     FETCH_S_FIELD_NUMBER: _ClassVar[int]
     FETCH_S_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     seen_call: int
@@ -145,10 +144,9 @@ class Load(_message.Message):
     prefill_s_per_token_before: float
     step_s: float
     hold_s: float
-    hit_share: float
     fetch_s: float
     fetch_s_per_token: float
-    def __init__(self, seen_call: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., host_slots: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., prefill_s_per_token_before: _Optional[float] = ..., step_s: _Optional[float] = ..., hold_s: _Optional[float] = ..., hit_share: _Optional[float] = ..., fetch_s: _Optional[float] = ..., fetch_s_per_token: _Optional[float] = ...) -> None: ...
+    def __init__(self, seen_call: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., host_slots: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., prefill_s_per_token_before: _Optional[float] = ..., step_s: _Optional[float] = ..., hold_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., fetch_s_per_token: _Optional[float] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("events", "load")

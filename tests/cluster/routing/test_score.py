@@ -121,15 +121,6 @@ def test_a_full_pool_or_scheduler_makes_it_wait():
         assert ranked(replica("a", load), replica("b", replace(IDLE, running=4))).order[0] == "b"
 
 
-def test_blocks_that_must_leave_cost_as_much_as_they_are_used():
-    full = replace(IDLE, pages_free=0, pages_cached=100, hit_share=0.8)
-    prediction = predicted(replica("a", full))
-    assert prediction.others_s == pytest.approx(0.8 * 16 * 64 * 1e-3)
-    assert prediction.cost_s == pytest.approx(prediction.first_token_s + prediction.others_s)
-    assert predicted(replica("a", replace(full, hit_share=0.0))).others_s == 0
-    assert ranked(replica("full", full), replica("empty")).order[0] == "empty"
-
-
 def test_what_is_computed_makes_running_sequences_wait_and_what_is_fetched_does_not():
     busy = replace(IDLE, running=3, fetch_s=0.01, fetch_s_per_token=1e-5)
     assert predicted(replica("a", busy)).others_s == pytest.approx(3 * 1.0)
