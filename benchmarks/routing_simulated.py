@@ -30,7 +30,7 @@ from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 from quire.replicas.load_report import LoadReport, Pace
 
 REPLICAS, PAGES, PAGE_TOKENS, MAX_RUNNING, STEP_TOKENS, NEW_TOKENS = 3, 58, 64, 16, 512, 12
-STEP_S, PROMPT_TOKEN_S, SEQUENCE_S = 0.012, 0.0006, 0.003
+STEP_S, PROMPT_TOKEN_S, SEQUENCE_S = 0.036, 0.00075, 0.003
 BEFORE_TOKENS = 4000
 """Behind so many tokens a prompt's token costs twice as much."""
 KEYS = KeySpace(b"layout", b"weights", b"transforms")
@@ -39,8 +39,9 @@ WEIGHTS = {
     "default": None,
     "ours": Weights(),
     "no copies": Weights(copy=float("inf")),
-    "copies at 1": Weights(copy=1.0),
-    "copies at 2": Weights(copy=2.0),
+    "copies at 0.5": Weights(copy=0.5),
+    "copies at 1.5": Weights(copy=1.5),
+    "copies at 3": Weights(copy=3.0),
     "copies at 6": Weights(copy=6.0),
     "delay at 0": Weights(delay=0.0),
     "delay at 1": Weights(delay=1.0),

@@ -35,9 +35,8 @@ class Weights:
 
     delay: float = 0.5
     """Of what running sequences wait for a prompt, against what it waits itself."""
-    copy: float = 3.0
-    """So many times its cost must have been paid in rent before there is one more copy of a prefix: it takes
-    time and room from others, and what was asked for until now may not be asked for again."""
+    copy: float = 1.0
+    """So many times its cost must have been paid in rent before there is one more copy of a prefix."""
 
 
 class Reason(StrEnum):
