@@ -38,6 +38,8 @@ from quire.kvstore.transport import Ticket, Transport
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 """Small enough that a dead peer is noticed soon and that stages overlap, large enough for full speed."""
+_SUMS_BEHIND = 3
+"""Pages of a stream that are sent before they are summed: the headers behind them are waited for, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class PageMover:
         """Begin, and report from some other thread when this shard's part is over.
 
         The report comes by the order's deadline, whatever the peer does. Once it has come, nothing of the
-        order touches the pool any more.
+        order writes into the pool any more.
         """
         streams = [self._start(order, piece) for piece in self._pieces(order)]
         _Tally(order, self._pool.rank, streams, report).begin()
@@ -137,23 +139,26 @@ class _Sums:
 
     def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="quire-sums")
-        self._known: dict[tuple[PageId, int, int], tuple[int, int]] = {}
+        self._known: dict[tuple[PageId, int, int], tuple[int, Future[int]]] = {}
         """Generation and sum, by page, first head and number of heads."""
 
-    def of(self, order: SendPages, piece: PageSlice, bytes_NB: Tensor) -> Future[list[int]]:
-        """Of all pages of the order, as far as the slice goes."""
-        return self._worker.submit(self._all, order, piece, bytes_NB)
+    def of(self, page: PageId, generation: int, heads: tuple[int, int], bytes_B: Tensor) -> Future[int]:
+        name = (page, *heads)
+        known = self._known.get(name)
+        if known is None or known[0] != generation:
+            known = self._known[name] = generation, self._begin(bytes_B)
+        return known[1]
 
-    def _all(self, order: SendPages, piece: PageSlice, bytes_NB: Tensor) -> list[int]:
-        sums = []
-        with torch.cuda.device_of(bytes_NB):
-            for page, generation in zip(order.pages, order.generations, strict=True):
-                name = (page, piece.first_head, piece.heads)
-                known = self._known.get(name)
-                if known is None or known[0] != generation:
-                    known = self._known[name] = generation, int(checksum_pages(bytes_NB[page][None]))
-                sums.append(known[1])
-        return sums
+    def _begin(self, bytes_B: Tensor) -> Future[int]:
+        if not bytes_B.is_cuda:
+            return self._worker.submit(_sum, bytes_B)
+        done: Future[int] = Future()
+        done.set_result(_sum(bytes_B))  # in the link's stream: beside the steps, not between them
+        return done
+
+
+def _sum(bytes_B: Tensor) -> int:
+    return int(checksum_pages(bytes_B[None]))
 
 
 class Outgoing(_Pages):
@@ -169,21 +174,30 @@ class Outgoing(_Pages):
         limit: Bandwidth | None,
     ) -> None:
         super().__init__(pool, order, piece, chunk_bytes)
-        self._limit = limit
-        self._sums = sums.of(order, piece, self._bytes_NB) if self._alone else None
+        self._sums, self._limit = sums, limit
+        self._sum_M: list[Future[int]] = []
+        """Of large pages."""
 
     def give(self, index: int, room: Tensor) -> Tensor:
         if self._limit is not None:
             self._limit.wait(room.numel())
         if self._is_headers(index):
-            if self._sums is not None:
-                self._headers_MW[:, CHECKSUM_WORD] = torch.tensor(self._sums.result())
+            for page, sum_ in enumerate(self._sum_M):
+                self._headers_MW[page, CHECKSUM_WORD] = sum_.result()
             return room.copy_(_as_bytes(self._headers_MW))
         if self._alone:
-            return self._bytes_NB[self._order.pages[index]]
+            return self._large(index)
         part = self._part(index)
         gather_pages(self._bytes_NB, self._pages_M[part], self._rows(room), self._sum_C(part))
         return room
+
+    def _large(self, index: int) -> Tensor:
+        if index >= _SUMS_BEHIND:
+            self._sum_M[index - _SUMS_BEHIND].result()
+        page, generation = self._order.pages[index], self._order.generations[index]
+        heads, bytes_B = (self._piece.first_head, self._piece.heads), self._bytes_NB[page]
+        self._sum_M.append(self._sums.of(page, generation, heads, bytes_B))
+        return bytes_B
 
 
 class Incoming(_Pages):

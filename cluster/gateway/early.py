@@ -15,7 +15,7 @@ from quire.cluster.gateway.links import Call, ReplicaLink
 from quire.cluster.routing.book import Route
 
 Send = Callable[[ReplicaLink], Call | None]
-"""Sends the request there; None: it has to be made anew for this replica."""
+"""Sends the request there; None: not before its place is sure."""
 
 
 class Early:
@@ -27,30 +27,36 @@ class Early:
         self._call: Call | None = None
         self._closed = False
 
-    def ranked(self, route: Route) -> None:
-        """From any thread: it is known which replica is best."""
+    def ranked(self, route: Route, best: str, has_room: bool) -> None:
+        """From any thread: which replica is best, and whether it is known to have room."""
         with suppress(RuntimeError):  # the gateway has ended
-            self._loop.call_soon_threadsafe(self._go, route)
+            self._loop.call_soon_threadsafe(self._go, route, best, has_room)
 
     def taken(self, link: ReplicaLink) -> Call | None:
         """The place is there. What was sent elsewhere is taken back."""
+        if self._call is not None and self._call.link is not link:
+            self._take_back()
         call, self._call = self._call, None
         self.close()
-        if call is not None and call.link is not link:
-            call.close()
-            return None
         return call
 
     def close(self) -> None:
         """Nothing goes out any more; what did is taken back."""
         self._closed = True
+        self._take_back()
+
+    def _go(self, route: Route, best: str, has_room: bool) -> None:
+        """Serve may rank again: then it goes where it is ranked now."""
+        link = self._links.get(best)
+        if self._closed or (self._call is not None and self._call.link is link):
+            return
+        self._take_back()
+        if link is not None and link.alive and has_room:
+            self._call = self._send(link)
+            if self._call is not None:
+                route.submitted(self._call.number)
+
+    def _take_back(self) -> None:
         if self._call is not None:
             self._call.close()
-
-    def _go(self, route: Route) -> None:
-        link = self._links.get(route.replica_id)
-        if self._closed or self._call is not None or link is None or not link.alive or not route.has_room:
-            return
-        self._call = self._send(link)
-        if self._call is not None:
-            route.submitted(self._call.number)
+            self._call = None

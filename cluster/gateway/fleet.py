@@ -105,7 +105,7 @@ class Fleet:
     ) -> AsyncIterator[Place]:
         """A place on a living replica, given back at the end: on the best one for this prompt.
 
-        `send` may be called before the place is sure, and once for each replica that is tried.
+        `send` may be called before the place is sure, and again for another replica.
         Raises NoReplicaReady after `wait_s`.
         """
         slot = AsyncExitStack()
@@ -178,14 +178,17 @@ class Fleet:
             with ExitStack() as unless_taken:
                 unless_taken.callback(self._give_back, route, attempt)
                 unless_taken.callback(early.close)
-                chosen = await self._choose(attempt, route)
+                chosen = await self._choose(attempt, route, early)
                 if chosen is not None and not self.routes.avoids(chosen.replica_id):
                     with suppress(ReplicaDied):  # then another one, or this one a little later
                         link = await self._link(chosen)
                         route.reserved(chosen.replica_id)
                         slot.push_async_exit(attempt.pop_all())
                         unless_taken.pop_all()
-                        return Place(link, route, early.taken(link))
+                        call = early.taken(link)
+                        if call is not None:
+                            route.submitted(call.number)  # it may have been ranked elsewhere meanwhile
+                        return Place(link, route, call)
             await asyncio.sleep(_PAUSE_S)
 
     def _give_back(self, route: Route, slot: AsyncExitStack) -> None:
@@ -193,7 +196,7 @@ class Fleet:
         route.ended()
         self._beside(self._giving_back, slot.aclose())
 
-    async def _choose(self, attempt: AsyncExitStack, route: Route) -> ReplicaAddress | None:
+    async def _choose(self, attempt: AsyncExitStack, route: Route, early: Early) -> ReplicaAddress | None:
         """None: the best one was lost while it was asked for a place, and there are others.
 
         Serve waits until its node is declared dead, and keeps doing so beside us: a place that it is given
@@ -207,6 +210,7 @@ class Fleet:
             return entering.result()
         finally:
             if not entering.done():
+                early.close()
                 entering.cancel()
                 await asyncio.wait({entering})
 

@@ -87,10 +87,7 @@ class Relay:
                 await request.fit(place.link)
                 call = self._send(request, place.link)
                 place.route.submitted(call.number)
-            self._call = call
             try:
-                if self._cancelled:
-                    call.cancel()
                 await self._forward(place, call, client)
             finally:
                 self._call = None
@@ -99,7 +96,10 @@ class Relay:
     def _send(self, request: _Request, link: ReplicaLink) -> Call:
         if self._deadline_s is not None:
             request.submit.remaining_s = max(0.0, self._deadline_s - time.monotonic())
-        return link.submit(request.submit)
+        call = self._call = link.submit(request.submit)
+        if self._cancelled:
+            call.cancel()
+        return call
 
     async def _forward(self, place: Place, call: Call, client: Client) -> None:
         output_ids: list[int] = []

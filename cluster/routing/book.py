@@ -76,9 +76,7 @@ class _Known:
 class Route:
     """One request's way. `Routes.route` makes it; Serve's router asks it to `rank`."""
 
-    def __init__(
-        self, routes: Routes, token_ids: Sequence[int], tenant: str, ranked: Callable[[Route], None] | None
-    ) -> None:
+    def __init__(self, routes: Routes, token_ids: Sequence[int], tenant: str, ranked: Ranked | None) -> None:
         self._routes, self._ranked = routes, ranked
         self.token_ids, self.tenant = token_ids, tenant
         self.candidates: dict[str, Candidate] = {}
@@ -104,7 +102,8 @@ class Route:
         """Ids of these replicas (id to address), best first; the request counts at the first from now on."""
         order = self._routes.rank(self, replicas)
         if self._ranked is not None and not self.over:
-            self._ranked(self)
+            candidate = self.candidates.get(order[0])
+            self._ranked(self, order[0], candidate is not None and candidate.has_room)
         return order
 
     def reserved(self, replica_id: str) -> None:
@@ -120,12 +119,6 @@ class Route:
         if self.waits:
             self._routes.answered(self)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether the replica where it counts is known to have a place for it."""
-        candidate = self.candidates.get(self.replica_id)
-        return candidate is not None and candidate.has_room
-
     def ended(self, output_ids: Sequence[int] = ()) -> None:
         """It is over. `output_ids`: tokens of its only output, which the replica holds as well now."""
         self._routes.ended(self, output_ids)
@@ -136,6 +129,10 @@ class Route:
         if not self.replica_id:
             return None
         return Decision(self.replica_id, self.reason, len(self.candidates), self.prediction, self.scoring_s)
+
+
+Ranked = Callable[[Route, str, bool], None]
+"""A request's way, the best replica, and whether that is known to have room for it."""
 
 
 class Routes:
@@ -162,7 +159,7 @@ class Routes:
         self,
         token_ids: Sequence[int] = (),
         tenant: str = "",
-        ranked: Callable[[Route], None] | None = None,
+        ranked: Ranked | None = None,
     ) -> Route:
         """A request's way, for its prompt. `ranked` is called whenever it was, on the thread that did it."""
         return Route(self, token_ids, tenant, ranked)

@@ -12,6 +12,8 @@ import torch
 from store_peers import ALONE, HEADS, PACKED, StorePeer, fetch, keys_of, run
 from torch import Tensor
 
+from quire.kernels.pages import checksum_pages
+from quire.kvstore import mover
 from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.messages import HEADER_BYTES, ReplicaId
 
@@ -138,6 +140,24 @@ def test_a_byte_of_a_large_page_that_changed_in_the_owners_memory_is_noticed():
     settled(owner, *others)
     for peer in (owner, *others):
         peer.close()
+
+
+def test_sums_that_are_slow_make_a_transfer_slow_and_do_not_fail_it(monkeypatch):
+    """All together they take longer than a link waits for one chunk."""
+
+    def slowly(bytes_MB):
+        time.sleep(0.08)
+        return checksum_pages(bytes_MB)
+
+    owner, receiver = (
+        StorePeer(ReplicaId(name), chunk_bytes=ALONE, patience_s=0.5) for name in ("owner", "receiver")
+    )
+    owner.cache(KEYS)
+    monkeypatch.setattr(mover, "checksum_pages", slowly)
+    assert fetch(receiver, owner, KEYS).failure is None
+    assert receiver.holds(KEYS)
+    owner.close()
+    receiver.close()
 
 
 def test_a_page_that_holds_another_block_now_has_another_checksum():

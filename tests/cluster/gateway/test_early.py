@@ -6,8 +6,11 @@ from contextlib import asynccontextmanager
 import pytest
 from serving import Listed, ScriptedEngine, staged
 
-from quire.cluster.client import collect_async
+from quire.cluster.client import CallOptions, collect_async
+from quire.cluster.routing.book import Routes
+from quire.cluster.routing.score import Candidate
 from quire.replicas.load_report import LoadReport
+from quire.replicas.request import FinishReason, Output, Usage
 
 PROMPT = [5, 6, 7]
 
@@ -24,13 +27,19 @@ class Slow(Listed):
         self.rankings = 1
         self.elsewhere = None
         self.best = ""
+        self.cancelling = asyncio.Event()
+        self.cancelling.set()
 
     @asynccontextmanager
     async def choose(self, route):
         for _ in range(self.rankings):
             addresses = {replica.replica_id: replica.address for replica in self.replicas}
             self.best, *_ = await asyncio.to_thread(route.rank, addresses)
-        await self.sure.wait()
+        try:
+            await self.sure.wait()
+        except asyncio.CancelledError:
+            await self.cancelling.wait()
+            raise
         name = self.elsewhere or self.best
         self.held += 1
         try:
@@ -119,13 +128,55 @@ async def test_a_request_that_serve_ranks_twice_is_sent_once():
         assert (engine.requests.qsize(), engine.cancelled.qsize()) == (0, 0)
 
 
+async def test_a_request_follows_where_serve_ranks_it(monkeypatch):
+    """First at one, then at the other, then the place is at the first again."""
+    engines = ScriptedEngine(), ScriptedEngine()
+    async with meeting(*engines) as stage:
+        ranked = []
+
+        def in_turn(_, route, replicas):
+            ranked.append(order := sorted(replicas, reverse=len(ranked) % 2 == 1))
+            route.candidates = {name: Candidate(replica_id=name) for name in order}
+            route._routes._count_at(route, order[0])
+            return tuple(order)
+
+        monkeypatch.setattr(Routes, "rank", in_turn)
+        monkeypatch.setattr(Candidate, "has_room", True)
+        stage.chooser.rankings, stage.chooser.elsewhere = 2, "replica0"
+        answer = asyncio.create_task(collect_async(stage.client.generate(PROMPT)))
+        first = await engines[0].requests.get()
+        assert await engines[0].cancelled.get() == first.id
+        second = await engines[1].requests.get()
+        stage.chooser.sure.set()
+        assert await engines[1].cancelled.get() == second.id
+        again = await engines[0].requests.get()
+        engines[0].say(again, "a", 10, last=True)
+        assert (await answer).text == "a"
+
+
+async def test_one_that_is_cancelled_by_its_id_while_its_place_is_asked_for_ends_on_the_replica():
+    engine = ScriptedEngine()
+    async with meeting(engine) as stage:
+        options = CallOptions(request_id="mine")
+        answer = asyncio.create_task(collect_async(stage.client.generate(PROMPT, options=options)))
+        request = await engine.requests.get()
+        assert await stage.client.cancel("mine")
+        assert await engine.cancelled.get() == request.id
+        stage.chooser.sure.set()
+        usage = Usage(prompt_tokens=3, cached_tokens=0, output_tokens=0)
+        engine.send(Output(request_id=request.id, index=0, finish_reason=FinishReason.CANCELLED, usage=usage))
+        assert not (await answer).text
+
+
 async def test_a_client_that_leaves_before_the_place_is_sure_is_cancelled_on_the_replica():
     engine = ScriptedEngine()
     async with meeting(engine) as stage:
         answer = asyncio.create_task(collect_async(stage.client.generate(PROMPT)))
         request = await engine.requests.get()
+        stage.chooser.cancelling.clear()  # Serve takes its time
         answer.cancel()
         assert await engine.cancelled.get() == request.id
+        stage.chooser.cancelling.set()
 
 
 async def test_one_that_dies_before_the_place_is_sure_leaves_the_request_to_another():

@@ -182,11 +182,11 @@ def test_a_request_that_is_ranked_again_keeps_its_call_where_it_stays(routes):
 
 def test_whoever_asked_for_a_route_hears_when_it_was_ranked_unless_it_is_over(routes):
     heard = []
-    route = routes.route(PROMPT, ranked=lambda route: heard.append(route.replica_id))
+    route = routes.route(PROMPT, ranked=lambda *what: heard.append(what))
     best, *_ = route.rank(ADDRESSES)
     route.ended()
     route.rank(ADDRESSES)
-    assert heard == [best]
+    assert heard == [(route, best, True)]
 
 
 @pytest.mark.parametrize(
@@ -198,16 +198,15 @@ def test_whoever_asked_for_a_route_hears_when_it_was_ranked_unless_it_is_over(ro
     ],
 )
 def test_there_is_room_where_a_request_would_run_at_once(clock, load, room):
+    heard = []
     routes = Routes(clock=clock, seed=0)
     routes.joined("a", KEYS, 64)
     routes.heard("a", replace(IDLE, **{"max_running": 4, **load}), 0)
-    route = routes.route(PROMPT)
-    assert not route.has_room  # it is not ranked
+    route = routes.route(PROMPT, ranked=lambda *what: heard.append(what))
     route.rank({"a": "a:1"})
-    assert route.has_room is room
     clock.now_s += 60
     route.rank({"a": "a:1"})
-    assert not route.has_room  # nobody has heard of the replica for so long
+    assert heard == [(route, "a", room), (route, "a", False)]  # nobody has heard of it for so long
 
 
 def test_serve_may_have_chosen_another_one(routes):
