@@ -71,6 +71,14 @@ async def meeting(*engines, load=LoadReport(pages_total=7, max_running=4)):  # n
         yield stage
 
 
+async def sent_first(engines):
+    """Which of two engines a request is sent to, the request, and what will be the other's."""
+    asked = [asyncio.ensure_future(engine.requests.get()) for engine in engines]
+    (sent,), _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+    best = asked.index(sent)
+    return best, sent.result(), asked[1 - best]
+
+
 async def test_a_request_is_computed_while_its_place_is_asked_for_and_answered_once_it_is_sure():
     engine = ScriptedEngine()
     async with meeting(engine) as stage:
@@ -91,14 +99,12 @@ async def test_one_whose_place_is_elsewhere_is_taken_back_and_answered_there():
     engines = ScriptedEngine(), ScriptedEngine()
     async with meeting(*engines) as stage:
         answer = asyncio.create_task(collect_async(stage.client.generate(PROMPT)))
-        asked = [asyncio.ensure_future(engine.requests.get()) for engine in engines]
-        (sent,), _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
-        best = asked.index(sent)
-        engines[best].say(sent.result(), "wrong", 9)
+        best, request, other = await sent_first(engines)
+        engines[best].say(request, "wrong", 9)
         stage.chooser.elsewhere = f"replica{1 - best}"
         stage.chooser.sure.set()
-        assert await engines[best].cancelled.get() == sent.result().id
-        engines[1 - best].say(await asked[1 - best], "right", 10, last=True)
+        assert await engines[best].cancelled.get() == request.id
+        engines[1 - best].say(await other, "right", 10, last=True)
         assert (await answer).text == "right"
 
 
@@ -183,10 +189,8 @@ async def test_one_that_dies_before_the_place_is_sure_leaves_the_request_to_anot
     engines = ScriptedEngine(), ScriptedEngine()
     async with meeting(*engines) as stage:
         answer = asyncio.create_task(collect_async(stage.client.generate(PROMPT)))
-        asked = [asyncio.ensure_future(engine.requests.get()) for engine in engines]
-        (sent,), _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
-        best = asked.index(sent)
+        best, _, other = await sent_first(engines)
         await stage.kill_replica(best)
-        engines[1 - best].say(await asked[1 - best], "fine", 10, last=True)
+        engines[1 - best].say(await other, "fine", 10, last=True)
         stage.chooser.sure.set()
         assert (await answer).text == "fine"
