@@ -25,13 +25,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rows import Row, alternate, median, report
 from torch._C._distributed_c10d import PrefixStore
 
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
-from quire.kvstore.groups import Pair, host_store, join_store
+from quire.kvstore.groups import gloo_group, host_store, join_store
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.link_transport import LinkTransport
 from quire.kvstore.links import LinkConfig
@@ -109,7 +110,7 @@ def owner_process(kv: str, blocks: int, port: int, control: Connection, messages
     node.pool_NB.random_(0, 256)
     hold(node, keys)
     control.send(node.pool_NB[0, :64].tolist())
-    pair = raw_pair(port, 0)
+    raw = Raw(port, 0)
     while True:
         if control not in wait([control, messages, node._woken]):
             node.turn()
@@ -121,7 +122,7 @@ def owner_process(kv: str, blocks: int, port: int, control: Connection, messages
             hold(node, keys)
         control.send(node.control_bytes)
         if order == "raw":
-            raw(pair, node.pool_NB)
+            raw.move(node.pool_NB)
 
 
 def hold(node: Node, keys: list[BlockKey]) -> None:
@@ -132,20 +133,23 @@ def hold(node: Node, keys: list[BlockKey]) -> None:
     node.pool.release(pages)
 
 
-def raw_pair(port: int, rank: int) -> Pair:
-    store = PrefixStore("raw", join_store(HOST, port, PATIENCE_S))
-    return Pair(store, rank=rank, host=HOST, device=CPU, timeout_s=PATIENCE_S)
+class Raw:
+    """gloo alone, in a group of two as torch makes it by itself: one connection."""
 
+    def __init__(self, port: int, rank: int) -> None:
+        store = PrefixStore("raw", join_store(HOST, port, PATIENCE_S))
+        self._group = gloo_group(store, rank=rank, size=2, host=HOST, timeout_s=PATIENCE_S)
+        self._post, self._peer = (self._group.recv if rank else self._group.send), 1 - rank
 
-def raw(pair: Pair, pool_NB: torch.Tensor) -> None:
-    """All bytes of the pool, in chunks as links send them: no copies, no checksums, no headers."""
-    under_way, depth = deque[object](), LinkConfig().depth
-    for index, chunk in enumerate(pool_NB.view(-1).split(CHUNK_BYTES["cpu"])):
-        if len(under_way) == depth:
-            pair.wait(under_way.popleft(), PATIENCE_S)  # type: ignore[arg-type]
-        under_way.append(pair.post(chunk, index))
-    for work in under_way:
-        pair.wait(work, PATIENCE_S)  # type: ignore[arg-type]
+    def move(self, pool_NB: torch.Tensor) -> None:
+        """All bytes of the pool, in chunks as links send them: no copies, no checksums, no headers."""
+        under_way, depth = deque[dist.Work](), LinkConfig().depth
+        for index, chunk in enumerate(pool_NB.view(-1).split(CHUNK_BYTES["cpu"])):
+            if len(under_way) == depth:
+                under_way.popleft().wait()
+            under_way.append(self._post([chunk], self._peer, index))
+        for work in under_way:
+            work.wait()
 
 
 def loopback_bytes() -> int:
@@ -164,7 +168,7 @@ def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
     process.start()
     node, keys = Node(kv, blocks, RECEIVER, mine), keys_of_blocks(blocks)
     first_bytes = ours.recv()
-    pair, target_NB = raw_pair(store.port, 1), torch.zeros_like(node.pool_NB)
+    raw, target_NB = Raw(store.port, 1), torch.zeros_like(node.pool_NB)
     wire: list[int] = []
     raw_wire: list[int] = []
 
@@ -176,7 +180,7 @@ def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
     def raw_s(_: int) -> float:
         tell("raw")
         before, started = loopback_bytes(), time.perf_counter()
-        raw(pair, target_NB)
+        raw.move(target_NB)
         seconds = time.perf_counter() - started
         raw_wire.append(loopback_bytes() - before)
         return seconds

@@ -46,10 +46,15 @@ def join_store(host: str, port: int, patience_s: float) -> Store:
     )
 
 
-def gloo_group(store: Store, *, rank: int, size: int, host: str, timeout_s: float) -> Any:
-    """All ranks call it within `timeout_s`, or it raises RuntimeError. Its sockets are bound to `host`."""
+def gloo_group(
+    store: Store, *, rank: int, size: int, host: str, timeout_s: float, connections: int = 1
+) -> Any:
+    """All ranks call it within `timeout_s`, or it raises RuntimeError. Its sockets are bound to `host`.
+
+    `connections`, each with a thread of its own, between any two ranks: messages take turns by their tags.
+    """
     options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host) for _ in range(connections)]
     options._timeout = timedelta(seconds=timeout_s)
     options._threads = 1
     return dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, size, options)
@@ -84,6 +89,10 @@ _LINK_SETTINGS = {
     "TORCH_NCCL_ENABLE_MONITORING": "0",  # so would an abort that takes long
 }
 _LINK_CTAS = 8
+GLOO_CONNECTIONS = 2
+"""Of a pair: while one waits for its peer to wake up, the other moves."""
+PAIR_KEYS = tuple(f"gloo/{at}/{rank}" for at in range(GLOO_CONNECTIONS) for rank in range(2))
+"""What gloo leaves in a pair's store."""
 _NEVER = timedelta(days=1)
 
 
@@ -96,7 +105,9 @@ class Pair:
         if self._cuda:
             self._group = nccl_pair(store, rank=rank, device=device, timeout_s=timeout_s)
         else:
-            self._group = gloo_group(store, rank=rank, size=2, host=host, timeout_s=timeout_s)
+            self._group = gloo_group(
+                store, rank=rank, size=2, host=host, timeout_s=timeout_s, connections=GLOO_CONNECTIONS
+            )
 
     def post(self, chunk: Tensor, tag: int) -> dist.Work:
         """Begin to send `chunk`, or to receive into it. Its memory is in use until `wait` has returned."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from quire.kvstore.failures import Cause, TransferFailed
-from quire.kvstore.groups import Pair, join_store, reason_of
+from quire.kvstore.groups import PAIR_KEYS, Pair, join_store, reason_of
 from quire.kvstore.transport import Endpoint, Sink, Source, Ticket
 
 Body = TypeVar("Body", Source, Sink)
@@ -249,7 +249,7 @@ class OutLink(Link[Source]):
         fresh = self._pair is None
         if fresh:
             self._generation = self._store.add("generation", 1)
-            for key in ("gloo/0/0", "gloo/0/1"):  # what the last group left behind
+            for key in PAIR_KEYS:  # what the last group left behind
                 self._store.delete_key(f"{self._generation - 1}/{key}")
         if stream.ended:  # the store's answers came too late: another link may have taken over
             self._drop()

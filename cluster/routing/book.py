@@ -90,8 +90,8 @@ class Route:
         self.call = 0
         self.chosen_s = 0.0
         self.scoring_s = 0.0
-        self.cold_tokens = 0
-        """To compute at the replica."""
+        self.known_blocks = self.cold_tokens = 0
+        """What the replica was thought to hold of it, and what is to be computed there."""
         self.waits = False
         """Whether its first token is still to come."""
         self.over = False
@@ -362,8 +362,16 @@ class Routes:
                 open_requests=len(others),
                 chosen=round(known.chosen),
                 known_blocks=held[name],
+                coming=any(self._computes(r, route, known, held[name]) for r in others if r.waits),
                 holder_blocks=max(held.values()) if shared else 0,
             )
+
+    def _computes(self, other: Route, route: Route, known: _Known, held: int) -> bool:
+        """Whether `other` computes the last of the `held` blocks of `route` that the replica will have."""
+        if other.known_blocks >= held:
+            return False
+        chain = self._chain(other, known)
+        return len(chain) >= held and chain[held - 1] == self._chain(route, known)[held - 1]
 
     def _count_at(self, route: Route, replica_id: str) -> None:
         """From now on the request is work of this replica and of no other."""
@@ -373,6 +381,6 @@ class Routes:
             route.call = 0
         route.replica_id, route.chosen_s, route.waits = replica_id, self._clock(), True
         candidate = route.candidates.get(replica_id)
-        known_tokens = candidate.known_blocks * self._page_tokens if candidate else 0
-        route.cold_tokens = len(route.token_ids) - known_tokens
+        route.known_blocks = candidate.known_blocks if candidate else 0
+        route.cold_tokens = len(route.token_ids) - route.known_blocks * self._page_tokens
         self._known(replica_id).open.add(route)

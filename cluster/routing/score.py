@@ -9,7 +9,9 @@ prompt is computed.
 
 For each request alone it may be sooner to wait where its prefix is, time after time, while others are idle.
 So rent is counted: what each pays for waiting there. Once the requests for a prefix have paid more than it
-costs to have it elsewhere, one of them goes there: rent or buy.
+costs to have it elsewhere, one of them goes there: rent or buy. A prefix that is asked for again before it
+was computed once is wanted by many: where there is nothing else to do, its copy costs what the request that
+goes there waits longer, and no more.
 """
 
 from __future__ import annotations
@@ -78,8 +80,16 @@ class Candidate:
     """How often, lately: ties go to the one that was chosen less."""
     known_blocks: int = 0
     """Leading blocks of the prompt that it is thought to hold."""
+    coming: bool = False
+    """Whether the last of these is still being computed there, for another request."""
     holder_blocks: int = 0
     """Leading blocks that it could fetch from another replica; 0 where nothing is shared."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is known to have nothing to do."""
+        load = self.load
+        return load is not None and not (load.running or load.waiting or self.sent_requests)
 
     @property
     def has_room(self) -> bool:
@@ -151,8 +161,8 @@ class _Copy:
     at: Candidate
     saves_s: float
     """To this request, if it were there already."""
-    costs_s: float
-    """To make."""
+    rent_s: float
+    """That must have been paid for it."""
 
 
 def rank(
@@ -185,7 +195,7 @@ def rank(
     best = predictions[order[0].replica_id]
     reason = Reason.PREFIX if best.cached_tokens else Reason.LOAD
     copy = _copy(prompt, order, predictions, rates, weights)
-    if copy and paid_s + copy.saves_s >= weights.copy * copy.costs_s:
+    if copy and paid_s + copy.saves_s >= copy.rent_s:
         order = [copy.at, *(c for c in order if c is not copy.at)]
         best, reason = predictions[copy.at.replica_id], Reason.COPY
     rent_s = copy.saves_s if copy else 0.0
@@ -245,10 +255,13 @@ def _copy(
     if not without or first.known_blocks < max(c.known_blocks for c in order):
         return None
     with_it = [replace(c, known_blocks=first.known_blocks) for c in without]
-    costs_s = [predict(prompt, c, rates, weights).cost_s for c in with_it]
-    least_s, at = min(zip(costs_s, without, strict=True), key=lambda pair: pair[0])
+    had_s = [predict(prompt, c, rates, weights).cost_s for c in with_it]
+    least_s, at = min(zip(had_s, without, strict=True), key=lambda pair: pair[0])
     saves_s = predictions[first.replica_id].cost_s - least_s
-    return _Copy(at, saves_s, predictions[at.replica_id].cost_s - least_s) if saves_s > 0 else None
+    if saves_s <= 0:
+        return None
+    costs_s = predictions[at.replica_id].cost_s - least_s
+    return _Copy(at, saves_s, costs_s - saves_s if first.coming and at.idle else weights.copy * costs_s)
 
 
 def _wait(load: LoadReport, rates: Rates, candidate: Candidate) -> float:

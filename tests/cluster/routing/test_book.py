@@ -96,6 +96,21 @@ def test_a_prefix_that_was_waited_for_long_enough_is_copied_and_the_copy_is_used
     assert (after.replica_id, after.decision.reason) == (copy.replica_id, Reason.PREFIX)
 
 
+def test_a_prefix_that_many_want_from_the_start_is_computed_at_all_idle_replicas_at_once(routes):
+    asked = [sent(routes, PROMPT + [n] * 20) for n in range(3)]
+    assert {route.replica_id for route in asked} == {*ADDRESSES}
+    assert [route.decision.reason for route in asked] == [Reason.LOAD, Reason.COPY, Reason.COPY]
+
+
+def test_one_that_has_been_computed_or_belongs_to_another_prompt_is_not_coming(routes):
+    """The replica is as busy in both cases, with something else."""
+    holder = sent(routes, PROMPT + [0] * 20)
+    holder.answered()
+    sent(routes, [n + 5000 for n in PROMPT]), sent(routes, [n + 7000 for n in PROMPT])
+    again = sent(routes, PROMPT + [1] * 20)
+    assert not any(candidate.coming for candidate in again.candidates.values())
+
+
 def test_after_a_copy_rent_is_counted_anew(routes):
     _held_at_a_busy_replica(routes, PROMPT)
     copy = [_asked(routes, PROMPT, n) for n in range(6)][-1].replica_id
