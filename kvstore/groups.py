@@ -125,6 +125,9 @@ class Pair:
             if time.monotonic() > end_s:
                 raise RuntimeError(f"the other end was silent for {timeout_s:.3g} s")
             time.sleep(_POLL_S)
+        result = work.get_future_result()  # type: ignore[attr-defined]
+        if result.done() and result.value():  # it is completed as well once NCCL has noticed a dead peer
+            raise RuntimeError("NCCL lost the other end")
 
     def drop(self) -> None:
         """No further call is made. NCCL's operations are aborted; gloo's end with their sockets."""
