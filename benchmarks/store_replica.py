@@ -93,6 +93,11 @@ class DirectoryProcess(BaseManager):
     def __init__(self, address: str) -> None:
         super().__init__(address, authkey=SECRET.encode())
 
+    def start(self, *args: Any, **kwargs: Any) -> None:
+        super().start(*args, **kwargs)
+        # multiprocessing gives the object up with its last user, and fails whoever comes at that moment.
+        self._user = self.books()  # type: ignore[attr-defined]
+
 
 _BOOKS = Books()
 DirectoryProcess.register("books", callable=lambda: _BOOKS)
