@@ -5,10 +5,12 @@
 
 Owner and receiver are processes of their own; pages as an 8B model's shard has them (32 layers, 8 kv heads
 of 128), of 2,048 and 8,192 tokens. They are sent a first time, and again, as a shared prefix is: then their
-checksums are known. Raw is gloo alone in the same two processes: a group of two, chunks of the same size, as
-many under way. Bytes are counted by the loopback interface, TCP and IP headers and acknowledgements included,
-which means something only where nothing else uses it: under scripts/loopback. The second form shapes the
-link; without it, both processes' copies and checksums compete for cores with the loopback's own copies.
+checksums are known. Raw is gloo alone in the same two processes, as torch sets it up: a group of two with one
+connection, chunks of the same size, as many under way; and once more with as many connections as our links
+have, for what these are worth by themselves. Bytes are counted by the loopback interface, TCP and IP headers
+and acknowledgements included, which means something only where nothing else uses it: under scripts/loopback.
+The second form shapes the link; without it, both processes' copies and checksums compete for cores with the
+loopback's own copies.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -32,7 +35,7 @@ from torch._C._distributed_c10d import PrefixStore
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
-from quire.kvstore.groups import gloo_group, host_store, join_store
+from quire.kvstore.groups import GLOO_CONNECTIONS, gloo_group, host_store, join_store
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.link_transport import LinkTransport
 from quire.kvstore.links import LinkConfig
@@ -45,6 +48,7 @@ LAYERS, HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
 SIZES = (32, 128)  # blocks: 2,048 and 8,192 tokens
 OWNER, RECEIVER = ReplicaId("owner"), ReplicaId("receiver")
 TARGET = 0.85
+CONNECTIONS = (1, GLOO_CONNECTIONS)
 PATIENCE_S = 10.0
 
 
@@ -104,13 +108,15 @@ def keys_of_blocks(blocks: int) -> list[BlockKey]:
 
 
 def owner_process(kv: str, blocks: int, port: int, control: Connection, messages: Connection) -> None:
-    """Holds the blocks. Orders: "raw" sends as many bytes, "renew" gives them pages that were never sent."""
+    """Holds the blocks. Orders: "renew" gives them pages that were never sent; a number of connections sends
+    as many bytes raw.
+    """
     torch.set_num_threads(1)
     node, keys = Node(kv, blocks, OWNER, messages), keys_of_blocks(blocks)
     node.pool_NB.random_(0, 256)
     hold(node, keys)
     control.send(node.pool_NB[0, :64].tolist())
-    raw = Raw(port, 0)
+    raw = {connections: Raw(port, 0, connections) for connections in CONNECTIONS}
     while True:
         if control not in wait([control, messages, node._woken]):
             node.turn()
@@ -121,8 +127,8 @@ def owner_process(kv: str, blocks: int, port: int, control: Connection, messages
         if order == "renew":
             hold(node, keys)
         control.send(node.control_bytes)
-        if order == "raw":
-            raw.move(node.pool_NB)
+        if order in raw:
+            raw[order].move(node.pool_NB)
 
 
 def hold(node: Node, keys: list[BlockKey]) -> None:
@@ -134,11 +140,13 @@ def hold(node: Node, keys: list[BlockKey]) -> None:
 
 
 class Raw:
-    """gloo alone, in a group of two as torch makes it by itself: one connection."""
+    """gloo alone, in a group of two."""
 
-    def __init__(self, port: int, rank: int) -> None:
-        store = PrefixStore("raw", join_store(HOST, port, PATIENCE_S))
-        self._group = gloo_group(store, rank=rank, size=2, host=HOST, timeout_s=PATIENCE_S)
+    def __init__(self, port: int, rank: int, connections: int) -> None:
+        store = PrefixStore(f"raw {connections}", join_store(HOST, port, PATIENCE_S))
+        self._group = gloo_group(
+            store, rank=rank, size=2, host=HOST, timeout_s=PATIENCE_S, connections=connections
+        )
         self._post, self._peer = (self._group.recv if rank else self._group.send), 1 - rank
 
     def move(self, pool_NB: torch.Tensor) -> None:
@@ -168,19 +176,20 @@ def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
     process.start()
     node, keys = Node(kv, blocks, RECEIVER, mine), keys_of_blocks(blocks)
     first_bytes = ours.recv()
-    raw, target_NB = Raw(store.port, 1), torch.zeros_like(node.pool_NB)
+    raw = {connections: Raw(store.port, 1, connections) for connections in CONNECTIONS}
+    target_NB = torch.zeros_like(node.pool_NB)
     wire: list[int] = []
     raw_wire: list[int] = []
 
-    def tell(order: str) -> int:
+    def tell(order: str | int) -> int:
         ours.send(order)
         said: int = ours.recv()
         return said
 
-    def raw_s(_: int) -> float:
-        tell("raw")
+    def raw_s(connections: int, _: int = 0) -> float:
+        tell(connections)
         before, started = loopback_bytes(), time.perf_counter()
-        raw.move(target_NB)
+        raw[connections].move(target_NB)
         seconds = time.perf_counter() - started
         raw_wire.append(loopback_bytes() - before)
         return seconds
@@ -201,22 +210,29 @@ def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
         tell("renew")
         return again_s(number)
 
-    raw_s(0)
+    for connections in CONNECTIONS:
+        raw_s(connections)
     first_s(0)  # opens the link
     assert node.pool_NB[node.pool.share(keys[:1])[0], :64].tolist() == first_bytes
     node.pool.release(node.pool.share(keys[:1]) * 2)
-    seconds = alternate({"first": first_s, "again": again_s, "raw": raw_s}, rounds)
+    raws = {f"raw {n}": partial(raw_s, n) for n in CONNECTIONS}
+    seconds = alternate({"first": first_s, "again": again_s, **raws}, rounds)
     said = node.control_bytes + tell("renew")
     ours.send(None)
     process.join()
     size, page_bytes = blocks * node.layout.page_bytes, node.layout.page_bytes
     bf16 = replace(node.layout, layers=layer_formats("bf16", LAYERS)).page_bytes
-    case, alone = f"{kv}, {blocks} blocks of {page_bytes / 1e6:.1f} MB", median(seconds["raw"])
+    case, alone = f"{kv}, {blocks} blocks of {page_bytes / 1e6:.1f} MB", median(seconds["raw 1"])
+    speeds = {
+        "transfer, first time": median(seconds["first"]),
+        "transfer, again": median(seconds["again"]),
+        f"raw, {GLOO_CONNECTIONS} connections": median(seconds[f"raw {GLOO_CONNECTIONS}"]),
+    }
     sent = median(wire) + said / len(wire)
     return [
         *(
-            Row(f"{case}, {way}", "transfer_gb_per_s", size / took / 1e9, "GB/s", "raw gloo", alone / took)
-            for way, took in (("first time", median(seconds["first"])), ("again", median(seconds["again"])))
+            Row(f"{case}, {way}", "gb_per_s", size / took / 1e9, "GB/s", "raw gloo", alone / took)
+            for way, took in speeds.items()
         ),
         Row(case, "raw_wire_bytes", median(raw_wire), "bytes", "page bytes", median(raw_wire) / size),
         Row(case, "wire_bytes", sent, "bytes", "page bytes", sent / size),
@@ -233,7 +249,7 @@ def main() -> int:
     cases = [(kv, blocks) for kv in ("bf16", "int8", "int4") for blocks in SIZES]
     rows = [row for kv, blocks in cases for row in rows_of(kv, blocks, args.rounds)]
     report(rows, args.json)
-    slow = [row.case for row in rows if row.baseline == "raw gloo" and row.ratio < TARGET]
+    slow = [row.case for row in rows if "transfer" in row.case and row.ratio < TARGET]
     if slow:
         print(f"below {TARGET:.0%} of raw: {'; '.join(slow)}")
     return bool(slow)
