@@ -6,11 +6,11 @@
 Owner and receiver are processes of their own; pages as an 8B model's shard has them (32 layers, 8 kv heads
 of 128), of 2,048 and 8,192 tokens. They are sent a first time, and again, as a shared prefix is: then their
 checksums are known. Raw is gloo alone in the same two processes, as torch sets it up: a group of two with one
-connection, chunks of the same size, as many under way; and once more with as many connections as our links
-have, for what these are worth by themselves. Bytes are counted by the loopback interface, TCP and IP headers
-and acknowledgements included, which means something only where nothing else uses it: under scripts/loopback.
-The second form shapes the link; without it, both processes' copies and checksums compete for cores with the
-loopback's own copies.
+connection, in chunks of 4 MB, as many under way as on a link; and once more with as many connections as our
+links have, for what these are worth by themselves. Bytes are counted by the loopback interface, TCP and IP
+headers and acknowledgements included, which means something only where nothing else uses it: under
+scripts/loopback. The second form shapes the link; without it, both processes' copies and checksums compete
+for cores with the loopback's own copies.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Raw:
         self._post, self._peer = (self._group.recv if rank else self._group.send), 1 - rank
 
     def move(self, pool_NB: torch.Tensor) -> None:
-        """All bytes of the pool, in chunks as links send them: no copies, no checksums, no headers."""
+        """All bytes of the pool, in chunks: no copies, no checksums, no headers."""
         under_way, depth = deque[dist.Work](), LinkConfig().depth
         for index, chunk in enumerate(pool_NB.view(-1).split(CHUNK_BYTES["cpu"])):
             if len(under_way) == depth:
@@ -191,7 +191,8 @@ def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
         before, started = loopback_bytes(), time.perf_counter()
         raw[connections].move(target_NB)
         seconds = time.perf_counter() - started
-        raw_wire.append(loopback_bytes() - before)
+        if connections == 1:
+            raw_wire.append(loopback_bytes() - before)
         return seconds
 
     def again_s(_: int) -> float:

@@ -51,7 +51,8 @@ def gloo_group(
 ) -> Any:
     """All ranks call it within `timeout_s`, or it raises RuntimeError. Its sockets are bound to `host`.
 
-    `connections`, each with a thread of its own, between any two ranks: messages take turns by their tags.
+    `connections` between any two ranks, each with a thread of its own, and connected one after another:
+    messages take turns by their tags.
     """
     options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host) for _ in range(connections)]
@@ -102,6 +103,8 @@ class Pair:
     def __init__(self, store: Store, *, rank: int, host: str, device: torch.device, timeout_s: float) -> None:
         """Connect: both ends construct it within `timeout_s`."""
         self._rank, self._cuda = rank, device.type == "cuda"
+        self.abreast = 1 if self._cuda else GLOO_CONNECTIONS
+        """Chunks that move at the same time, and each the slower for it."""
         if self._cuda:
             self._group = nccl_pair(store, rank=rank, device=device, timeout_s=timeout_s)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import secrets
 import threading
 import time
@@ -77,6 +78,7 @@ class LinkTransport:
     def __init__(self, host: str, device: torch.device, config: LinkConfig | None = None) -> None:
         """`host`: the address at which peers reach this process, and the only one it listens at."""
         config = config or LinkConfig()
+        _allow_descriptors(2 * config.max_links * _LINK_DESCRIPTORS)
         meeting = host_store(host, config.operation_timeout_s)
         self._meeting: Store | None = meeting
         self._endpoint = Endpoint(secrets.token_hex(8), host, meeting.port)
@@ -112,3 +114,14 @@ class LinkTransport:
         else:
             self._watch.at(stream.deadline_s, lambda: table.overdue(peer, link, stream))
         return stream.future
+
+
+_LINK_DESCRIPTORS, _OTHER_DESCRIPTORS = 16, 512
+
+
+def _allow_descriptors(wanted: int) -> None:
+    """Raise this process's own limit, as far as it may: gloo ends a process that has none left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < wanted + _OTHER_DESCRIPTORS:  # below 0: there is no limit
+        most = wanted + _OTHER_DESCRIPTORS
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most if hard < 0 else min(most, hard), hard))

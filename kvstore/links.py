@@ -3,8 +3,9 @@
 A link leads from one sender to one receiver and meets in the receiver's store, under the sender's name:
 
     generation        counts the link's groups: a group that saw an error is never used again
-    starts            queue of "<ticket> <generation> <sizes>": what the sender sends next, in which group.
-                      A chunk of another size than it expects would end the receiver's process (gloo)
+    starts            queue of "<ticket> <generation> <digest>": what the sender sends next, in which group,
+                      over how many connections and in chunks of what sizes. A chunk of another size than it
+                      expects would end the receiver's process (gloo)
     dropped/<g>       the receiver has given up group g: the sender opens another one
 
 Any error or deadline drops the group and fails the stream; the next stream opens the next generation.
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from quire.kvstore.failures import Cause, TransferFailed
-from quire.kvstore.groups import PAIR_KEYS, Pair, join_store, reason_of
+from quire.kvstore.groups import GLOO_CONNECTIONS, PAIR_KEYS, Pair, join_store, reason_of
 from quire.kvstore.transport import Endpoint, Sink, Source, Ticket
 
 Body = TypeVar("Body", Source, Sink)
@@ -44,7 +45,7 @@ class LinkConfig:
     """How links behave; the same on all replicas of a deployment."""
 
     operation_timeout_s: float = 1.0
-    """A peer that lets one chunk wait longer is given up."""
+    """A peer that lets a chunk wait longer is given up. Chunks that move abreast may take so long each."""
     max_links: int = 64
     """Links of each direction; the one that was idle longest makes room."""
     depth: int = 3
@@ -218,6 +219,11 @@ class Link(ABC, Generic[Body]):
             group, rank=rank, host=here.endpoint.host, device=here.device, timeout_s=self._patience_s
         )
 
+    def _wait(self, pair: Pair, under_way: deque[dist.Work]) -> None:
+        """For the oldest chunk."""
+        abreast = min(len(under_way), pair.abreast)
+        pair.wait(under_way.popleft(), abreast * self._patience_s)
+
     def _chunk(self, index: int, size: int) -> Tensor:
         """Memory for one of the `depth` chunks under way."""
         depth = self._here.config.depth
@@ -264,12 +270,12 @@ class OutLink(Link[Source]):
         self._chunk(0, max(sizes))
         for index, size in enumerate(sizes):
             if len(under_way) == self._here.config.depth:
-                pair.wait(under_way.popleft(), self._patience_s)
+                self._wait(pair, under_way)
             stream.check()
             chunk = stream.body.give(index, self._chunk(index, size))
             under_way.append(pair.post(chunk, index))
-        for work in under_way:
-            pair.wait(work, self._patience_s)
+        while under_way:
+            self._wait(pair, under_way)
 
     def _drop(self) -> None:
         self._drop_pair()
@@ -302,7 +308,7 @@ class InLink(Link[Sink]):
         if self._current is None:
             raise TransferFailed(Cause.DEADLINE, f"stream {ticket} came when nobody waited for it any more")
         if sizes != _digest(self._current.body.sizes):
-            raise TransferFailed(Cause.HEADER, f"stream {ticket} has chunks of other sizes than were agreed")
+            raise TransferFailed(Cause.HEADER, f"stream {ticket} has other chunks than were agreed")
         if self._pair is None:
             self._connect(self._store, generation, 1)
         return self._current
@@ -356,7 +362,7 @@ class InLink(Link[Sink]):
         for index in range(min(depth, len(sizes))):
             under_way.append(pair.post(self._chunk(index, sizes[index]), index))
         for index, size in enumerate(sizes):
-            pair.wait(under_way.popleft(), self._patience_s)
+            self._wait(pair, under_way)
             with stream.lock:
                 stream.check()
                 stream.body.take(index, self._chunk(index, size))
@@ -373,4 +379,4 @@ class InLink(Link[Sink]):
 
 
 def _digest(sizes: tuple[int, ...]) -> str:
-    return hashlib.blake2b(repr(sizes).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(repr((GLOO_CONNECTIONS, sizes)).encode(), digest_size=8).hexdigest()

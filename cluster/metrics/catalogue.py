@@ -140,7 +140,7 @@ ROUTES = _gateway(
     Kind.COUNTER,
     "requests",
     "Choices of a replica, by reason: prefix (soonest, and it holds some of the prompt), load (soonest, "
-    "and it holds none), copy (others hold it, and waiting for them cost more than a copy does), only "
+    "and it holds none), copy (others hold or compute it, and one more copy costs less than waiting), only "
     "(there was no other), blind (nothing is known), fallback (choosing failed, any was taken)",
     "reason",
 )

@@ -362,16 +362,20 @@ class Routes:
                 open_requests=len(others),
                 chosen=round(known.chosen),
                 known_blocks=held[name],
-                coming=any(self._computes(r, route, known, held[name]) for r in others if r.waits),
+                coming=self._coming(route, known, held[name]),
                 holder_blocks=max(held.values()) if shared else 0,
             )
 
-    def _computes(self, other: Route, route: Route, known: _Known, held: int) -> bool:
-        """Whether `other` computes the last of the `held` blocks of `route` that the replica will have."""
-        if other.known_blocks >= held:
-            return False
-        chain = self._chain(other, known)
-        return len(chain) >= held and chain[held - 1] == self._chain(route, known)[held - 1]
+    def _coming(self, route: Route, known: _Known, held: int) -> bool:
+        """Whether most of the `held` blocks that the replica is to have are being computed for another."""
+        last = self._chain(route, known)[held - 1 : held]
+        return any(
+            other is not route
+            and other.waits
+            and 2 * other.known_blocks < held
+            and self._chain(other, known)[held - 1 : held] == last
+            for other in known.open
+        )
 
     def _count_at(self, route: Route, replica_id: str) -> None:
         """From now on the request is work of this replica and of no other."""

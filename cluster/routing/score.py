@@ -10,8 +10,8 @@ prompt is computed.
 For each request alone it may be sooner to wait where its prefix is, time after time, while others are idle.
 So rent is counted: what each pays for waiting there. Once the requests for a prefix have paid more than it
 costs to have it elsewhere, one of them goes there: rent or buy. A prefix that is asked for again before it
-was computed once is wanted by many: where there is nothing else to do, its copy costs what the request that
-goes there waits longer, and no more.
+was computed once is wanted by many: where there is nothing else to do, its copy costs no more than what the
+request that goes there waits longer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Weights:
     delay: float = 0.5
     """Of what running sequences wait for a prompt, against what it waits itself."""
     copy: float = 1.0
-    """So many times its cost must have been paid in rent before there is one more copy of a prefix."""
+    """So many times what it costs must have been paid in rent before there is one more copy of a prefix."""
 
 
 class Reason(StrEnum):
@@ -46,7 +46,7 @@ class Reason(StrEnum):
 
     PREFIX = "prefix"  # soonest, and it holds some of the prompt
     LOAD = "load"  # soonest, and it holds nothing of the prompt
-    COPY = "copy"  # others hold the prefix, and waiting for them has cost more than one more copy does
+    COPY = "copy"  # others hold the prefix or compute it, and one more copy costs less than waiting for them
     ONLY = "only"  # there was no other
     BLIND = "blind"  # nothing is known: the one with less of this gateway's work, of two drawn
     FALLBACK = "fallback"  # choosing failed, and any was taken
@@ -81,7 +81,7 @@ class Candidate:
     known_blocks: int = 0
     """Leading blocks of the prompt that it is thought to hold."""
     coming: bool = False
-    """Whether the last of these is still being computed there, for another request."""
+    """Whether most of these are still being computed there, for another request."""
     holder_blocks: int = 0
     """Leading blocks that it could fetch from another replica; 0 where nothing is shared."""
 
@@ -261,7 +261,10 @@ def _copy(
     if saves_s <= 0:
         return None
     costs_s = predictions[at.replica_id].cost_s - least_s
-    return _Copy(at, saves_s, costs_s - saves_s if first.coming and at.idle else weights.copy * costs_s)
+    nobody_has_it = all(c.coming for c in order if c.known_blocks == first.known_blocks)
+    if nobody_has_it and at.idle:
+        costs_s = max(costs_s - saves_s, 0.0)
+    return _Copy(at, saves_s, weights.copy * costs_s)
 
 
 def _wait(load: LoadReport, rates: Rates, candidate: Candidate) -> float:

@@ -1,13 +1,42 @@
 """The store that process groups are built on."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import WorkResult
 
-from quire.kvstore.groups import Pair, host_store
+from quire.kvstore.groups import GLOO_CONNECTIONS, Pair, host_store, join_store
 
 HOST = "127.0.0.1"
+
+
+def test_chunks_of_a_pair_go_over_connections_of_their_own():
+    store, before = host_store(HOST, 5), established()
+    cpu = torch.device("cpu")
+    with ThreadPoolExecutor(2) as threads:
+        ends = [
+            threads.submit(
+                Pair, join_store(HOST, store.port, 5), rank=rank, host=HOST, device=cpu, timeout_s=5
+            )
+            for rank in range(2)
+        ]
+        sender, receiver = (end.result() for end in ends)
+    stores = 2 * 2  # two ends meet at the store, and all is in this process
+    assert established() - before == stores + 2 * GLOO_CONNECTIONS
+    chunks = [torch.full((1 << 20,), at, dtype=torch.uint8) for at in range(4)]
+    here = [torch.zeros_like(chunk) for chunk in chunks]
+    works = [(receiver.post(here[at], at), sender.post(chunks[at], at)) for at in range(4)]
+    for received, sent in reversed(works):  # in any order
+        receiver.wait(received, 5)
+        sender.wait(sent, 5)
+    assert all(map(torch.equal, here, chunks))
+
+
+def established():
+    return sum(c.status == psutil.CONN_ESTABLISHED for c in psutil.Process().net_connections("tcp"))
 
 
 class Completed:
@@ -23,6 +52,10 @@ class Completed:
 
     def get_future_result(self):
         return self._result
+
+
+def test_torch_tells_how_operations_ended():
+    assert callable(dist.Work.get_future_result)
 
 
 @pytest.fixture

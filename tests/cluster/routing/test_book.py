@@ -31,7 +31,11 @@ def clock():
 
 @pytest.fixture
 def routes(clock):
-    routes = Routes(clock=clock, seed=0, weights=Weights(copy=3.0))
+    return idle_routes(clock, Weights(copy=3.0))
+
+
+def idle_routes(clock, weights):
+    routes = Routes(clock=clock, seed=0, weights=weights)
     for name in ADDRESSES:
         routes.joined(name, KEYS, 64)
         routes.heard(name, IDLE, 0)
@@ -96,19 +100,34 @@ def test_a_prefix_that_was_waited_for_long_enough_is_copied_and_the_copy_is_used
     assert (after.replica_id, after.decision.reason) == (copy.replica_id, Reason.PREFIX)
 
 
-def test_a_prefix_that_many_want_from_the_start_is_computed_at_all_idle_replicas_at_once(routes):
+def test_a_prefix_that_many_want_from_the_start_is_computed_at_all_idle_replicas_at_once(clock):
+    routes = idle_routes(clock, Weights())
     asked = [sent(routes, PROMPT + [n] * 20) for n in range(3)]
     assert {route.replica_id for route in asked} == {*ADDRESSES}
     assert [route.decision.reason for route in asked] == [Reason.LOAD, Reason.COPY, Reason.COPY]
 
 
-def test_one_that_has_been_computed_or_belongs_to_another_prompt_is_not_coming(routes):
-    """The replica is as busy in both cases, with something else."""
-    holder = sent(routes, PROMPT + [0] * 20)
-    holder.answered()
-    sent(routes, [n + 5000 for n in PROMPT]), sent(routes, [n + 7000 for n in PROMPT])
-    again = sent(routes, PROMPT + [1] * 20)
-    assert not any(candidate.coming for candidate in again.candidates.values())
+def test_blocks_are_coming_until_the_first_token_of_whoever_has_most_of_them_computed(routes):
+    first = sent(routes, PROMPT + [0] * 20)
+    here = first.replica_id
+    assert coming(routes, PROMPT) == {here}
+    first.answered()
+    assert coming(routes, PROMPT) == set()
+    longer = routes.route(PROMPT + [1] * 200)  # 13 blocks, of which 10 are there
+    longer.rank(ADDRESSES), longer.reserved(here)
+    assert longer.known_blocks == 10
+    assert coming(routes, PROMPT + [1] * 200) == set()
+    other = routes.route([n + 5000 for n in PROMPT])
+    other.rank(ADDRESSES), other.reserved(here)
+    assert other.waits
+    assert coming(routes, PROMPT) == set()
+
+
+def coming(routes, prompt):
+    route = routes.route(prompt + [9] * 20)
+    route.rank(ADDRESSES)
+    route.ended()
+    return {name for name, candidate in route.candidates.items() if candidate.coming}
 
 
 def test_after_a_copy_rent_is_counted_anew(routes):

@@ -65,22 +65,45 @@ def test_waiting_for_the_holder_is_rent_and_once_it_makes_up_for_some_copies_the
     assert (copies.best.replica_id, copies.best.cached_tokens) == ("idle", 0)
 
 
+def eager(*candidates, paid_s=0.0):
+    """Nothing is charged for others' waiting, and a copy costs its price."""
+    return rank(PROMPT, candidates, DRAW, Weights(delay=0.0, copy=1.0), paid_s)
+
+
 def test_a_prefix_that_comes_again_while_it_is_computed_is_computed_at_an_idle_replica_as_well():
     """0.5 s of waiting would be saved; computing 768 tokens there instead takes this request 0.268 s more."""
-    holder = replica("holder", replace(IDLE, running=1, queued_tokens=500), known_blocks=12)
-    coming = replace(holder, coming=True)
-    assert ranked(holder, replica("idle")).order[0] == "holder"
-    copies = ranked(coming, replica("idle"))
+    computed = replica("holder", replace(IDLE, queued_tokens=500), known_blocks=12)
+    coming = replace(computed, coming=True)
+    assert eager(computed, replica("idle")).order[0] == "holder"
+    copies = eager(coming, replica("idle"))
     assert (copies.order, copies.reason) == (("idle", "holder"), Reason.COPY)
-    assert ranked(coming, replica("runs", replace(IDLE, running=1))).order[0] == "holder"
-    assert ranked(coming, replica("was sent something", sent_requests=1)).order[0] == "holder"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replica("runs something", replace(IDLE, running=1)),
+        replica("has something to run", replace(IDLE, waiting=1)),
+        replica("was sent something", sent_requests=1),
+        replica("has said nothing", load=None),
+    ],
+)
+def test_it_is_not_where_there_is_something_else_to_do(other):
+    coming = replica("holder", replace(IDLE, queued_tokens=500), known_blocks=12, coming=True)
+    assert eager(coming, other).order[0] == "holder"
+
+
+def test_nor_where_somebody_has_it():
+    coming = replica("coming", replace(IDLE, queued_tokens=500), known_blocks=12, coming=True)
+    has_it = replica("has it", replace(IDLE, queued_tokens=600), known_blocks=12)
+    assert eager(coming, has_it, replica("idle")).order[0] == "coming"
 
 
 def test_one_that_is_nearly_computed_is_waited_for():
     """0.3 s of waiting would be saved, for 0.468 s more of this request."""
     nearly = replica("holder", replace(IDLE, queued_tokens=300), known_blocks=12, coming=True)
-    assert ranked(nearly, replica("idle")).order[0] == "holder"
-    assert ranked(nearly, replica("idle"), paid_s=0.2).order[0] == "idle"
+    assert eager(nearly, replica("idle")).order[0] == "holder"
+    assert eager(nearly, replica("idle"), paid_s=0.2).order[0] == "idle"
 
 
 def test_no_copy_is_made_where_it_would_save_nothing_now():
