@@ -42,7 +42,7 @@ LINKS = {
 """Pages and Mb/s. On the last one, with the largest pages, computing short prompts is sooner. Slower links do
 not serve: at 40 Mb/s chunks of 4 MB are not through in the second that a link grants them."""
 LEARNING_ROUNDS = 1
-SLOW_MBIT, SLOW_ROUNDS = 100, 3
+SLOW_MBIT, SLOW_ROUNDS = 100, 7
 EVERY, LONG_EVERY, LONG_TOKENS = 3, 9, 8192
 """Recomputing takes seconds and is far from fetching on fast links: it is measured in every third round, long
 prompts in every ninth. On the slow link the longest prompt is asked in every third round only."""
