@@ -37,7 +37,7 @@ class Weights:
 
     delay: float = 0.5
     """Of what running sequences wait for a prompt, against what it waits itself."""
-    copy: float = 3.0
+    copy: float = 1.0
     """So many times what it costs must have been paid in rent before there is one more copy of a prefix."""
 
 
