@@ -216,28 +216,31 @@ def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
     first_s(0)  # opens the link
     assert node.pool_NB[node.pool.share(keys[:1])[0], :64].tolist() == first_bytes
     node.pool.release(node.pool.share(keys[:1]) * 2)
-    raws = {f"raw {n}": partial(raw_s, n) for n in CONNECTIONS}
-    seconds = alternate({"first": first_s, "again": again_s, **raws}, rounds)
+    raws = {f"raw, {n} connections": partial(raw_s, n) for n in CONNECTIONS}
+    seconds = alternate({"transfer, first time": first_s, "transfer, again": again_s, **raws}, rounds)
     said = node.control_bytes + tell("renew")
     ours.send(None)
     process.join()
-    size, page_bytes = blocks * node.layout.page_bytes, node.layout.page_bytes
-    bf16 = replace(node.layout, layers=layer_formats("bf16", LAYERS)).page_bytes
-    case, alone = f"{kv}, {blocks} blocks of {page_bytes / 1e6:.1f} MB", median(seconds["raw 1"])
-    speeds = {
-        "transfer, first time": median(seconds["first"]),
-        "transfer, again": median(seconds["again"]),
-        f"raw, {GLOO_CONNECTIONS} connections": median(seconds[f"raw {GLOO_CONNECTIONS}"]),
-    }
-    sent = median(wire) + said / len(wire)
+    took_s = {way: median(values) for way, values in seconds.items()}
+    return case_rows(kv, node.layout, blocks, took_s, median(wire) + said / len(wire), median(raw_wire))
+
+
+def case_rows(
+    kv: str, layout: PageLayout, blocks: int, took_s: dict[str, float], wire: float, raw_wire: float
+) -> list[Row]:
+    """Seconds by way and bytes at the interface, against one raw connection and the pages' bytes."""
+    size = blocks * layout.page_bytes
+    bf16_size = blocks * replace(layout, layers=layer_formats("bf16", LAYERS)).page_bytes
+    case = f"{kv}, {blocks} blocks of {layout.page_bytes / 1e6:.1f} MB"
+    alone_s = took_s.pop("raw, 1 connections")
     return [
         *(
-            Row(f"{case}, {way}", "gb_per_s", size / took / 1e9, "GB/s", "raw gloo", alone / took)
-            for way, took in speeds.items()
+            Row(f"{case}, {way}", "gb_per_s", size / s / 1e9, "GB/s", "raw gloo", alone_s / s)
+            for way, s in took_s.items()
         ),
-        Row(case, "raw_wire_bytes", median(raw_wire), "bytes", "page bytes", median(raw_wire) / size),
-        Row(case, "wire_bytes", sent, "bytes", "page bytes", sent / size),
-        Row(case, "wire_bytes", sent, "bytes", "bf16 pages", sent / size * page_bytes / bf16),
+        Row(case, "raw_wire_bytes", raw_wire, "bytes", "page bytes", raw_wire / size),
+        Row(case, "wire_bytes", wire, "bytes", "page bytes", wire / size),
+        Row(case, "wire_bytes", wire, "bytes", "bf16 pages", wire / bf16_size),
     ]
 
 
