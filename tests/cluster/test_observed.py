@@ -101,6 +101,7 @@ class Stage:
     def until_alive(self, replicas: int) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while not self.prometheus.query(f"sum(ray_quire_replica_up == 1) == {replicas}"):
+            self.look()
             assert time.monotonic() < deadline
             time.sleep(0.3)
 
@@ -258,7 +259,7 @@ def test_a_replica_that_dies_is_missed_and_so_are_its_blocks(stage: Stage):
     """
     due, numbers = {"QuireTransfersFailing", "QuireReplicaMissing", "QuireRequestsRetried"}, count()
     deadline = time.monotonic() + PATIENCE_S
-    with stage.load(short_answers, 2):
+    with stage.load(short_answers, 4):
         while not stage.fired >= due:
             stage.until_alive(2)
             prompts = [shared_prefix(next(numbers), sentences=20) for _ in range(6)]
