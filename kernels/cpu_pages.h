@@ -11,8 +11,12 @@
 // `once`, the sum of all sums so far, has every word X times, and `twice`, the sum of those, X (X + 1) / 2 times: a
 // lane's P is a combination of the three, and no word is multiplied. (ZFS's fletcher_4 goes the same way.)
 class Checksum {
+  static constexpr uint64_t ROW = LANES / 2;  // sums as wide as a register: GCC keeps wider ones in memory
+  typedef uint32_t Words __attribute__((vector_size(ROW * sizeof(uint32_t))));
+  typedef uint64_t Sums __attribute__((vector_size(ROW * sizeof(uint64_t))));
+
  public:
-  static constexpr int64_t ROW_BYTES = sizeof(U8);
+  static constexpr int64_t ROW_BYTES = sizeof(Words);
 
   explicit Checksum(int64_t page_bytes) : words_(page_bytes / sizeof(uint32_t)) {}
 
@@ -20,7 +24,7 @@ class Checksum {
     Sums words = words_sum_, once = once_, twice = twice_;
     for (int64_t at = 0; at < size; at += ROW_BYTES) {
       __builtin_prefetch(bytes + at + AHEAD);
-      words += __builtin_convertvector(load<U8>(bytes + at), Sums);
+      words += __builtin_convertvector(load<Words>(bytes + at), Sums);
       once += words;
       twice += once;
     }
@@ -42,8 +46,6 @@ class Checksum {
 
  private:
   static constexpr int64_t AHEAD = 8192;  // bytes: the hardware's own reading ahead ends with every 4096
-  static constexpr uint64_t ROW = sizeof(U8) / sizeof(uint32_t);
-  typedef uint64_t Sums __attribute__((vector_size(ROW * sizeof(uint64_t))));
 
   static uint64_t weight(uint64_t x) { return (4 * x + 6) * x + 1; }
   static uint64_t of_ones(uint64_t n) {  // P(1) + ... + P(n)
