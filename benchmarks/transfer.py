@@ -5,9 +5,8 @@
 
 Owner and receiver are processes of their own; pages as an 8B model's shard has them (32 layers, 8 kv heads
 of 128), of 2,048 and 8,192 tokens. They are sent a first time, and again, as a shared prefix is: then their
-checksums are known. Raw is gloo alone in the same two processes, as torch sets it up: a group of two with one
-connection, in chunks of 4 MB, as many under way as on a link; and once more with as many connections as our
-links have, for what these are worth by themselves. Bytes are counted by the loopback interface, TCP and IP
+checksums are known. Raw is gloo alone in the same two processes, as torch sets it up: a group of two, in
+chunks of 4 MB, as many under way as on a link. Bytes are counted by the loopback interface, TCP and IP
 headers and acknowledgements included, which means something only where nothing else uses it: under
 scripts/loopback. The second form shapes the link; without it, both processes' copies and checksums compete
 for cores with the loopback's own copies.
@@ -23,7 +22,6 @@ import sys
 import time
 from collections import deque
 from dataclasses import replace
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -35,7 +33,7 @@ from torch._C._distributed_c10d import PrefixStore
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
-from quire.kvstore.groups import GLOO_CONNECTIONS, gloo_group, host_store, join_store
+from quire.kvstore.groups import gloo_group, host_store, join_store
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.link_transport import LinkTransport
 from quire.kvstore.links import LinkConfig
@@ -48,7 +46,6 @@ LAYERS, HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
 SIZES = (32, 128)  # blocks: 2,048 and 8,192 tokens
 OWNER, RECEIVER = ReplicaId("owner"), ReplicaId("receiver")
 TARGET = 0.85
-CONNECTIONS = (1, GLOO_CONNECTIONS)
 PATIENCE_S = 10.0
 
 
@@ -108,15 +105,13 @@ def keys_of_blocks(blocks: int) -> list[BlockKey]:
 
 
 def owner_process(kv: str, blocks: int, port: int, control: Connection, messages: Connection) -> None:
-    """Holds the blocks. Orders: "renew" gives them pages that were never sent; a number of connections sends
-    as many bytes raw.
-    """
+    """Holds the blocks. Orders: "renew" gives them pages that were never sent; "raw" sends as many bytes."""
     torch.set_num_threads(1)
     node, keys = Node(kv, blocks, OWNER, messages), keys_of_blocks(blocks)
     node.pool_NB.random_(0, 256)
     hold(node, keys)
     control.send(node.pool_NB[0, :64].tolist())
-    raw = {connections: Raw(port, 0, connections) for connections in CONNECTIONS}
+    raw = Raw(port, 0)
     while True:
         if control not in wait([control, messages, node._woken]):
             node.turn()
@@ -127,8 +122,8 @@ def owner_process(kv: str, blocks: int, port: int, control: Connection, messages
         if order == "renew":
             hold(node, keys)
         control.send(node.control_bytes)
-        if order in raw:
-            raw[order].move(node.pool_NB)
+        if order == "raw":
+            raw.move(node.pool_NB)
 
 
 def hold(node: Node, keys: list[BlockKey]) -> None:
@@ -142,16 +137,14 @@ def hold(node: Node, keys: list[BlockKey]) -> None:
 class Raw:
     """gloo alone, in a group of two."""
 
-    def __init__(self, port: int, rank: int, connections: int) -> None:
-        store = PrefixStore(f"raw {connections}", join_store(HOST, port, PATIENCE_S))
-        self._group = gloo_group(
-            store, rank=rank, size=2, host=HOST, timeout_s=PATIENCE_S, connections=connections
-        )
+    def __init__(self, port: int, rank: int) -> None:
+        store = PrefixStore("raw", join_store(HOST, port, PATIENCE_S))
+        self._group = gloo_group(store, rank=rank, size=2, host=HOST, timeout_s=PATIENCE_S)
         self._post, self._peer = (self._group.recv if rank else self._group.send), 1 - rank
 
     def move(self, pool_NB: torch.Tensor) -> None:
         """All bytes of the pool, in chunks: no copies, no checksums, no headers."""
-        under_way, depth = deque[dist.Work](), LinkConfig().depth
+        under_way, depth = deque[dist.Work](), LinkConfig().depth_in_place
         for index, chunk in enumerate(pool_NB.view(-1).split(CHUNK_BYTES["cpu"])):
             if len(under_way) == depth:
                 under_way.popleft().wait()
@@ -176,23 +169,22 @@ def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
     process.start()
     node, keys = Node(kv, blocks, RECEIVER, mine), keys_of_blocks(blocks)
     first_bytes = ours.recv()
-    raw = {connections: Raw(store.port, 1, connections) for connections in CONNECTIONS}
+    raw = Raw(store.port, 1)
     target_NB = torch.zeros_like(node.pool_NB)
     wire: list[int] = []
     raw_wire: list[int] = []
 
-    def tell(order: str | int) -> int:
+    def tell(order: str) -> int:
         ours.send(order)
         said: int = ours.recv()
         return said
 
-    def raw_s(connections: int, _: int = 0) -> float:
-        tell(connections)
+    def raw_s(_: int) -> float:
+        tell("raw")
         before, started = loopback_bytes(), time.perf_counter()
-        raw[connections].move(target_NB)
+        raw.move(target_NB)
         seconds = time.perf_counter() - started
-        if connections == 1:
-            raw_wire.append(loopback_bytes() - before)
+        raw_wire.append(loopback_bytes() - before)
         return seconds
 
     def again_s(_: int) -> float:
@@ -211,13 +203,11 @@ def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
         tell("renew")
         return again_s(number)
 
-    for connections in CONNECTIONS:
-        raw_s(connections)
+    raw_s(0)
     first_s(0)  # opens the link
     assert node.pool_NB[node.pool.share(keys[:1])[0], :64].tolist() == first_bytes
     node.pool.release(node.pool.share(keys[:1]) * 2)
-    raws = {f"raw, {n} connections": partial(raw_s, n) for n in CONNECTIONS}
-    seconds = alternate({"transfer, first time": first_s, "transfer, again": again_s, **raws}, rounds)
+    seconds = alternate({"first time": first_s, "again": again_s, "raw": raw_s}, rounds)
     said = node.control_bytes + tell("renew")
     ours.send(None)
     process.join()
@@ -228,14 +218,14 @@ def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
 def case_rows(
     kv: str, layout: PageLayout, blocks: int, took_s: dict[str, float], wire: float, raw_wire: float
 ) -> list[Row]:
-    """Seconds by way and bytes at the interface, against one raw connection and the pages' bytes."""
+    """Seconds by way and bytes at the interface, against raw gloo and the pages' bytes."""
     size = blocks * layout.page_bytes
     bf16_size = blocks * replace(layout, layers=layer_formats("bf16", LAYERS)).page_bytes
     case = f"{kv}, {blocks} blocks of {layout.page_bytes / 1e6:.1f} MB"
-    alone_s = took_s.pop("raw, 1 connections")
+    raw_s = took_s.pop("raw")
     return [
         *(
-            Row(f"{case}, {way}", "gb_per_s", size / s / 1e9, "GB/s", "raw gloo", alone_s / s)
+            Row(f"{case}, {way}", "gb_per_s", size / s / 1e9, "GB/s", "raw gloo", raw_s / s)
             for way, s in took_s.items()
         ),
         Row(case, "raw_wire_bytes", raw_wire, "bytes", "page bytes", raw_wire / size),
@@ -253,7 +243,7 @@ def main() -> int:
     cases = [(kv, blocks) for kv in ("bf16", "int8", "int4") for blocks in SIZES]
     rows = [row for kv, blocks in cases for row in rows_of(kv, blocks, args.rounds)]
     report(rows, args.json)
-    slow = [row.case for row in rows if "transfer" in row.case and row.ratio < TARGET]
+    slow = [row.case for row in rows if row.metric == "gb_per_s" and row.ratio < TARGET]
     if slow:
         print(f"below {TARGET:.0%} of raw: {'; '.join(slow)}")
     return bool(slow)

@@ -10,6 +10,8 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -46,16 +48,10 @@ def join_store(host: str, port: int, patience_s: float) -> Store:
     )
 
 
-def gloo_group(
-    store: Store, *, rank: int, size: int, host: str, timeout_s: float, connections: int = 1
-) -> Any:
-    """All ranks call it within `timeout_s`, or it raises RuntimeError. Its sockets are bound to `host`.
-
-    `connections` between any two ranks, each with a thread of its own, and connected one after another:
-    messages take turns by their tags.
-    """
+def gloo_group(store: Store, *, rank: int, size: int, host: str, timeout_s: float) -> Any:
+    """All ranks call it within `timeout_s`, or it raises RuntimeError. Its sockets are bound to `host`."""
     options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host) for _ in range(connections)]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = timedelta(seconds=timeout_s)
     options._threads = 1
     return dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, size, options)
@@ -90,9 +86,7 @@ _LINK_SETTINGS = {
     "TORCH_NCCL_ENABLE_MONITORING": "0",  # so would an abort that takes long
 }
 _LINK_CTAS = 8
-GLOO_CONNECTIONS = 2
-"""Of a pair: while one waits for its peer to wake up, the other moves."""
-PAIR_KEYS = tuple(f"gloo/{at}/{rank}" for at in range(GLOO_CONNECTIONS) for rank in range(2))
+PAIR_KEYS = ("gloo/0/0", "gloo/0/1")
 """What gloo leaves in a pair's store."""
 _NEVER = timedelta(days=1)
 
@@ -103,14 +97,10 @@ class Pair:
     def __init__(self, store: Store, *, rank: int, host: str, device: torch.device, timeout_s: float) -> None:
         """Connect: both ends construct it within `timeout_s`."""
         self._rank, self._cuda = rank, device.type == "cuda"
-        self.abreast = 1 if self._cuda else GLOO_CONNECTIONS
-        """Chunks that move at the same time, and each the slower for it."""
         if self._cuda:
             self._group = nccl_pair(store, rank=rank, device=device, timeout_s=timeout_s)
         else:
-            self._group = gloo_group(
-                store, rank=rank, size=2, host=host, timeout_s=timeout_s, connections=GLOO_CONNECTIONS
-            )
+            self._group = gloo_group(store, rank=rank, size=2, host=host, timeout_s=timeout_s)
 
     def post(self, chunk: Tensor, tag: int) -> dist.Work:
         """Begin to send `chunk`, or to receive into it. Its memory is in use until `wait` has returned."""
@@ -131,6 +121,13 @@ class Pair:
         result = work.get_future_result()  # type: ignore[attr-defined]
         if result.done() and result.value():  # it is completed as well once NCCL has noticed a dead peer
             raise RuntimeError("NCCL lost the other end")
+
+    def give_up(self, works: Iterable[dist.Work]) -> None:
+        """Once this returns, gloo reads or writes nothing any more of what was posted: no pair works on."""
+        if not self._cuda:
+            for work in works:
+                with suppress(RuntimeError):  # a wait that is over in vain closes all of the group's sockets
+                    work.wait(timedelta(milliseconds=1))
 
     def drop(self) -> None:
         """No further call is made. NCCL's operations are aborted; gloo's end with their sockets."""

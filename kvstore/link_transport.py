@@ -16,7 +16,8 @@ from torch._C._distributed_c10d import Store
 
 from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.groups import host_store
-from quire.kvstore.links import Body, InLink, Link, LinkConfig, OutLink, Site, Stream
+from quire.kvstore.links import InLink, Link, LinkConfig, OutLink, Site
+from quire.kvstore.streams import Body, Stream
 from quire.kvstore.transport import Endpoint, Sink, Source, Ticket
 from quire.kvstore.watch import Watch
 

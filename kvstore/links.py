@@ -4,8 +4,8 @@ A link leads from one sender to one receiver and meets in the receiver's store, 
 
     generation        counts the link's groups: a group that saw an error is never used again
     starts            queue of "<ticket> <generation> <digest>": what the sender sends next, in which group,
-                      over how many connections and in chunks of what sizes. A chunk of another size than it
-                      expects would end the receiver's process (gloo)
+                      and in chunks of what sizes. One of another size than it expects would end the
+                      receiver's process (gloo)
     dropped/<g>       the receiver has given up group g: the sender opens another one
 
 Any error or deadline drops the group and fails the stream; the next stream opens the next generation.
@@ -19,11 +19,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Generic
 
 import torch
 import torch.distributed as dist
@@ -31,10 +29,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from quire.kvstore.failures import Cause, TransferFailed
-from quire.kvstore.groups import GLOO_CONNECTIONS, PAIR_KEYS, Pair, join_store, reason_of
+from quire.kvstore.groups import PAIR_KEYS, Pair, join_store, reason_of
+from quire.kvstore.streams import Body, Stream
 from quire.kvstore.transport import Endpoint, Sink, Source, Ticket
-
-Body = TypeVar("Body", Source, Sink)
 
 _SOON_S, _LOOK_S = 0.0002, 0.01
 """How long a receiver waits between two looks at what its peer has started: at first, and at most."""
@@ -45,50 +42,22 @@ class LinkConfig:
     """How links behave; the same on all replicas of a deployment."""
 
     operation_timeout_s: float = 1.0
-    """A peer that lets a chunk wait longer is given up. Chunks that move abreast may take so long each."""
+    """A peer that lets a chunk wait longer is given up."""
     max_links: int = 64
     """Links of each direction; the one that was idle longest makes room."""
     depth: int = 3
-    """Chunks of a link under way at once."""
+    """Chunks of a link under way at once, each in memory of the link."""
+    depth_in_place: int = 8
+    """The same of streams whose chunks lie where they belong, which takes no memory."""
 
     def __post_init__(self) -> None:
-        if self.operation_timeout_s <= 0 or self.max_links < 1 or self.depth < 1:
+        if self.operation_timeout_s <= 0 or self.max_links < 1 or min(self.depth, self.depth_in_place) < 1:
             raise ValueError(f"all numbers of a LinkConfig are positive, got {self}")
 
     @staticmethod
     def on(device: torch.device) -> LinkConfig:
         """On a GPU a link takes about a third of a gigabyte of its memory, and over a second to connect."""
         return LinkConfig(operation_timeout_s=3.0, max_links=4) if device.type == "cuda" else LinkConfig()
-
-
-@dataclass(eq=False)
-class Stream(Generic[Body]):
-    """One send or receive, and the promise of its end. What ends it first, counts."""
-
-    ticket: Ticket
-    body: Body
-    deadline_s: float
-    future: Future[None] = field(default_factory=Future)
-    settle: Callable[[], None] = lambda: None
-    """The sink's."""
-    ended: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def end(self, error: TransferFailed | None = None) -> None:
-        """Waits for chunks that are being taken; afterwards none is."""
-        with self.lock:
-            if self.ended:
-                return
-            self.ended = True
-            self.settle()
-        if error is None:
-            self.future.set_result(None)
-        else:
-            self.future.set_exception(error.with_traceback(None))  # whose frames would keep groups alive
-
-    def check(self) -> None:
-        if self.ended or time.monotonic() > self.deadline_s:
-            raise TransferFailed(Cause.DEADLINE, f"stream {self.ticket} was not done in time")
 
 
 @dataclass(frozen=True)
@@ -118,7 +87,7 @@ class Link(ABC, Generic[Body]):
         self._store: Store | None = None
         self._pair: Pair | None = None
         self._generation = 0
-        self._chunks: list[Tensor] = []
+        self._memory: dict[int, Tensor] = {}
         self._waiting: OrderedDict[Ticket, Stream[Body]] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
@@ -146,7 +115,9 @@ class Link(ABC, Generic[Body]):
             return self._current is stream
 
     def close(self, error: TransferFailed) -> None:
-        """Does not wait for the thread, which may hang in a call until its peer is gone."""
+        """Waits for the thread only while pages arrive in place, and then for the next one at most: it may
+        hang in a call until its peer is gone.
+        """
         with self._changed:
             self._closed = True
             left = [*self._waiting.values(), *([self._current] if self._current else [])]
@@ -197,7 +168,7 @@ class Link(ABC, Generic[Body]):
         """The chunks' memory goes with it: what is still under way may write there."""
         if self._pair is not None:
             self._pair.drop()
-            self._pair, self._chunks = None, []
+            self._pair, self._memory = None, {}
 
     def _give_up(self, error: TransferFailed) -> None:
         self._drop()
@@ -219,19 +190,32 @@ class Link(ABC, Generic[Body]):
             group, rank=rank, host=here.endpoint.host, device=here.device, timeout_s=self._patience_s
         )
 
-    def _wait(self, pair: Pair, under_way: deque[dist.Work]) -> None:
-        """For the oldest chunk."""
-        abreast = min(len(under_way), pair.abreast)
-        pair.wait(under_way.popleft(), abreast * self._patience_s)
+    def _wait(self, stream: Stream[Body], pair: Pair, work: dist.Work) -> None:
+        """For a chunk; never past the stream's deadline."""
+        try:
+            pair.wait(work, min(self._patience_s, stream.deadline_s - time.monotonic()))
+        except RuntimeError:
+            self._check(stream)
+            raise
 
-    def _chunk(self, index: int, size: int) -> Tensor:
-        """Memory for one of the `depth` chunks under way."""
-        depth = self._here.config.depth
-        if not self._chunks or self._chunks[0].numel() < size:
-            self._chunks = [
-                torch.empty(size, dtype=torch.uint8, device=self._here.device) for _ in range(depth)
-            ]
-        return self._chunks[index % depth][:size]
+    def _check(self, stream: Stream[Body]) -> None:
+        if self._closed:
+            raise TransferFailed(Cause.CLOSED, "the link was closed")
+        stream.check()
+
+    def _depth(self, body: Body) -> int:
+        """How many of its chunks are under way at once."""
+        config = self._here.config
+        return config.depth_in_place if body.rooms else config.depth
+
+    def _room(self, body: Body, index: int) -> Tensor:
+        """Where the chunk belongs, or memory of the link, of which each chunk under way has its own."""
+        if index < len(body.rooms):
+            return body.rooms[index]
+        slot, size = index % self._depth(body), body.sizes[index]
+        if slot not in self._memory or self._memory[slot].numel() < size:
+            self._memory[slot] = torch.empty(size, dtype=torch.uint8, device=self._here.device)
+        return self._memory[slot][:size]
 
 
 class OutLink(Link[Source]):
@@ -266,16 +250,15 @@ class OutLink(Link[Source]):
         return stream
 
     def _move(self, stream: Stream[Source], pair: Pair) -> None:
-        sizes, under_way = stream.body.sizes, deque[dist.Work]()
-        self._chunk(0, max(sizes))
-        for index, size in enumerate(sizes):
-            if len(under_way) == self._here.config.depth:
-                self._wait(pair, under_way)
-            stream.check()
-            chunk = stream.body.give(index, self._chunk(index, size))
+        body, under_way = stream.body, deque[dist.Work]()
+        for index in range(len(body.sizes)):
+            if len(under_way) == self._depth(body):
+                self._wait(stream, pair, under_way.popleft())
+            self._check(stream)
+            chunk = body.give(index, self._room(body, index))
             under_way.append(pair.post(chunk, index))
         while under_way:
-            self._wait(pair, under_way)
+            self._wait(stream, pair, under_way.popleft())
 
     def _drop(self) -> None:
         self._drop_pair()
@@ -357,19 +340,37 @@ class InLink(Link[Sink]):
             return self._current is not None
 
     def _move(self, stream: Stream[Sink], pair: Pair) -> None:
-        sizes, depth, under_way = stream.body.sizes, self._here.config.depth, deque[dist.Work]()
-        self._chunk(0, max(sizes))
-        for index in range(min(depth, len(sizes))):
-            under_way.append(pair.post(self._chunk(index, sizes[index]), index))
-        for index, size in enumerate(sizes):
-            self._wait(pair, under_way)
-            with stream.lock:
-                stream.check()
-                stream.body.take(index, self._chunk(index, size))
-            ahead = index + depth
-            if ahead < len(sizes):
-                under_way.append(pair.post(self._chunk(ahead, sizes[ahead]), ahead))
+        """What arrives in its room is written there as long as the pair lives: until all has come or the
+        pair was given up, the stream does not end, from whatever thread.
+        """
+        arriving = deque[dist.Work]()
+        with stream.lock if stream.body.rooms else nullcontext():
+            try:
+                self._receive(stream, pair, arriving)
+            except BaseException:
+                pair.give_up(arriving)
+                raise
         stream.body.verify()
+
+    def _receive(self, stream: Stream[Sink], pair: Pair, arriving: deque[dist.Work]) -> None:
+        body, depth = stream.body, self._depth(stream.body)
+
+        def post(index: int) -> None:
+            if index < len(body.sizes):
+                arriving.append(pair.post(self._room(body, index), index))
+
+        for index in range(depth):
+            post(index)
+        for index in range(len(body.sizes)):
+            self._wait(stream, pair, arriving.popleft())
+            in_place = index < len(body.rooms)
+            if in_place:  # nothing else arrives there
+                post(index + depth)
+            with stream.lock:
+                self._check(stream)
+                body.take(index, self._room(body, index))
+            if not in_place:
+                post(index + depth)
 
     def _drop(self) -> None:
         if self._store is not None:
@@ -379,4 +380,4 @@ class InLink(Link[Sink]):
 
 
 def _digest(sizes: tuple[int, ...]) -> str:
-    return hashlib.blake2b(repr((GLOO_CONNECTIONS, sizes)).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(repr(sizes).encode(), digest_size=8).hexdigest()

@@ -114,6 +114,8 @@ class _Pages:
         self._headers_MW = torch.from_numpy(headers).to(device)
         self._alone = 2 * piece.size_bytes > chunk_bytes
         """Each page is a chunk by itself."""
+        in_place = self._alone and device.type != "cuda"
+        self.rooms: Sequence[Tensor] = [self._bytes_NB[p] for p in order.pages] if in_place else []
         self._step = 1 if self._alone else round(chunk_bytes / piece.size_bytes)
         counts = [min(self._step, len(order.pages) - at) for at in range(0, len(order.pages), self._step)]
         self.sizes = (*(count * piece.size_bytes for count in counts), len(order.pages) * HEADER_BYTES)
@@ -216,7 +218,10 @@ class Incoming(_Pages):
             _as_bytes(self._arrived_MW).copy_(chunk)
             return
         part = self._part(index)
-        scatter_pages(self._bytes_NB, self._pages_M[part], self._rows(chunk), self._sum_C(part))
+        if index < len(self.rooms):
+            self._sum_C(part).copy_(checksum_pages(self._rows(chunk)))
+        else:
+            scatter_pages(self._bytes_NB, self._pages_M[part], self._rows(chunk), self._sum_C(part))
 
     def settle(self) -> None:
         if self._stream is not None:

@@ -5,6 +5,7 @@ Knows no pages: a `Source` gives chunks, a `Sink` takes them. `link_transport.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NewType, Protocol
@@ -30,6 +31,8 @@ class Source(Protocol):
 
     sizes: tuple[int, ...]
     """Bytes of each chunk; the receiver's sink has the same."""
+    rooms: Sequence[Tensor]
+    """Where the first chunks lie: they are sent from there. All others have to be written first."""
 
     def give(self, index: int, room: Tensor) -> Tensor:
         """The chunk, uint8 [sizes[index]]: written into `room`, or where it lies already, to be read there
@@ -41,6 +44,8 @@ class Sink(Protocol):
     """What a receive writes."""
 
     sizes: tuple[int, ...]
+    rooms: Sequence[Tensor]
+    """Where the first chunks belong, to be received there. All others lie elsewhere until they are taken."""
 
     def take(self, index: int, chunk: Tensor) -> None:
         """Use the chunk, on a GPU in the current stream's order: its memory is used again. May raise

@@ -22,13 +22,14 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def campaign(tmp_path_factory):
+@pytest.fixture(scope="module", params=["Victim", "InPlace"])
+def campaign(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, BENCHMARKS])
-        from store_faults import Campaign
+        import store_faults
 
-        campaign = Campaign(tmp_path_factory.mktemp("faults"))
+        kind = getattr(store_faults, request.param)
+        campaign = store_faults.Campaign(tmp_path_factory.mktemp("faults"), kind)
         yield campaign
         campaign.close()
 

@@ -32,6 +32,7 @@ class Numbers:
     seed: int = 0
     signal_at: tuple[int, int] | None = None
     pause_s: float = 0.0
+    rooms: list[Tensor] = field(default_factory=list)
 
     def give(self, index: int, room: Tensor) -> Tensor:
         if self.signal_at is not None and index == self.signal_at[0]:
@@ -47,6 +48,7 @@ class Collect:
     sizes: tuple[int, ...]
     chunks: list[Tensor] = field(default_factory=list)
     signal_at: tuple[int, int] | None = None
+    rooms: list[Tensor] = field(default_factory=list)
 
     def take(self, index: int, chunk: Tensor) -> None:
         assert index == len(self.chunks)

@@ -74,7 +74,7 @@ class Meddled:
 
 class _MeddledSource:
     def __init__(self, inner: Source, change: Callable[[int, Tensor], None] | None) -> None:
-        self.sizes, self._inner, self._change = inner.sizes, inner, change
+        self.sizes, self.rooms, self._inner, self._change = inner.sizes, inner.rooms, inner, change
 
     def give(self, index: int, room: Tensor) -> Tensor:
         chunk = self._inner.give(index, room)
@@ -87,7 +87,7 @@ class _MeddledSource:
 
 class _MeddledSink:
     def __init__(self, inner: Sink, change: Callable[[int, Tensor], None] | None) -> None:
-        self.sizes, self._inner, self._change = inner.sizes, inner, change
+        self.sizes, self.rooms, self._inner, self._change = inner.sizes, inner.rooms, inner, change
 
     def take(self, index: int, chunk: Tensor) -> None:
         if self._change is not None:

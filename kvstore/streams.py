@@ -1,0 +1,45 @@
+"""One send or receive on a link, and the promise of its end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from quire.kvstore.failures import Cause, TransferFailed
+from quire.kvstore.transport import Sink, Source, Ticket
+
+Body = TypeVar("Body", Source, Sink)
+
+
+@dataclass(eq=False)
+class Stream(Generic[Body]):
+    """What ends it first, counts."""
+
+    ticket: Ticket
+    body: Body
+    deadline_s: float
+    future: Future[None] = field(default_factory=Future)
+    settle: Callable[[], None] = lambda: None
+    """The sink's."""
+    ended: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def end(self, error: TransferFailed | None = None) -> None:
+        """Waits for chunks that are being taken, or written where they belong; afterwards none is."""
+        with self.lock:
+            if self.ended:
+                return
+            self.ended = True
+            self.settle()
+        if error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(error.with_traceback(None))  # whose frames would keep groups alive
+
+    def check(self) -> None:
+        if self.ended or time.monotonic() > self.deadline_s:
+            raise TransferFailed(Cause.DEADLINE, f"stream {self.ticket} was not done in time")
