@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo install wheel test test-ray test-others on-prem on-prem-from-nothing lint format protos observability clean
+.PHONY: demo install wheel test test-cluster test-others on-prem on-prem-from-nothing lint format protos observability clean
 
 demo: $(VENV)/.runtime
 	scripts/loopback $(BIN)/quire demo
@@ -22,17 +22,15 @@ wheel: $(VENV)/.runtime
 	rm -rf dist
 	$(BIN)/pip wheel -q --no-deps -w dist .
 
-# Tests that start Ray wait more than they compute; the others run beside them, on a network of their own.
-RAY_TESTS := tests/cluster tests/kvstore/test_directory_actor.py
-
+# Two halves beside each other, each on a network of its own.
 test: $(VENV)/.dev
-	$(MAKE) -j 2 --output-sync=target test-ray test-others
+	$(MAKE) -j 2 --output-sync=target test-cluster test-others
 
-test-ray: $(VENV)/.dev
-	scripts/loopback $(BIN)/pytest $(PYTEST_ARGS) $(RAY_TESTS)
+test-cluster: $(VENV)/.dev
+	scripts/loopback $(BIN)/pytest $(PYTEST_ARGS) tests/cluster
 
 test-others: $(VENV)/.dev
-	scripts/loopback $(BIN)/pytest $(PYTEST_ARGS) $(RAY_TESTS:%=--ignore=%)
+	scripts/loopback $(BIN)/pytest $(PYTEST_ARGS) --ignore=tests/cluster
 
 # Hosts in namespaces of their own, which must not lie in those of scripts/loopback: sshd wants to be root for real.
 on-prem: $(VENV)/.dev

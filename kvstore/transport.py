@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NewType, Protocol
+from typing import TYPE_CHECKING, NewType, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # clients reach this module by way of a request, and have no use for torch
+    from torch import Tensor
 
 Ticket = NewType("Ticket", int)
 """Names one stream of chunks from a sender to a receiver. Chosen by the receiver, never used twice by it."""

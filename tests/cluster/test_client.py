@@ -1,6 +1,8 @@
 """The synchronous client against a gateway in another thread; other tests use the asynchronous one."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 
@@ -102,3 +104,10 @@ def test_an_answer_keeps_outputs_apart():
     for index, text in ((1, "b"), (0, "a"), (1, "B")):
         answer.add(inference_pb2.Delta(index=index, text=text, token_ids=[index]))
     assert (answer.text, answer.outputs[1].text, answer.outputs[1].token_ids) == ("a", "bB", [1, 1])
+
+
+def test_a_client_loads_no_torch_and_no_ray():
+    """They take seconds, which every command would pay."""
+    code = "import sys, quire.cluster.cli; sys.exit(str({'torch', 'transformers', 'ray'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"
