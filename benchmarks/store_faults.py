@@ -283,7 +283,7 @@ class Campaign:
     def rows(self) -> list[Row]:
         rows = []
         for fault, score in self._scores.items():
-            case = f"{fault}, {self._kind.chunk_pages} pages a chunk"
+            case = f"{fault}, pages {self._kind.chunk_pages} a chunk"
             for metric in ("wrong_answers", "wrong_books", "next_failed"):
                 wrong = getattr(score, metric)
                 rows.append(Row(case, metric, wrong, "faults", f"of {score.faults}", wrong / score.faults))
