@@ -6,6 +6,7 @@ behind. Knows torch.distributed; not what is sent.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
@@ -103,7 +104,7 @@ class Pair:
             self._group = gloo_group(store, rank=rank, size=2, host=host, timeout_s=timeout_s)
 
     def post(self, chunk: Tensor, tag: int) -> dist.Work:
-        """Begin to send `chunk`, or to receive into it. Its memory is in use until `wait` has returned."""
+        """Begin to send `chunk`, or to receive into it: in use until `wait` or `stop` has returned."""
         move = self._group.send if self._rank == 0 else self._group.recv
         work: dist.Work = move([chunk], 1 - self._rank, tag)
         return work
@@ -111,7 +112,7 @@ class Pair:
     def wait(self, work: dist.Work, timeout_s: float) -> None:
         """gloo notices a dead peer by `timeout_s` alone, or at once where its socket was reset."""
         if not self._cuda:
-            work.wait(timedelta(seconds=max(timeout_s, 0.001)))  # 0 would mean for ever
+            work.wait(timedelta(milliseconds=max(math.ceil(1000 * timeout_s), 1)))  # 0 would mean for ever
             return
         end_s = time.monotonic() + timeout_s
         while not work.is_completed():  # NCCL's own wait would only make the stream wait
@@ -122,11 +123,13 @@ class Pair:
         if result.done() and result.value():  # it is completed as well once NCCL has noticed a dead peer
             raise RuntimeError("NCCL lost the other end")
 
-    def give_up(self, works: Iterable[dist.Work]) -> None:
-        """Once this returns, gloo reads or writes nothing any more of what was posted: no pair works on."""
+    def stop(self, works: Iterable[dist.Work]) -> None:
+        """Afterwards gloo touches none of the memory of these, which are all that was posted and not waited
+        for: they are done, or the group's sockets are closed.
+        """
         if not self._cuda:
             for work in works:
-                with suppress(RuntimeError):  # a wait that is over in vain closes all of the group's sockets
+                with suppress(RuntimeError):  # waiting in vain closes them (gloo's Context::signalException)
                     work.wait(timedelta(milliseconds=1))
 
     def drop(self) -> None:

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -44,23 +44,24 @@ class _Table(Generic[Body]):
 
     def overdue(self, peer: Endpoint, link: Link[Body], stream: Stream[Body]) -> None:
         """Ends the stream, and its link with it if that hangs: the next stream gets another one."""
+        hangs = link.overdue(stream)
         stream.end(
             TransferFailed(Cause.DEADLINE, f"{peer.host}: stream {stream.ticket} was not done in time")
         )
-        if link.overdue(stream):
+        if hangs:
             with self._lock:
                 if self._links.get(peer.name) is link:
                     del self._links[peer.name]
             link.close(TransferFailed(Cause.PEER, f"{peer.host}: the link hung and was given up"))
 
-    def close(self, until_s: float) -> None:
+    def clear(self) -> list[Link[Body]]:
+        """All links, none of which begins another stream."""
         with self._lock:
             links = list(self._links.values())
             self._links.clear()
         for link in links:
-            link.close(TransferFailed(Cause.CLOSED, "the transport was closed"))
-        for link in links:
-            link.join(until_s)
+            link.stop()
+        return links
 
     def _make_room(self) -> None:
         if len(self._links) < self._most:
@@ -101,10 +102,13 @@ class LinkTransport:
 
     def close(self) -> None:
         self._watch.close()
+        links: list[Link[Any]] = [*self._out.clear(), *self._in.clear()]
+        for link in links:
+            link.close(TransferFailed(Cause.CLOSED, "the transport was closed"))
         # A thread that is inside torch when the interpreter ends takes the process down with an abort.
         until_s = time.monotonic() + self._patience_s
-        self._out.close(until_s)
-        self._in.close(until_s)
+        for link in links:
+            link.join(until_s)
         self._meeting = None  # it stops listening
 
     def _start(self, table: _Table[Body], peer: Endpoint, stream: Stream[Body]) -> Future[None]:

@@ -97,7 +97,8 @@ class Link(ABC, Generic[Body]):
 
     @property
     def idle(self) -> bool:
-        return self._current is None and not self._waiting
+        with self._changed:
+            return self._current is None and not self._waiting
 
     @property
     def usable(self) -> bool:
@@ -109,13 +110,21 @@ class Link(ABC, Generic[Body]):
             self._changed.notify_all()
 
     def overdue(self, stream: Stream[Body]) -> bool:
-        """Whether the thread is stuck with `stream`: the link is then given up, whatever the thread does."""
+        """Whether the thread is still with `stream`: then no other begins on this link, whatever it does."""
         with self._changed:
             self._waiting.pop(stream.ticket, None)
-            return self._current is stream
+            hangs = self._current is stream
+            self._closed |= hangs
+            return hangs
+
+    def stop(self) -> None:
+        """The thread ends as soon as it looks."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def close(self, error: TransferFailed) -> None:
-        """Waits for the thread only while pages arrive in place, and then for the next one at most: it may
+        """Waits for the thread only while chunks arrive in place, and then for the next one at most: it may
         hang in a call until its peer is gone.
         """
         with self._changed:
@@ -165,7 +174,7 @@ class Link(ABC, Generic[Body]):
             self._current = None
 
     def _drop_pair(self) -> None:
-        """The chunks' memory goes with it: what is still under way may write there."""
+        """The link's memory goes with it: what is still under way may write there, and nowhere else."""
         if self._pair is not None:
             self._pair.drop()
             self._pair, self._memory = None, {}
@@ -199,9 +208,9 @@ class Link(ABC, Generic[Body]):
             raise
 
     def _check(self, stream: Stream[Body]) -> None:
+        stream.check()
         if self._closed:
             raise TransferFailed(Cause.CLOSED, "the link was closed")
-        stream.check()
 
     def _depth(self, body: Body) -> int:
         """How many of its chunks are under way at once."""
@@ -209,7 +218,7 @@ class Link(ABC, Generic[Body]):
         return config.depth_in_place if body.rooms else config.depth
 
     def _room(self, body: Body, index: int) -> Tensor:
-        """Where the chunk belongs, or memory of the link, of which each chunk under way has its own."""
+        """Where the chunk lies or belongs, or memory of the link: each one under way has its own."""
         if index < len(body.rooms):
             return body.rooms[index]
         slot, size = index % self._depth(body), body.sizes[index]
@@ -239,8 +248,9 @@ class OutLink(Link[Source]):
         fresh = self._pair is None
         if fresh:
             self._generation = self._store.add("generation", 1)
-            for key in PAIR_KEYS:  # what the last group left behind
-                self._store.delete_key(f"{self._generation - 1}/{key}")
+            last = self._generation - 1
+            for key in (f"dropped/{last}", *(f"{last}/{key}" for key in PAIR_KEYS)):  # what it left behind
+                self._store.delete_key(key)
         if stream.ended:  # the store's answers came too late: another link may have taken over
             self._drop()
             return None
@@ -340,15 +350,16 @@ class InLink(Link[Sink]):
             return self._current is not None
 
     def _move(self, stream: Stream[Sink], pair: Pair) -> None:
-        """What arrives in its room is written there as long as the pair lives: until all has come or the
-        pair was given up, the stream does not end, from whatever thread.
+        """What arrives in its room is written there as long as its socket is open: from before the first is
+        asked for until all have come, or the sockets are closed, no thread ends the stream.
         """
         arriving = deque[dist.Work]()
         with stream.lock if stream.body.rooms else nullcontext():
+            self._check(stream)
             try:
                 self._receive(stream, pair, arriving)
             except BaseException:
-                pair.give_up(arriving)
+                pair.stop(arriving)
                 raise
         stream.body.verify()
 
@@ -362,9 +373,10 @@ class InLink(Link[Sink]):
         for index in range(depth):
             post(index)
         for index in range(len(body.sizes)):
-            self._wait(stream, pair, arriving.popleft())
+            self._wait(stream, pair, arriving[0])
+            arriving.popleft()
             in_place = index < len(body.rooms)
-            if in_place:  # nothing else arrives there
+            if in_place:  # the next one has memory of its own, and may come while this one is taken
                 post(index + depth)
             with stream.lock:
                 self._check(stream)

@@ -27,6 +27,7 @@ class Stream(Generic[Body]):
     """The sink's."""
     ended: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
+    """Held by the link's thread while it takes a chunk, or as long as chunks may arrive in place."""
 
     def end(self, error: TransferFailed | None = None) -> None:
         """Waits for chunks that are being taken, or written where they belong; afterwards none is."""
@@ -38,7 +39,8 @@ class Stream(Generic[Body]):
         if error is None:
             self.future.set_result(None)
         else:
-            self.future.set_exception(error.with_traceback(None))  # whose frames would keep groups alive
+            error.__context__ = error.__cause__ = None  # whose frames would keep groups alive
+            self.future.set_exception(error.with_traceback(None))
 
     def check(self) -> None:
         if self.ended or time.monotonic() > self.deadline_s:

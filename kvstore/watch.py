@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 class Watch:
-    """Keeps times and calls; a call must not wait for anything that may hang."""
+    """Keeps times and calls; a call must not wait for anything that may hang for more than a moment."""
 
     def __init__(self) -> None:
         self._due: list[tuple[float, int, Callable[[], None]]] = []

@@ -14,7 +14,7 @@ from quire.kvstore.groups import Pair, host_store, join_store
 HOST = "127.0.0.1"
 
 
-def test_nothing_arrives_that_was_given_up():
+def test_nothing_arrives_that_was_stopped():
     store, cpu = host_store(HOST, 5), torch.device("cpu")
     with ThreadPoolExecutor(2) as threads:
         ends = [
@@ -29,7 +29,7 @@ def test_nothing_arrives_that_was_given_up():
     sent = sender.post(torch.ones_like(here[0]), 0)
     receiver.wait(works[0], 5)
     sender.wait(sent, 5)
-    receiver.give_up(works[1:])
+    receiver.stop(works[1:])
     for at in (1, 2):
         with suppress(RuntimeError):  # sooner or later it notices
             sender.wait(sender.post(torch.ones_like(here[at]), at), 1)

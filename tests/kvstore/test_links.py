@@ -26,7 +26,7 @@ from byte_streams import CPU, HOST, QUICK, SIGNALS, Collect, Numbers, stream_pro
 
 from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.link_transport import LinkTransport
-from quire.kvstore.links import LinkConfig
+from quire.kvstore.links import InLink, LinkConfig
 from quire.kvstore.transport import Endpoint, Ticket
 
 SIZES = (70_000, 70_000, 70_000, 70_000, 30_001)
@@ -217,6 +217,27 @@ def test_nothing_is_written_in_place_once_a_stream_has_ended(ends_with):
     receiver.close()
 
 
+@pytest.mark.parametrize("ended_by", ["deadline", "close"])
+def test_nothing_is_asked_for_in_place_once_a_stream_has_ended(ends, monkeypatch, ended_by):
+    """It ends while the group connects; the sender is ready."""
+    rooms = [torch.zeros(size, dtype=torch.uint8) for size in LARGE[:-1]]
+    connect = InLink._connect
+
+    def connect_late(link: InLink, *args: object) -> None:
+        connect(link, *args)
+        if ended_by == "close":
+            link.close(TransferFailed(Cause.CLOSED, "the transport was closed"))
+        else:
+            cause(received)
+
+    monkeypatch.setattr(InLink, "_connect", connect_late)
+    received = ends[1].receive(ends[0].endpoint, Ticket(1), Collect(LARGE, rooms=rooms), 0.5)
+    ends[0].send(ends[1].endpoint, Ticket(1), Numbers(LARGE, 1), 5)
+    assert cause(received) is ENDS[ended_by]
+    time.sleep(0.3)
+    assert not any(room.any() for room in rooms)
+
+
 ENDS = {"deadline": Cause.DEADLINE, "refusal": Cause.CHECKSUM, "close": Cause.CLOSED}
 
 
@@ -226,11 +247,12 @@ def refuse(index: int, chunk: object) -> None:
 
 def test_many_failures_leave_nothing_behind(ends):
     for ticket in range(60):
-        sink = Collect(SIZES)
+        sink, late = Collect(SIZES), ticket % 10 == 3
         if ticket % 2:
             sink.take = refuse
-        received = ends[1].receive(ends[0].endpoint, Ticket(ticket), sink, 5)
-        sent = ends[0].send(ends[1].endpoint, Ticket(ticket), Numbers(SIZES, ticket), 5)
+        received = ends[1].receive(ends[0].endpoint, Ticket(ticket), sink, 0.1 if late else 5)
+        source = Numbers(SIZES, ticket, pause_s=0.2 if late else 0)
+        sent = ends[0].send(ends[1].endpoint, Ticket(ticket), source, 5)
         received.exception(5)
         sent.exception(5)
         if ticket == 9:
