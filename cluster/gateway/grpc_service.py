@@ -168,20 +168,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        relay = Relay(
-            self._fleet, deadline_s, self._prefill, explain=request.explain_routing, moved=self._count_retry
-        )
+        relay = Relay(self._fleet, deadline_s, self._prefill, explain=request.explain_routing)
         if request.request_id:
             self._relays[request.request_id] = relay
         try:
             yield relay
         finally:
+            self._retries += relay.retries
             if request.request_id:
                 del self._relays[request.request_id]
-
-    def _count_retry(self) -> None:
-        """At once: a long answer that moved is news when it moves, not when it ends."""
-        self._retries += 1
 
 
 @dataclass(frozen=True, slots=True)

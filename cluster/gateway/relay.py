@@ -41,21 +41,16 @@ class Relay:
         prefill: PrefillFirst | None = None,
         *,
         explain: bool = False,
-        moved: Callable[[], None] = lambda: None,
     ) -> None:
-        """`deadline_s` is on this process' monotonic clock. `explain`: say why which replica was chosen.
-
-        `moved` is called when the request is to go on at another replica.
-        """
+        """`deadline_s` is on this process' monotonic clock. `explain`: say why which replica was chosen."""
         self._fleet = fleet
         self._prefill = prefill
         self._deadline_s = deadline_s
         self._explain = explain
-        self._moved = moved
         self._call: Call | None = None
         self._cancelled = False
         self._delivered = Delivered()
-        self._retries = 0
+        self.retries = 0
 
     def cancel(self) -> None:
         """Ends the request; the last delta says so."""
@@ -75,11 +70,10 @@ class Relay:
             except ReplicaDied as error:
                 if not self._may_retry(error, request.submit.sampling):
                     raise
-                self._retries += 1
-                self._moved()
+                self.retries += 1
 
     def _may_retry(self, error: ReplicaDied, sampling: inference_pb2.Sampling) -> bool:
-        if isinstance(error, NoReplicaReady | Differs) or self._retries >= _MOST_RETRIES:
+        if isinstance(error, NoReplicaReady | Differs) or self.retries >= _MOST_RETRIES:
             return False
         return not self._delivered or repeatable(sampling)
 
