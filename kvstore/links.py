@@ -127,11 +127,10 @@ class Link(ABC, Generic[Body]):
         """Waits for the thread only while chunks arrive in place, and then for the next one at most: it may
         hang in a call until its peer is gone.
         """
+        self.stop()
         with self._changed:
-            self._closed = True
             left = [*self._waiting.values(), *([self._current] if self._current else [])]
             self._waiting.clear()
-            self._changed.notify_all()
         for stream in left:
             stream.end(error)
 
