@@ -163,6 +163,10 @@ class Exchange:
         for fetch in self._fetches.values():
             yield from fetch.pages
 
+    def fetches_from(self, owner: ReplicaId) -> bool:
+        """Whether a fetch from it is under way."""
+        return any(fetch.owner == owner for fetch in self._fetches.values())
+
     @property
     def loans(self) -> int:
         """Under way now."""

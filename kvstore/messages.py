@@ -8,7 +8,7 @@ The conversation, receiver on the left:
     Done      →            all arrived, or I gave up: unpin
               ←  Released  whether they stayed pinned all the time: only then are they what their keys say
 
-And once, from a replica that is scaled in, to those that stay: Leaving.
+And once, from a replica that is scaled in, to those that stay: Leaving, which they answer with Taken.
 """
 
 from __future__ import annotations
@@ -86,7 +86,12 @@ class Leaving:
     chains: tuple[tuple[BlockKey, ...], ...]
 
 
-Message = Offer | Accept | Refuse | Done | Released | Leaving
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """I have what I want of what you leave: do not wait for me."""
+
+
+Message = Offer | Accept | Refuse | Done | Released | Leaving | Taken
 """Between replicas."""
 
 

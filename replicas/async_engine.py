@@ -30,8 +30,8 @@ _IDLE_WAKE_S = 0.2
 _STALLED_WAKE_S = 0.01
 """How soon an engine that can do nothing looks again."""
 
-_FAREWELL_S = 0.5
-"""Peers that have not asked for anything for so long want nothing more."""
+_POLL_S = 0.02
+"""How often a hand-over looks whether it is done."""
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +107,10 @@ class AsyncEngine:
             self._arrived.notify()
 
     def hear(self, sender: ReplicaId, message: Message) -> None:
-        """What another replica says about blocks."""
-        if not (self._death or self._closing):
-            self._engine.sharing.hear(sender, message)
+        """What another replica says about blocks. Raises ReplicaDied where nobody listens any more."""
+        if self._death or self._closing:
+            raise self._death or ReplicaDied("the replica is shutting down")
+        self._engine.sharing.hear(sender, message)
 
     def hand_over(self, peers: Sequence[ReplicaId], within_s: float) -> None:
         """Offer the hottest blocks to these replicas; back when they have what they want, or time is up."""
@@ -117,11 +118,8 @@ class AsyncEngine:
             return
         deadline = time.monotonic() + within_s
         self._engine.sharing.leave(peers)
-        quiet_s = time.monotonic()
-        while time.monotonic() < min(deadline, quiet_s + _FAREWELL_S):
-            time.sleep(_FAREWELL_S / 20)
-            if self._engine.sharing.lends:
-                quiet_s = time.monotonic()
+        while self._engine.sharing.hands_over and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
     def stats(self) -> EngineStats:
         return self._engine.stats()

@@ -1,7 +1,8 @@
 """The replica as a Ray Serve deployment: an engine, its shards in one placement group, its Engine service.
 
 The only file of this room that knows Ray. Serve starts, checks and replaces replicas; no token passes
-through it.
+through it. Who deploys replicas imports this file too: the model's code is loaded where a replica or a shard
+begins, for it takes seconds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray import serve
@@ -23,14 +24,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire.kvstore.directory_actor import RayDirectory
 from quire.kvstore.messages import ReplicaId
-from quire.replicas.async_engine import AsyncEngine
 from quire.replicas.config import EngineConfig, StoreConfig
-from quire.replicas.model.checkpoint import find_model
 from quire.replicas.neighbours import GrpcNeighbours, peer_name
 from quire.replicas.service import EngineService, bind
 from quire.replicas.service import serve as serve_on
-from quire.replicas.shard_process import ShardSpec, serve_shard
 from quire.replicas.tokenizer_files import read_tokenizer
+
+if TYPE_CHECKING:
+    from quire.replicas.async_engine import AsyncEngine
+    from quire.replicas.shard_process import ShardSpec
 
 _STOP_WAIT_S = 5.0
 _SERVER_GRACE_S = 1.0
@@ -44,6 +46,8 @@ class ShardActor:
 
     def serve(self, spec: ShardSpec) -> None:
         """Returns when rank 0 says stop. Raises ReplicaDied, or what loading raises."""
+        from quire.replicas.shard_process import serve_shard
+
         serve_shard(replace(spec, host=_node_address()))
 
 
@@ -101,7 +105,7 @@ class Publisher(Protocol):
     def close(self) -> None: ...
 
 
-Publish = Callable[[AsyncEngine, EngineConfig], Publisher]
+Publish = Callable[["AsyncEngine", EngineConfig], Publisher]
 
 
 class Replica:
@@ -119,6 +123,9 @@ class Replica:
 
         Raises UnknownModel, ModelNotServable, ConfigError, ReplicaDied.
         """
+        from quire.replicas.async_engine import AsyncEngine
+        from quire.replicas.model.checkpoint import find_model
+
         tokenizer = await asyncio.to_thread(lambda: read_tokenizer(find_model(config.model)))
         bundles = get_current_placement_group()
         assert bundles is not None, "cluster/app.py deploys replicas in placement groups"

@@ -20,7 +20,7 @@ import grpc
 from quire.kvstore.keys import KeySpace
 from quire.kvstore.messages import Message, ReplicaId, from_bytes
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
-from quire.replicas.errors import QuireError
+from quire.replicas.errors import QuireError, ReplicaDied
 from quire.replicas.load_report import LoadReport
 from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Output, Request, RequestId
 from quire.replicas.tokenizer_files import digest_of
@@ -167,7 +167,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         if not isinstance(message, Message):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a message between replicas")
-        self._engine.hear(ReplicaId(request.sender), message)
+        try:
+            self._engine.hear(ReplicaId(request.sender), message)
+        except ReplicaDied as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         return engine_pb2.PeerHeard()
 
     async def GetTokenizer(

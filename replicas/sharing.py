@@ -9,12 +9,12 @@ Runs on the engine's thread, as the pool does whose pages it fills. Other thread
 While a sequence is looked up or fetched for, it waits and holds nobody up. Whatever fails ends in computing.
 Where a request says who has just computed its prompt, that replica is asked at once.
 
-A replica that leaves says which chains of blocks were used last; those that stay fetch them into free pages.
+What a replica that leaves hands over is in `hand_over.py`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -26,10 +26,11 @@ from quire.kvstore.directory import Holder
 from quire.kvstore.exchange import Exchange, Fetched, Say, Tell, TransferStats
 from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.keys import BlockKey
-from quire.kvstore.messages import Leaving, Message, Moved, Order, ReplicaId, TransferId
+from quire.kvstore.messages import Leaving, Message, Moved, Order, ReplicaId, Taken, TransferId
 from quire.kvstore.pool import PagePool
 from quire.kvstore.prefix_index import PageId
 from quire.replicas.config import StoreConfig
+from quire.replicas.hand_over import HandOver
 from quire.replicas.scheduler import SeqId
 from quire.replicas.sequence import Sequence
 
@@ -100,9 +101,6 @@ class _Answer:
     holders: tuple[Holder, ...]
 
 
-_HOT_CHAINS = 256
-"""Remembered, to be handed over."""
-
 _OTHERS_MAY = frozenset({Cause.PEER, Cause.REFUSED, Cause.BUSY})
 """Failures that cost next to no time and say nothing about other holders."""
 
@@ -112,7 +110,7 @@ _News = _Heard | _Gone | _Leave | _Answer | Moved
 class Alone:
     """An engine without neighbours."""
 
-    has_news = lends = False
+    has_news = hands_over = False
     next_deadline_s: float | None = None
     fetch_pace: tuple[float, float] | None = None
 
@@ -163,10 +161,7 @@ class BlockSharing:
         self._transfer_of: dict[BlockKey, TransferId] = {}
         """The first block of each fetch under way: who wants the same waits for it, too."""
         self._computing: dict[SeqId, _Tried] = {}
-        self._chains: OrderedDict[BlockKey, tuple[BlockKey, ...]] = OrderedDict()
-        """Of prompts, by their last block; the one used last at the end."""
-        self._legacy: deque[tuple[ReplicaId, tuple[BlockKey, ...]]] = deque(maxlen=4 * _HOT_CHAINS)
-        """Chains that leaving replicas offered, still to be fetched."""
+        self._hand_over = HandOver(exchange.space)
 
     @property
     def stats(self) -> TransferStats:
@@ -197,9 +192,9 @@ class BlockSharing:
         return min([*lookups, *([] if transfers is None else [transfers])], default=None)
 
     @property
-    def lends(self) -> bool:
-        """Whether anybody still reads pages here."""
-        return bool(self._exchange.loans)
+    def hands_over(self) -> bool:
+        """Whether one of those that stay may still want something, or reads pages here."""
+        return self._hand_over.open or bool(self._exchange.loans)
 
     def holds_back(self, seq: SeqId) -> bool:
         """Whether the sequence should not be admitted yet."""
@@ -220,7 +215,8 @@ class BlockSharing:
         self._put(_Gone(peer))
 
     def leave(self, peers: Seq[ReplicaId]) -> None:
-        """Offer the hottest blocks to these, who stay."""
+        """Offer the hottest blocks to these, who stay; `hands_over` until they have what they want."""
+        self._hand_over.begin(peers)
         self._put(_Leave(tuple(peers)))
 
     def _put(self, news: _News) -> None:
@@ -232,7 +228,7 @@ class BlockSharing:
     def consider(self, seq: Sequence, here: int, now_s: float) -> None:
         """A sequence has come, `here` blocks of whose prompt this replica has: ask who holds the others."""
         keys = tuple(seq.shareable_keys())
-        self._remember(keys)
+        self._hand_over.used(keys)
         if len(keys) - here < self._config.min_fetch_blocks:
             return
         self._pending[seq.id] = _Pending(seq, keys, now_s + self._config.lookup_timeout_s)
@@ -268,17 +264,20 @@ class BlockSharing:
         """Take the news in, give up what is late, do what follows. `queued_tokens`: of prompts to compute."""
         while self._inbox:
             match self._inbox.popleft():
-                case _Heard(sender, Leaving(space, chains)):
-                    if space == self._exchange.space:
-                        self._legacy.extend((sender, chain) for chain in chains)
+                case _Heard(sender, Leaving() as leaving):
+                    self._hand_over.offered(sender, leaving)
+                case _Heard(sender, Taken()):
+                    self._hand_over.answered(sender)
                 case _Heard(sender, message):
                     self._exchange.handle(sender, message, now_s)
                 case _Gone(peer):
                     self._exchange.peer_gone(peer, now_s)
+                    self._hand_over.answered(peer)
                 case Moved() as report:
                     self._exchange.moved(report, now_s)
                 case _Leave(peers):
-                    self._say_farewell(peers)
+                    for peer, leaving in self._hand_over.will(peers):
+                        self._say(peer, leaving)
                 case _Answer(seq, holders):
                     self._answered(seq, holders, queued_tokens, now_s)
         self._exchange.expire(now_s)
@@ -290,11 +289,12 @@ class BlockSharing:
             for effect in effects:
                 match effect:
                     case Say(to, said):
-                        self._neighbours.say(to, said, partial(self.peer_gone, to))
+                        self._say(to, said)
                     case Fetched():
                         self._fetched(effect, queued_tokens, now_s)
                     case Tell(order):
                         self._shards.carry_out(order, self._put)
+            self._inherit(now_s)
 
     def _answered(self, seq: SeqId, holders: tuple[Holder, ...], queued_tokens: int, now_s: float) -> None:
         """Fetch from whoever holds most, if that is sooner than computing."""
@@ -336,33 +336,24 @@ class BlockSharing:
         self._computing[seq] = tried
         del self._pending[seq]
 
-    def _remember(self, chain: tuple[BlockKey, ...]) -> None:
-        if chain:
-            self._chains[chain[-1]] = chain
-            self._chains.move_to_end(chain[-1])
-            if len(self._chains) > _HOT_CHAINS:
-                self._chains.popitem(last=False)
-
-    def _say_farewell(self, peers: tuple[ReplicaId, ...]) -> None:
-        """Each chain to one of the others."""
-        hot = list(reversed(self._chains.values()))
-        for at, peer in enumerate(peers):
-            leaving = Leaving(self._exchange.space, tuple(hot[at :: len(peers)]))
-            self._neighbours.say(peer, leaving, partial(self.peer_gone, peer))
+    def _say(self, to: ReplicaId, message: Message) -> None:
+        self._neighbours.say(to, message, partial(self.peer_gone, to))
 
     def _inherit(self, now_s: float) -> None:
         """Fetch what was offered, as far as there are free pages: nobody's blocks make room for it."""
-        while self._legacy:
-            owner, chain = self._legacy[0]
+        while self._hand_over.legacy:
+            owner, chain = self._hand_over.legacy[0]
             wanted = chain[self._pool.lookup(chain)[0] :][: self._pool.free]
             if wanted and wanted[0] not in self._transfer_of:
                 try:
                     transfer = self._exchange.fetch(owner, wanted, now_s)
                 except TransferFailed:
-                    return  # as many as may be are under way: later
+                    break  # as many as may be are under way: later
                 self._fetching[transfer] = _Tried(Decision(Choice.FETCH, None, None), now_s)
                 self._transfer_of[wanted[0]] = transfer
-            self._legacy.popleft()
+            self._hand_over.legacy.popleft()
+        for leaver in self._hand_over.satisfied(self._exchange.fetches_from):
+            self._say(leaver, Taken())
 
     def _fetched(self, effect: Fetched, queued_tokens: int, now_s: float) -> None:
         """Well or not, the sequences that waited for it are admitted now, or ask the next holder."""

@@ -10,14 +10,16 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.serve import metrics
 
 from quire.cluster.metrics.catalogue import Kind, Metric
 from quire.cluster.metrics.samples import Sample, replica_samples
-from quire.replicas.async_engine import AsyncEngine
-from quire.replicas.config import EngineConfig
+
+if TYPE_CHECKING:  # a gateway publishes too, and loads no model's code
+    from quire.replicas.async_engine import AsyncEngine
+    from quire.replicas.config import EngineConfig
 
 _PERIOD_S = 2.0
 

@@ -1,5 +1,8 @@
 """What a new configuration replaces: a deployment's version changes when its processes must, only then."""
 
+import subprocess
+import sys
+
 import pytest
 
 from quire.cluster.app import application
@@ -80,3 +83,11 @@ def test_gateways_that_share_no_port_are_spread_over_nodes(gateway, per_node, su
 def test_bounds_of_updates_are_named(branch, text):
     with pytest.raises(ConfigError, match=text):
         parse({"engine": {"model": "demo"}, **branch})
+
+
+def test_who_deploys_loads_no_models_code():
+    """It takes seconds, which `quire serve` and every gateway would pay."""
+    heavy = {"transformers.modeling_utils", "triton"}
+    code = f"import sys, quire.cluster.app; sys.exit(str({heavy} & {{*sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"

@@ -24,7 +24,7 @@ CONFIG = {
     "gateway": {"port": 0, "cpus": 0.1},
     "replicas": {
         "cpus_per_shard": 0.1,
-        "graceful_shutdown_s": 60,
+        "graceful_shutdown_s": 180,  # what the longest answers take on a busy machine
         "autoscaling": {
             "min": 0,
             "max": 2,

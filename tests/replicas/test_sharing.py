@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from functools import partial
 
@@ -252,6 +253,46 @@ def test_a_replica_that_leaves_hands_its_blocks_over(hands_over):
             assert [outputs[0][-1].usage.cached_tokens for outputs in found] == [0] * 4
         for resident in (b, c):
             resident.engine.check()
+
+
+def test_an_heir_that_is_slow_to_hear_of_it_is_waited_for():
+    a, b = neighbours(config(), config())
+    with a, b:
+        a.ask(PROMPT)
+        with b.engine._stepping:
+            leaving = threading.Thread(target=a.engine.hand_over, args=((b.way.me,), 30.0))
+            leaving.start()
+            time.sleep(1.5)
+            assert leaving.is_alive()
+        leaving.join(30)
+        assert not leaving.is_alive()
+        assert fetched(b) >= BLOCKS
+
+
+@pytest.mark.parametrize("heir", ["gone", "shut down", "silent", "leaving too"])
+def test_a_leaver_waits_for_nobody_who_takes_nothing(heir):
+    a, b = neighbours(config(), config())
+    with a, b:
+        a.ask(PROMPT)
+        match heir:
+            case "gone":
+                b.move_out()
+            case "shut down":
+                b.engine.close()
+            case "silent":
+                a.way.drops = lambda message: True
+            case "leaving too":
+                b.engine.hand_over((a.way.me,), within_s=30.0)
+                before = fetched(b)
+        started = time.monotonic()
+        a.engine.hand_over((b.way.me,), within_s=3.0)
+        took_s = time.monotonic() - started
+        if heir == "silent":
+            assert took_s >= 3.0
+        else:
+            assert took_s < 3.0
+        if heir == "leaving too":
+            assert fetched(b) == before
 
 
 def test_what_is_handed_over_takes_free_pages_only():

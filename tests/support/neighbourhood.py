@@ -11,6 +11,7 @@ from quire.kvstore.keys import BlockKey
 from quire.kvstore.messages import Message, ReplicaId, from_bytes, to_bytes
 from quire.replicas.async_engine import AsyncEngine
 from quire.replicas.config import EngineConfig
+from quire.replicas.errors import ReplicaDied
 from quire.replicas.request import EngineStats, Event, Failure, Output, Request, RequestId, SamplingParams
 
 
@@ -37,7 +38,10 @@ class Way:
         if neighbour is None:
             failed()
         elif not self.drops(message):
-            neighbour.hear(self.me, from_bytes(to_bytes(message)))
+            try:
+                neighbour.hear(self.me, from_bytes(to_bytes(message)))
+            except ReplicaDied:
+                failed()
 
     def lookup(self, chain: Sequence[BlockKey], answer: Callable[[tuple[Holder, ...]], None]) -> None:
         if self.looks:
