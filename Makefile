@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo install wheel test test-cluster test-others on-prem on-prem-from-nothing lint format protos observability clean
+.PHONY: demo install wheel test test-ray test-rest on-prem on-prem-from-nothing lint format protos observability clean
 
 demo: $(VENV)/.runtime
 	scripts/loopback $(BIN)/quire demo
@@ -22,16 +22,16 @@ wheel: $(VENV)/.runtime
 	rm -rf dist
 	$(BIN)/pip wheel -q --no-deps -w dist .
 
-# Two halves beside each other, each on a network of its own. The second one computes on one thread: a cluster that gets
-# no core in time loses its deadlines.
+# Two halves beside each other, each on a network of its own: what starts Ray, and the rest. The rest computes on one
+# thread: a cluster that gets no core in time loses its deadlines.
 test: $(VENV)/.dev
-	$(MAKE) -j 2 --output-sync=target test-cluster test-others
+	$(MAKE) -j 2 --output-sync=target test-ray test-rest
 
-test-cluster: $(VENV)/.dev
-	scripts/loopback $(BIN)/pytest $(PYTEST_ARGS) tests/cluster
+test-ray: $(VENV)/.dev
+	scripts/loopback $(BIN)/pytest $(PYTEST_ARGS) -m ray
 
-test-others: $(VENV)/.dev
-	OMP_NUM_THREADS=1 scripts/loopback $(BIN)/pytest $(PYTEST_ARGS) --ignore=tests/cluster
+test-rest: $(VENV)/.dev
+	OMP_NUM_THREADS=1 scripts/loopback $(BIN)/pytest $(PYTEST_ARGS) -m "not ray"
 
 # Hosts in namespaces of their own, which must not lie in those of scripts/loopback: sshd wants to be root for real.
 on-prem: $(VENV)/.dev

@@ -89,6 +89,7 @@ def test_replicas_are_a_number_or_bounds_and_go_before_the_file(option, in_file,
     assert with_replicas(in_file, Replicas().convert(option, None, None)) == expected
 
 
+@pytest.mark.ray
 def test_an_error_of_a_shard_reaches_the_terminal(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -102,6 +103,7 @@ def test_an_error_of_a_shard_reaches_the_terminal(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.ray
 def test_generate_chat_and_stats_talk_to_a_gateway(served: Served):
     at = ("--address", served.address)
     said = quire("generate", "-", "--max-tokens", "8", *at, stdin="Long ago, a cat named")
@@ -120,6 +122,7 @@ def test_generate_chat_and_stats_talk_to_a_gateway(served: Served):
     assert everything["model"]["name"] == "demo"
 
 
+@pytest.mark.ray
 def test_a_taken_port_is_known_before_ray_starts(served: Served):
     port = served.address.rsplit(":", 1)[1]
     done = quire("serve", "demo", "--port", port)

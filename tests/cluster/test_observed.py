@@ -30,10 +30,13 @@ from quire.cluster.metrics.catalogue import CATALOGUE
 from quire.cluster.metrics.operators import OPERATORS
 from quire.replicas.errors import QuireError
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("prometheus") is None or shutil.which("promtool") is None,
-    reason="needs Prometheus: apt-get install prometheus",
-)
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(
+        shutil.which("prometheus") is None or shutil.which("promtool") is None,
+        reason="needs Prometheus: apt-get install prometheus",
+    ),
+]
 
 WINDOW = "10s"
 TUNING = Tuning(

@@ -28,7 +28,7 @@ TYPED_S = 400
 INSTALLED_S = 1500
 """For hosts that have nothing, each with two gigabytes to install."""
 
-pytestmark = pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not()))
+pytestmark = [pytest.mark.ray, pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not()))]
 
 
 @dataclass

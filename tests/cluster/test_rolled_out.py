@@ -17,10 +17,12 @@ from quire.cluster.gateways import addresses
 from quire.cluster.local import APP, cluster, rolled_out, served
 from quire.replicas.errors import ReplicaDied
 
+pytestmark = pytest.mark.ray
+
 PORT = free_port()
 SAMPLING = SamplingParams(max_tokens=16, ignore_eos=True)
-LONG = SamplingParams(max_tokens=150, ignore_eos=True)
-DRAWN = SamplingParams(max_tokens=150, ignore_eos=True, temperature=1.0)
+LONG = SamplingParams(max_tokens=300, ignore_eos=True)
+DRAWN = SamplingParams(max_tokens=300, ignore_eos=True, temperature=1.0)
 PROMPTS = [f"Long ago, a {who} named {name}" for who in ("cat", "fox", "hen") for name in "ABCD"]
 
 
@@ -109,6 +111,7 @@ async def test_a_gateway_that_dies_costs_the_others_streams_nothing():
     both = addresses(APP)
     assert len(both) == 2
     right = await _long_answers(both)
+    victim = _who_listens_at(both[0])  # takes a second on a busy machine: too long once streams have begun
     random.seed(7)  # some clients begin at the one, some at the other
     clients = [AsyncClient(",".join(both)) for _ in PROMPTS]
     streams = [
@@ -116,7 +119,7 @@ async def test_a_gateway_that_dies_costs_the_others_streams_nothing():
     ]
     first = await asyncio.gather(*(anext(stream) for stream in streams))
     at = [client.gateway for client in clients]
-    _kill_who_listens_at(both[0])
+    os.kill(victim, signal.SIGKILL)
     results = await asyncio.gather(*(collect_async(s) for s in streams), return_exceptions=True)
     for n, (begun, rest) in enumerate(zip(first, results, strict=True)):
         if n % 2 == 0 and at[n] == both[0]:
@@ -124,7 +127,7 @@ async def test_a_gateway_that_dies_costs_the_others_streams_nothing():
             assert rest.retry_s > 0
             continue
         tokens = [*begun.token_ids, *rest.outputs[0].token_ids]
-        assert tokens == right[n] if n % 2 else len(tokens) == 150
+        assert tokens == right[n] if n % 2 else len(tokens) == DRAWN.max_tokens
     assert set(at) == set(both)
     async with asyncio.timeout(60):
         while len(found := await asyncio.to_thread(addresses, APP)) < 2 or both[0] in found:
@@ -138,9 +141,9 @@ async def _long_answers(gateways: list[str]) -> list[list[int]]:
     return [answer.outputs[0].token_ids for answer in found]
 
 
-def _kill_who_listens_at(address: str) -> None:
+def _who_listens_at(address: str) -> int:
     port = int(address.rpartition(":")[2])
     (listener,) = [
         c for c in psutil.net_connections("tcp") if c.laddr.port == port and c.status == psutil.CONN_LISTEN
     ]
-    os.kill(listener.pid, signal.SIGKILL)
+    return listener.pid

@@ -9,6 +9,8 @@ from served_app import Served, quire_serve
 
 from quire.cluster.client import AsyncClient, CallOptions, Client, SamplingParams, collect, collect_async
 
+pytestmark = pytest.mark.ray
+
 SAMPLING = SamplingParams(max_tokens=4, ignore_eos=True)
 EXPLAIN = CallOptions(explain_routing=True)
 

@@ -14,6 +14,8 @@ from quire.cluster.local import APP, cluster, served
 from quire.kvstore.directory_actor import NAMESPACE
 from quire.replicas.load import load_tokenizer
 
+pytestmark = pytest.mark.ray
+
 CONFIG = {
     "engine": {
         "model": "demo",

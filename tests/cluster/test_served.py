@@ -12,6 +12,8 @@ from quire.cluster.client import AsyncClient, Client, SamplingParams, collect, c
 from quire.cluster.demo import run_demo
 from quire.replicas.errors import ReplicaDied
 
+pytestmark = pytest.mark.ray
+
 PROMPTS = [f"Long ago, a {who} named {name}" for who in ("cat", "fox", "hen", "owl") for name in "ABCD"]
 SAMPLING = SamplingParams(max_tokens=60, ignore_eos=True)
 

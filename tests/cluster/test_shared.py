@@ -9,6 +9,8 @@ from served_app import Served, quire_serve
 from quire.cluster.client import Client, SamplingParams, collect
 from quire.replicas.load import load_tokenizer
 
+pytestmark = pytest.mark.ray
+
 SAMPLING = SamplingParams(max_tokens=6, ignore_eos=True)
 
 

@@ -14,6 +14,8 @@ from quire.kvstore.directory_actor import NAMESPACE, RayDirectory, end_directory
 from quire.kvstore.keys import KeySpace, extend_chain
 from quire.kvstore.messages import ReplicaId
 
+pytestmark = pytest.mark.ray
+
 KEYS = extend_chain(KeySpace(b"l", b"m", b"t").root(), list(range(80)), 16)
 
 
