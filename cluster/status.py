@@ -66,6 +66,9 @@ def error_of_rpc(error: grpc.RpcError) -> QuireError:
     """What the server said, as the error it was there."""
     code: grpc.StatusCode = error.code()
     details = error.details() or code.name
+    if code is grpc.StatusCode.CANCELLED and details == code.name:
+        # Nobody's words: so gRPC ends calls that a server has received, and not begun, when it stops.
+        code, details = grpc.StatusCode.UNAVAILABLE, "the gateway stopped and ended the request; try again"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         details = "the deadline passed before the answer was complete; give a longer one, or ask for less"
     raised = error_of(code.name, details)

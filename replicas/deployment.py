@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -145,7 +145,14 @@ class Replica:
             host=_node_address(),
             neighbours=self._neighbours,
         )
-        service = EngineService(self._engine, secret=secret, replica_id=name, tokenizer=tokenizer, peer_id=me)
+        service = EngineService(
+            self._engine,
+            secret=secret,
+            replica_id=name,
+            tokenizer=tokenizer,
+            peer_id=me,
+            give_back=_give_back,
+        )
         await serve_on(self._server, service)
         self._metrics = publish(self._engine, config)
         log.info("replica %s answers at %s", name, self._address)
@@ -172,6 +179,13 @@ class Replica:
         if self._neighbours is not None:
             self._neighbours.close()
         await self._server.stop(_SERVER_GRACE_S)
+
+
+def _give_back(places: Iterable[str]) -> None:
+    """Serve counts them as requests on this replica until somebody says otherwise, and drains for them."""
+    actor: Any = ray.get_runtime_context().current_actor
+    for place in places:
+        actor.release_slot.remote(place)
 
 
 def _neighbours(me: ReplicaId, secret: str, config: StoreConfig) -> GrpcNeighbours:

@@ -9,7 +9,7 @@ import asyncio
 import hmac
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -75,6 +75,8 @@ class _Lease:
 
     number: int
     open: dict[int, RequestId] = field(default_factory=dict)
+    places: set[str] = field(default_factory=set)
+    """That it holds on this replica."""
     outbox: list[engine_pb2.ReplicaMessage] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ended: bool = False
@@ -107,9 +109,11 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         replica_id: str,
         tokenizer: Mapping[str, bytes] = MappingProxyType({}),
         peer_id: ReplicaId | None = None,
+        give_back: Callable[[Iterable[str]], None] = lambda places: None,
     ) -> None:
         """Starts the engine. `secret` is what gateways and other replicas must show; `peer_id` is how the
         latter call this one, None where it shares nothing. `tokenizer`: its files, by name.
+        `give_back` is told the places that a gateway held when its stream ended.
         """
         self._tokenizer = engine_pb2.TokenizerFiles(files=tokenizer)
         self._tokenizer_digest = digest_of(tokenizer)
@@ -117,6 +121,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._peer_id = peer_id
         self._secret = secret.encode()
         self._replica_id = replica_id
+        self._give_back = give_back
         self._started_s = time.monotonic()
         self._leases = 0
         self._submitted = 0
@@ -154,6 +159,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             lease.ended = True
             for request_id in lease.open.values():
                 self._engine.cancel(request_id)
+            self._give_back(lease.places)
 
     async def Say(
         self, request: engine_pb2.PeerMessage, context: grpc.aio.ServicerContext[Any, Any]
@@ -198,6 +204,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                         self._engine.cancel(lease.open[message.cancel.call])
                     case "stats":
                         lease.post(self._stats(message.stats.query))
+                    case "place" if message.place.held:
+                        lease.places.add(message.place.name)
+                    case "place":
+                        lease.places.discard(message.place.name)
         finally:
             lease.ended = True
             lease.wake.set()

@@ -36,7 +36,8 @@ class ServeChooser:
     @asynccontextmanager
     async def choose(self, route: Route) -> AsyncIterator[ReplicaAddress]:
         async with self._replicas.choose_replica(route) as chosen:
-            yield ReplicaAddress(chosen.replica_id, chosen.replica_metadata["address"])
+            address = chosen.replica_metadata["address"]
+            yield ReplicaAddress(chosen.replica_id, address, chosen._slot_token or "")
 
 
 class Gateway:

@@ -46,6 +46,8 @@ class ReplicaAddress:
     """Never used again for another replica."""
     address: str
     """host:port of its Engine service."""
+    place: str = ""
+    """Ray Serve's name of the place that the request holds there; empty where nobody counts."""
 
 
 class ReplicaChooser(Protocol):
@@ -183,6 +185,8 @@ class Fleet:
                     with suppress(ReplicaDied):  # then another one, or this one a little later
                         link = await self._link(chosen)
                         route.reserved(chosen.replica_id)
+                        link.tell_place(chosen.place, held=True)
+                        slot.callback(link.tell_place, chosen.place, held=False)
                         slot.push_async_exit(attempt.pop_all())
                         unless_taken.pop_all()
                         call = early.taken(link)

@@ -141,6 +141,11 @@ class ReplicaLink:
             call.feed(_lost(self._numbers))
         return call
 
+    def tell_place(self, name: str, *, held: bool) -> None:
+        """Serve never learns that a gateway has died: the replica gives back what it held."""
+        if name:
+            self.send(engine_pb2.GatewayMessage(place=engine_pb2.Place(name=name, held=held)))
+
     async def stats(self) -> inference_pb2.ReplicaStats:
         """Raises ReplicaDied if the link ends before the answer."""
         if not self.alive:

@@ -6,10 +6,12 @@ import sys
 import threading
 import time
 
+import grpc
 import pytest
 from serving import ScriptedEngine, staged
 
 from quire.cluster.client import Answer, CallOptions, Client, SamplingParams, collect
+from quire.cluster.status import Cancelled, error_of_rpc
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.errors import DeadlinePassed, InvalidRequest, ReplicaDied, UnknownModel
 
@@ -104,6 +106,20 @@ def test_an_answer_keeps_outputs_apart():
     for index, text in ((1, "b"), (0, "a"), (1, "B")):
         answer.add(inference_pb2.Delta(index=index, text=text, token_ids=[index]))
     assert (answer.text, answer.outputs[1].text, answer.outputs[1].token_ids) == ("a", "bB", [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("details", "kind"),
+    [("", ReplicaDied), ("CANCELLED", ReplicaDied), ("Locally cancelled by application!", Cancelled)],
+)
+def test_a_call_that_the_gateway_cancels_may_be_tried_again(details, kind):
+    error = grpc.RpcError()
+    error.code, error.details, error.trailing_metadata = (
+        lambda: grpc.StatusCode.CANCELLED,
+        lambda: details,
+        tuple,
+    )
+    assert type(error_of_rpc(error)) is kind
 
 
 def test_a_client_loads_no_torch_and_no_ray():

@@ -16,8 +16,8 @@ from quire.replicas.wire import keys_from_proto, load_from_proto
 
 
 @asynccontextmanager
-async def connected(engine, secret=SECRET):
-    service = EngineService(engine, secret=SECRET, replica_id="r1")
+async def connected(engine, secret=SECRET, **given):
+    service = EngineService(engine, secret=SECRET, replica_id="r1", **given)
     server, address = await listen(service, "127.0.0.1")
     async with grpc.aio.insecure_channel(address) as channel:
         yield engine_pb2_grpc.EngineStub(channel).Connect(metadata=((SECRET_METADATA, secret),))
@@ -98,6 +98,18 @@ async def test_only_the_cancelled_call_is_cancelled():
         assert await engine.cancelled.get() == second.id
         assert first.id != second.id
         assert engine.cancelled.empty()
+
+
+async def test_what_a_gateway_held_is_given_back_when_its_stream_ends():
+    returned = asyncio.Queue()
+    async with connected(
+        ScriptedEngine(), give_back=lambda places: returned.put_nowait(set(places))
+    ) as stream:
+        await said(stream)
+        for name, held in (("a", True), ("b", True), ("c", True), ("b", False), ("other", False)):
+            await stream.write(engine_pb2.GatewayMessage(place=engine_pb2.Place(name=name, held=held)))
+        await stream.done_writing()
+        assert await returned.get() == {"a", "c"}
 
 
 @pytest.mark.parametrize("end", ["cancel", "done_writing"])

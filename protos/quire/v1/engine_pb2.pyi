@@ -39,14 +39,24 @@ class PeerHeard(_message.Message):
     def __init__(self) -> None: ...
 
 class GatewayMessage(_message.Message):
-    __slots__ = ("submit", "cancel", "stats")
+    __slots__ = ("submit", "cancel", "stats", "place")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     cancel: CancelCall
     stats: StatsQuery
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[CancelCall, _Mapping]] = ..., stats: _Optional[_Union[StatsQuery, _Mapping]] = ...) -> None: ...
+    place: Place
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[CancelCall, _Mapping]] = ..., stats: _Optional[_Union[StatsQuery, _Mapping]] = ..., place: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
+
+class Place(_message.Message):
+    __slots__ = ("name", "held")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    held: bool
+    def __init__(self, name: _Optional[str] = ..., held: _Optional[bool] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("call", "token_ids", "sampling", "priority", "tenant", "remaining_s", "computed_by")
