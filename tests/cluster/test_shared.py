@@ -1,5 +1,6 @@
 """Two replicas under Ray Serve share blocks: whoever is asked, the prompt is computed once."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -35,6 +36,7 @@ def test_a_prompt_that_one_replica_computed_is_fetched_by_the_other(pair: Served
             ask(prompt)
         for prompt in (first, second):
             ask(prompt)  # from now on its blocks are at one of them
+            time.sleep(1.0)  # and from now on the other one can know: they are announced in batches
             asked = [prompt + tail for tail in tails] * 2  # more at once than one can take soon
             with ThreadPoolExecutor(len(asked)) as pool:
                 answers = list(pool.map(ask, asked))
