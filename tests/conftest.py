@@ -1,9 +1,12 @@
-"""What all tests share: the same random numbers in every run."""
+"""What all tests share: the same random numbers in every run, and a Ray that may take its time to start."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # 30 s was not enough on a busy machine, once
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

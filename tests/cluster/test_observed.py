@@ -66,22 +66,22 @@ class Stage:
     def __init__(self, cluster, served, prometheus: Prometheus) -> None:
         self.cluster, self.address, self.prometheus = cluster, served.address, prometheus
         self.fired: set[str] = set()
+        self._numbers = count()
 
     @contextmanager
     def load(self, ask: Ask, clients: int) -> Iterator[None]:
         """Clients that ask again and again, each with a number that is never used twice."""
         over = threading.Event()
 
-        def work(number: int) -> None:
+        def work() -> None:
             with Client(self.address) as client:
                 while not over.is_set():
                     try:
-                        ask(client, number)
+                        ask(client, next(self._numbers))
                     except QuireError:
                         over.wait(0.1)
-                    number += clients
 
-        threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(clients)]
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(clients)]
         for thread in threads:
             thread.start()
         try:
@@ -155,11 +155,19 @@ def short_answers(client: Client, number: int) -> None:
 
 def long_answers(client: Client, number: int) -> None:
     """No two prompts begin alike, and answers outgrow the pool; one in four is out of patience soon."""
-    prompt = (
-        f"{number} cats walked into the house and sat down beside the fire to tell a story about the sea. "
-    )
     options = CallOptions(deadline_s=0.3) if number % 4 == 0 else CallOptions()
-    collect(client.generate(prompt * 3, SamplingParams(max_tokens=400, ignore_eos=True), options))
+    collect(client.generate(unlike(number), SamplingParams(max_tokens=400, ignore_eos=True), options))
+
+
+def unlike_prompts(client: Client, number: int) -> None:
+    collect(client.generate(unlike(number), SamplingParams(max_tokens=8, ignore_eos=True)))
+
+
+def unlike(number: int) -> str:
+    return (
+        f"{number} cats walked into the house and sat down beside the fire to tell a story about the sea. "
+        * 3
+    )
 
 
 def panel_queries() -> dict[str, str]:
@@ -239,6 +247,23 @@ def test_every_alert_evaluates(stage: Stage):
         stage.prometheus.query(rule["query"])
 
 
+def test_it_is_noticed_that_prompts_begin_alike_no_more(stage: Stage):
+    """What they did before is looked up 20 s back: again where a busy machine took longer than that."""
+    deadline = time.monotonic() + PATIENCE_S
+    tokens = "ray_quire_prompt_tokens_total"
+    hits = f'sum(rate({tokens}{{source!="computed"}}[{WINDOW}])) / sum(rate({tokens}[{WINDOW}]))'
+    while "QuireHitRateCollapsed" not in stage.fired:
+        with stage.load(shared_prefixes, 6):
+            while not stage.prometheus.query(f"{hits} > 0.5"):
+                assert time.monotonic() < deadline, stage.prometheus.query(hits)
+                time.sleep(0.3)
+        with stage.load(unlike_prompts, 6):
+            until = time.monotonic() + 30  # nothing of what was before is remembered longer
+            while "QuireHitRateCollapsed" not in stage.fired and time.monotonic() < until:
+                stage.look()
+                time.sleep(0.3)
+
+
 def test_too_much_load_is_noticed(stage: Stage):
     with stage.load(long_answers, 24):
         stage.until_firing(
@@ -250,7 +275,6 @@ def test_too_much_load_is_noticed(stage: Stage):
             "QuireQueueFull",
             "QuirePoolFull",
             "QuirePreempting",
-            "QuireHitRateCollapsed",
             "QuireRequestsFailing",
         )
 

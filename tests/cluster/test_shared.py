@@ -17,9 +17,13 @@ SAMPLING = SamplingParams(max_tokens=6, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    with quire_serve(
-        tmp_path_factory.mktemp("pair"), engine={"tp": 1, "pool": {"bytes": 16 << 20}}, replicas={"count": 2}
-    ) as served:
+    """Time is not what is tested here: a busy machine may take a while for a fetch, and none is to fail."""
+    engine = {
+        "tp": 1,
+        "pool": {"bytes": 16 << 20},
+        "store": {"lookup_timeout_s": 5.0, "fetch_timeout_s": 60.0},
+    }
+    with quire_serve(tmp_path_factory.mktemp("pair"), engine=engine, replicas={"count": 2}) as served:
         yield served
 
 
@@ -43,7 +47,7 @@ def test_a_prompt_that_one_replica_computed_is_fetched_by_the_other(pair: Served
             assert answers[: len(tails)] == answers[len(tails) :]
         stats = client.stats().replicas
     assert sum(replica.fetched_blocks for replica in stats) >= 800 // 64
-    assert sum(replica.failed_fetches for replica in stats) == 0
+    assert [dict(replica.fetch_failures) for replica in stats] == [{}, {}]
     received, sent = (sum(getattr(r, f"bytes_{way}") for r in stats) for way in ("received", "sent"))
     assert received == sent > 0
     assert sum(replica.bytes_saved for replica in stats) > 0.9 * received  # int8 at head size 64
