@@ -42,6 +42,8 @@ LINKS = {
 """Pages and Mb/s. On the last one, with the largest pages, computing short prompts is sooner. Slower links do
 not serve: at 40 Mb/s chunks of 4 MB are not through in the second that a link grants them."""
 LEARNING_ROUNDS = 1
+ROUNDS = 21
+"""Medians of seven fetches of 40 to 100 ms differed by up to a fifth of each other."""
 SLOW_MBIT, SLOW_ROUNDS = 100, 7
 EVERY, LONG_EVERY, LONG_TOKENS = 3, 9, 8192
 """Recomputing takes seconds and is far from fetching on fast links: it is measured in every third round, long
@@ -205,7 +207,7 @@ def missed(rows: Sequence[Row]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
