@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from engine import longer_model
+from loopback import received_bytes, shaped
 from rows import Row, alternate, median, merge, report
 from store_replica import Asked, DirectoryProcess, Remote
 
@@ -86,26 +86,6 @@ def asked_anew(replica: Remote, prompt: list[int], told: Choice | None) -> Asked
     replica.call("forget")
     asked: Asked = replica.call("ask", prompt, told)
     return asked
-
-
-@contextmanager
-def shaped(mbit: int) -> Iterator[None]:
-    """The loopback at so many Mb/s. A burst of a millisecond, but two of its largest packets at least."""
-    burst = max(mbit * 125, 128 << 10)
-    rule = ["rate", f"{mbit}mbit", "burst", str(burst), "limit", str(64 << 20)]
-    subprocess.run(["tc", "qdisc", "add", "dev", "lo", "root", "tbf", *rule], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["tc", "qdisc", "del", "dev", "lo", "root"], check=True)
-
-
-def loopback_bytes() -> int:
-    """Received by the loopback interface since its start."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        if line.strip().startswith("lo:"):
-            return int(line.split(":")[1].split()[0])
-    raise OSError("no lo in /proc/net/dev")
 
 
 def prompts() -> dict[int, list[int]]:
@@ -179,9 +159,9 @@ def wire_rows(b: Remote, kv: str, rounds: int = 3) -> list[Row]:
     asked_anew(b, prompt, Choice.FETCH)  # opens the link
     pages, wire = blocks_of(WIRE_TOKENS) * b.call("page_bytes"), []
     for _ in range(rounds):
-        before = loopback_bytes()
+        before = received_bytes()
         asked = asked_anew(b, prompt, Choice.FETCH)
-        wire.append(loopback_bytes() - before)
+        wire.append(received_bytes() - before)
         assert asked.bytes_received == pages, (asked, pages)
     sent, bf16 = median(wire), blocks_of(WIRE_TOKENS) * b.call("bf16_page_bytes")
     case = f"wire {kv} {WIRE_TOKENS} tokens"

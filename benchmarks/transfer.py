@@ -1,15 +1,13 @@
 """Throughput of a whole transfer, offer to publication, beside raw sends of its bytes; bytes on the wire.
 
-    scripts/loopback python benchmarks/transfer.py [--json FILE]
-    scripts/loopback sh -c 'tc qdisc add dev lo root tbf rate 10gbit burst 4mb limit 64mb && python ...'
+    scripts/loopback python benchmarks/transfer.py [--links "10 Gb/s" bare] [--json FILE]
 
 Owner and receiver are processes of their own; pages as an 8B model's shard has them (32 layers, 8 kv heads
 of 128), of 2,048 and 8,192 tokens. They are sent a first time, and again, as a shared prefix is: then their
 checksums are known. Raw is gloo alone in the same two processes, as torch sets it up: a group of two, in
 chunks of 4 MB, as many under way as on a link. Bytes are counted by the loopback interface, TCP and IP
-headers and acknowledgements included, which means something only where nothing else uses it: under
-scripts/loopback. The second form shapes the link; without it, both processes' copies and checksums compete
-for cores with the loopback's own copies.
+headers and acknowledgements included. Links are the loopback shaped by `tc` (tbf); `bare` is the loopback as
+it is, itself a copy by the same cores that sum and store.
 """
 
 from __future__ import annotations
@@ -21,13 +19,16 @@ import queue
 import sys
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rows import Row, alternate, median, report
+from loopback import received_bytes, shaped
+from rows import Row, alternate, median, merge, report
 from torch._C._distributed_c10d import PrefixStore
 
 from quire.kernels.formats import layer_formats
@@ -43,7 +44,11 @@ from quire.kvstore.pool import PagePool
 
 HOST, CPU = "127.0.0.1", torch.device("cpu")
 LAYERS, HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
+FORMATS = ("bf16", "int8", "int4")
 SIZES = (32, 128)  # blocks: 2,048 and 8,192 tokens
+LINKS = {"10 Gb/s": (10_000, 9), "5 Gb/s": (5_000, 9), "1 Gb/s": (1_000, 3), "bare": (None, 15)}
+"""Mb/s, and rounds. A round is 7 GB."""
+SHAPED = [link for link, (mbit, _) in LINKS.items() if mbit]
 OWNER, RECEIVER = ReplicaId("owner"), ReplicaId("receiver")
 TARGET = 0.85
 PATIENCE_S = 10.0
@@ -153,15 +158,7 @@ class Raw:
             work.wait()
 
 
-def loopback_bytes() -> int:
-    """Received by the loopback interface since its start."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        if line.strip().startswith("lo:"):
-            return int(line.split(":")[1].split()[0])
-    raise RuntimeError("/proc/net/dev names no loopback interface")
-
-
-def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
+def rows_of(link: str, kv: str, blocks: int, rounds: int) -> list[Row]:
     context, store = multiprocessing.get_context("spawn"), host_store(HOST, PATIENCE_S)
     (ours, theirs), (mine, other) = context.Pipe(), context.Pipe()
     args = (kv, blocks, store.port, theirs, other)
@@ -181,21 +178,21 @@ def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
 
     def raw_s(_: int) -> float:
         tell("raw")
-        before, started = loopback_bytes(), time.perf_counter()
+        before, started = received_bytes(), time.perf_counter()
         raw.move(target_NB)
         seconds = time.perf_counter() - started
-        raw_wire.append(loopback_bytes() - before)
+        raw_wire.append(received_bytes() - before)
         return seconds
 
     def again_s(_: int) -> float:
         node.pool.release(node.pool.allocate(blocks))  # forget what the last round fetched
-        before, started = loopback_bytes(), time.perf_counter()
+        before, started = received_bytes(), time.perf_counter()
         node.exchange.fetch(OWNER, keys, time.monotonic())
         done = node.act()
         while not done:
             done = node.turn()
         seconds = time.perf_counter() - started
-        wire.append(loopback_bytes() - before)
+        wire.append(received_bytes() - before)
         assert (done[0].failure, done[0].blocks) == (None, blocks), done[0].reason
         return seconds
 
@@ -212,16 +209,16 @@ def rows_of(kv: str, blocks: int, rounds: int) -> list[Row]:
     ours.send(None)
     process.join()
     took_s = {way: median(values) for way, values in seconds.items()}
-    return case_rows(kv, node.layout, blocks, took_s, median(wire) + said / len(wire), median(raw_wire))
+    case = f"{link}, {kv}, {blocks} blocks of {node.layout.page_bytes / 1e6:.1f} MB"
+    return case_rows(case, node.layout, blocks, took_s, median(wire) + said / len(wire), median(raw_wire))
 
 
 def case_rows(
-    kv: str, layout: PageLayout, blocks: int, took_s: dict[str, float], wire: float, raw_wire: float
+    case: str, layout: PageLayout, blocks: int, took_s: dict[str, float], wire: float, raw_wire: float
 ) -> list[Row]:
     """Seconds by way and bytes at the interface, against raw gloo and the pages' bytes."""
     size = blocks * layout.page_bytes
     bf16_size = blocks * replace(layout, layers=layer_formats("bf16", LAYERS)).page_bytes
-    case = f"{kv}, {blocks} blocks of {layout.page_bytes / 1e6:.1f} MB"
     raw_s = took_s.pop("raw")
     return [
         *(
@@ -236,13 +233,20 @@ def case_rows(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Transfers beside raw sends, and bytes on the wire.")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--links", nargs="+", choices=LINKS, default=SHAPED)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cases = [(kv, blocks) for kv in ("bf16", "int8", "int4") for blocks in SIZES]
-    rows = [row for kv, blocks in cases for row in rows_of(kv, blocks, args.rounds)]
-    report(rows, args.json)
+    rows: list[Row] = []
+    for link in args.links:
+        mbit, rounds = LINKS[link]
+        with shaped(mbit) if mbit else nullcontext():
+            for kv, blocks in product(FORMATS, SIZES):
+                case = rows_of(link, kv, blocks, rounds)
+                report(case, None)
+                rows += case
+        if args.json:  # what is measured is kept
+            merge(rows, args.json)
     slow = [row.case for row in rows if row.metric == "gb_per_s" and row.ratio < TARGET]
     if slow:
         print(f"below {TARGET:.0%} of raw: {'; '.join(slow)}")
