@@ -31,6 +31,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.groups import PAIR_KEYS, Pair, join_store, reason_of
 from quire.kvstore.streams import Body, Stream
+from quire.kvstore.threads import give_way
 from quire.kvstore.transport import Endpoint, Sink, Source, Ticket
 
 _SOON_S, _LOOK_S = 0.0002, 0.01
@@ -156,6 +157,8 @@ class Link(ABC, Generic[Body]):
             if self._here.device.type == "cuda":  # beside the steps, not between them
                 stack.enter_context(torch.cuda.device(self._here.device))
                 stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self._here.device)))
+            else:
+                give_way()
             while not self._closed:
                 self._turn()
 

@@ -34,6 +34,7 @@ from quire.kvstore.messages import (
 )
 from quire.kvstore.prefix_index import PageId
 from quire.kvstore.slices import PageSlice, page_slices
+from quire.kvstore.threads import give_way
 from quire.kvstore.transport import Ticket, Transport
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
@@ -140,7 +141,7 @@ class _Sums:
     """
 
     def __init__(self) -> None:
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="quire-sums")
+        self._worker = ThreadPoolExecutor(1, "quire-sums", initializer=give_way)
         self._known: dict[tuple[PageId, int, int], tuple[int, Future[int]]] = {}
         """Generation and sum, by page, first head and number of heads."""
 
