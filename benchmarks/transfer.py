@@ -227,7 +227,7 @@ def case_rows(
         ),
         Row(case, "raw_wire_bytes", raw_wire, "bytes", "page bytes", raw_wire / size),
         Row(case, "wire_bytes", wire, "bytes", "page bytes", wire / size),
-        Row(case, "wire_bytes", wire, "bytes", "bf16 pages", wire / bf16_size),
+        Row(case, "wire_bytes_of_bf16", wire, "bytes", "bf16 pages", wire / bf16_size),
     ]
 
 
