@@ -14,19 +14,17 @@ TCP and IP headers and control messages included, both directions.
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from engine import longer_model
 from loopback import received_bytes, shaped
-from rows import Row, alternate, median, merge, report
+from rows import Row, median, merge, report
 from store_replica import Asked, DirectoryProcess, Remote
 
 from quire.kvstore.cost import Choice
@@ -42,18 +40,19 @@ LINKS = {
 """Pages and Mb/s. On the last one, with the largest pages, computing short prompts is sooner. Slower links do
 not serve: at 40 Mb/s chunks of 4 MB are not through in the second that a link grants them."""
 LEARNING_ROUNDS = 1
-ROUNDS = 21
-"""Medians of seven fetches of 40 to 100 ms differed by up to a fifth of each other."""
-SLOW_MBIT, SLOW_ROUNDS = 100, 7
-EVERY, LONG_EVERY, LONG_TOKENS = 3, 9, 8192
-"""Recomputing takes seconds and is far from fetching on fast links: it is measured in every third round, long
-prompts in every ninth. On the slow link the longest prompt is asked in every third round only."""
+ROUNDS, EVERY, LONG_EVERY, LONG_TOKENS = 45, 9, 15, 8192
+"""A fetch of 30 to 200 ms varies by a fifth. Recomputing takes seconds and is far from fetching on fast
+links: it is measured in every ninth round, long prompts in every 15th."""
+SLOW_MBIT, SLOW_ROUNDS, SLOW_EVERY = 100, 7, 3
+"""On the slow link the longest prompt is asked in every third round only."""
 PAGE_TOKENS, POOL_BYTES = 64, 256 << 20
 PATIENCE_S = 30.0
 WIRE_TOKENS = 2048
 TARGET_CHOICE, TARGET_WIRE = 1.10, 1.01
 TARGET_OF_BF16 = {"int8": 0.52, "int4": 0.29}
 MODES = {"fetch": Choice.FETCH, "recompute": Choice.RECOMPUTE, "chosen": None}
+
+Answers = dict[int, list[Asked]]
 
 
 @contextmanager
@@ -102,34 +101,13 @@ def blocks_of(tokens: int) -> int:
 def link_rows(b: Remote, kv: str, link: str, rounds: int) -> list[Row]:
     """Every length at one link's speed, once the choice has learned."""
     b.call("learn_anew")
-    texts = prompts()
     for _ in range(LEARNING_ROUNDS):
-        for prompt in texts.values():
+        for prompt in prompts().values():
             asked_anew(b, prompt, None)
-    chosen_by: dict[int, list[Asked]] = {n: [] for n in LENGTHS}
-    slow = LINKS[link][1] <= SLOW_MBIT
-
-    def once(tokens: int, mode: str, number: int) -> float:
-        if number % _every(tokens, mode, slow):
-            return math.nan
-        asked = asked_anew(b, texts[tokens], MODES[mode])
-        found = blocks_of(tokens) * PAGE_TOKENS
-        if mode == "chosen":
-            chosen_by[tokens].append(asked)
-        else:
-            if asked.cached_tokens != (found if mode == "fetch" else 0):
-                print(f"{link} {tokens} tokens: {mode} failed, {asked}", flush=True)
-                return math.nan
-        return asked.first_token_s
-
-    calls = {f"{n} {mode}": partial(once, n, mode) for n in LENGTHS for mode in MODES}
-    seconds = {
-        call: [value for value in values if not math.isnan(value)]
-        for call, values in alternate(calls, rounds).items()
-    }
+    seconds, chosen_by = in_rounds(b, link, rounds)
     rows = []
     for n in LENGTHS:
-        fetch, recompute, chosen = (median(seconds[f"{n} {mode}"]) * 1e3 for mode in MODES)
+        fetch, recompute, chosen = (median(seconds[n, mode]) * 1e3 for mode in MODES)
         case = f"fetch {kv} {link} {n} tokens"
         count = len(chosen_by[n])
         times = sum(asked.cached_tokens > 0 for asked in chosen_by[n])
@@ -145,11 +123,33 @@ def link_rows(b: Remote, kv: str, link: str, rounds: int) -> list[Row]:
     return rows
 
 
+def in_rounds(b: Remote, link: str, rounds: int) -> tuple[dict[tuple[int, str], list[float]], Answers]:
+    """Seconds by length and mode, and what became of the choices."""
+    texts = prompts()
+    chosen_by: Answers = {n: [] for n in LENGTHS}
+    seconds: dict[tuple[int, str], list[float]] = {(n, mode): [] for n in LENGTHS for mode in MODES}
+    slow, orders = LINKS[link][1] <= SLOW_MBIT, random.Random(0)
+    for number in range(rounds):
+        for n in orders.sample(LENGTHS, len(LENGTHS)):
+            for mode in orders.sample(list(MODES), len(MODES)):  # next to each other: a machine's pace drifts
+                if number % _every(n, mode, slow):
+                    continue
+                asked = asked_anew(b, texts[n], MODES[mode])
+                wanted = {"fetch": blocks_of(n) * PAGE_TOKENS, "recompute": 0}.get(mode)
+                if wanted is None:
+                    chosen_by[n].append(asked)
+                elif asked.cached_tokens != wanted:
+                    print(f"{link} {n} tokens: {mode} failed, {asked}", flush=True)
+                    continue
+                seconds[n, mode].append(asked.first_token_s)
+    return seconds, chosen_by
+
+
 def _every(tokens: int, mode: str, slow: bool) -> int:
     """In which rounds it is measured."""
     long = tokens >= LONG_TOKENS
     if slow:
-        return EVERY if tokens > LONG_TOKENS else 1
+        return SLOW_EVERY if tokens > LONG_TOKENS else 1
     return 1 if mode != "recompute" else LONG_EVERY if long else EVERY
 
 
