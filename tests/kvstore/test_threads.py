@@ -7,7 +7,6 @@ import pytest
 
 from quire.kvstore.threads import give_way
 
-
 pytestmark = pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="scheduling policies are Linux's")
 
 
