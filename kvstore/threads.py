@@ -12,5 +12,6 @@ def give_way() -> None:
     Their share of time stays the same. The threads of a transfer wake each other for every piece of it: where
     there are few cores, the switches cost more than waiting for one's turn (docs/performance.md).
     """
-    with suppress(AttributeError, OSError):  # not Linux, or not allowed: all is right, and slower
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    if hasattr(os, "SCHED_BATCH"):  # Linux
+        with suppress(OSError):  # not allowed: all is right, and slower
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

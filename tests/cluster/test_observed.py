@@ -253,6 +253,7 @@ def test_it_is_noticed_that_prompts_begin_alike_no_more(stage: Stage):
     tokens = "ray_quire_prompt_tokens_total"
     hits = f'sum(rate({tokens}{{source!="computed"}}[{WINDOW}])) / sum(rate({tokens}[{WINDOW}]))'
     while "QuireHitRateCollapsed" not in stage.fired:
+        assert time.monotonic() < deadline, f"it did not fire, {sorted(stage.fired)} did"
         with stage.load(shared_prefixes, 6):
             while not stage.prometheus.query(f"{hits} > 0.5"):
                 assert time.monotonic() < deadline, stage.prometheus.query(hits)
