@@ -286,11 +286,8 @@ class InLink(Link[Sink]):
                 self._changed.wait()
         if self._closed:
             return None
-        self._said("generation")  # or the store has to be met again
-        if self._store is None:
-            self._store = self._here.meeting(self._here.endpoint, self._peer)
-        start = self._start(self._store)
-        if start is None:
+        start = self._start()
+        if start is None or self._store is None:
             return None
         ticket, generation, sizes = start
         if generation < self._generation:  # from a thread that the sender had given up
@@ -308,29 +305,27 @@ class InLink(Link[Sink]):
             self._connect(self._store, generation, 1)
         return self._current
 
-    def _start(self, store: Store) -> tuple[Ticket, int, str] | None:
+    def _start(self) -> tuple[Ticket, int, str] | None:
         """What the sender sends now: ticket, generation, sizes. Its stream, if any, becomes the current one.
 
         A sender may be faster than the message that announces it, so that its stream is waited for; but
         where it has started another one since, the first is over.
         """
-        start = self._pop(store)
+        start = self._wait_for_start()
         if start is None:
             return None
         end_s = time.monotonic() + self._patience_s / 2
         while True:
-            while store.queue_len("starts"):
-                start = store.queue_pop("starts")
             ticket, generation, sizes = start.decode().split()
             if self._begin(Ticket(int(ticket))) or self._closed or time.monotonic() > end_s:
                 return Ticket(int(ticket)), int(generation), sizes
+            start = self._pop() or start
 
-    def _pop(self, store: Store) -> bytes | None:
+    def _wait_for_start(self) -> bytes | None:
         """The next start, as long as a stream waits for one. Asks often at first, then less."""
         pause_s = _SOON_S
         while not self._closed:
-            if store.queue_len("starts"):
-                start: bytes = store.queue_pop("starts")
+            if (start := self._pop()) is not None:
                 return start
             with self._changed:
                 if not self._waiting:
@@ -338,6 +333,18 @@ class InLink(Link[Sink]):
                 self._changed.wait(pause_s)
             pause_s = min(1.5 * pause_s, _LOOK_S)
         return None
+
+    def _pop(self) -> bytes | None:
+        """The next start, if there is one. A connection that was reset, by idleness mostly, is made anew."""
+        if self._store is None:
+            self._store = self._here.meeting(self._here.endpoint, self._peer)
+        try:
+            return self._store.queue_pop("starts", block=False)
+        except dist.QueueEmptyError:
+            return None
+        except RuntimeError:
+            self._store = None
+            return None
 
     def _put_back(self) -> None:
         with self._changed:

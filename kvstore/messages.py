@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache, partial
 from types import UnionType
 from typing import Any, NewType, Union, get_args, get_origin, get_type_hints
 
@@ -202,31 +204,43 @@ def from_bytes(data: bytes) -> Any:
     """What `to_bytes` was given. Raises ValueError for anything else."""
     try:
         fields_of = json.loads(data)
-        return _build(_KINDS[fields_of.pop("kind")], fields_of)
+        return _reader(_KINDS[fields_of.pop("kind")])(fields_of)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a message of the store: {data[:80]!r}") from error
 
 
-def _build(kind: Any, raw: dict[str, Any]) -> Any:
-    hints = get_type_hints(kind)
-    values = {f.name: _value(hints[f.name], raw.pop(f.name)) for f in fields(kind)}
+@cache
+def _reader(hint: Any) -> Callable[[Any], Any]:
+    """What makes a value of this type of its JSON, worked out once: that takes longer than most messages.
+
+    It raises what `from_bytes` expects.
+    """
+    hint = getattr(hint, "__supertype__", hint)  # of a NewType
+    if get_origin(hint) is tuple:
+        item = _reader(get_args(hint)[0])
+        return lambda raw: tuple(map(item, raw))
+    if get_origin(hint) in (Union, UnionType):
+        some = _reader(get_args(hint)[0])
+        return lambda raw: None if raw is None else some(raw)
+    if is_dataclass(hint):
+        return partial(
+            _read_fields, hint, {name: _reader(kind) for name, kind in get_type_hints(hint).items()}
+        )
+    if hint is bytes:
+        return bytes.fromhex
+    if hint is Cause:
+        return Cause
+    return partial(_read_plain, hint)
+
+
+def _read_fields(kind: Any, readers: Mapping[str, Callable[[Any], Any]], raw: dict[str, Any]) -> Any:
+    values = {name: read(raw.pop(name)) for name, read in readers.items()}
     if raw:
         raise TypeError(f"{kind.__name__} has no {', '.join(raw)}")
     return kind(**values)
 
 
-def _value(hint: Any, raw: Any) -> Any:
-    hint = getattr(hint, "__supertype__", hint)  # of a NewType
-    if get_origin(hint) is tuple:
-        return tuple(_value(get_args(hint)[0], item) for item in raw)
-    if get_origin(hint) in (Union, UnionType):
-        return None if raw is None else _value(get_args(hint)[0], raw)
-    if is_dataclass(hint):
-        return _build(hint, raw)
-    if hint is bytes:
-        return bytes.fromhex(raw)
-    if hint is Cause:
-        return Cause(raw)
+def _read_plain(hint: Any, raw: Any) -> Any:
     if not isinstance(raw, (int, float) if hint is float else hint):
         raise TypeError(f"{raw!r} is not {hint.__name__}")
     if hint is float and not math.isfinite(raw):
