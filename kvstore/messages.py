@@ -130,6 +130,24 @@ Order = SendPages | ReceivePages
 
 
 @dataclass(frozen=True, slots=True)
+class CompletePages:
+    """For every shard: these pages hold complete blocks now, which peers may come to ask for."""
+
+    pages: tuple[PageId, ...]
+    generations: tuple[int, ...]
+
+    def to_bytes(self) -> bytes:
+        """All pages, then all generations, as little-endian int64."""
+        return np.array([self.pages, self.generations], dtype="<i8").tobytes()
+
+    @staticmethod
+    def from_bytes(data: bytes | memoryview) -> CompletePages:
+        """The inverse of `to_bytes`."""
+        pages, generations = np.frombuffer(data, dtype="<i8").reshape(2, -1).tolist()
+        return CompletePages(tuple(pages), tuple(generations))
+
+
+@dataclass(frozen=True, slots=True)
 class Moved:
     """A shard's report: its part of an order is over, and it touches those pages no more."""
 

@@ -25,6 +25,7 @@ from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.messages import (
     CHECKSUM_WORD,
     HEADER_BYTES,
+    CompletePages,
     Moved,
     Order,
     ReceivePages,
@@ -70,6 +71,26 @@ class PageMover:
         self._pool, self._transport, self._limit = pool, transport, limit
         self._chunk_bytes = chunk_bytes or CHUNK_BYTES[pool.pool_NB.device.type]
         self._sums = _Sums()
+        slices = page_slices(pool.tp, pool.tp, pool.kv_heads, pool.layout.head_bytes)
+        self._whole = next(s for s in slices if s.destination == pool.rank)
+        """What goes of each page to a replica of as many shards: all."""
+
+    @property
+    def sums_ahead(self) -> bool:
+        """Whether `sum_ahead` does anything: small pages are summed while they are packed, and a GPU sums as
+        fast as it reads.
+        """
+        return not self._pool.pool_NB.is_cuda and _alone(self._whole, self._chunk_bytes)
+
+    def sum_ahead(self, complete: CompletePages) -> list[Future[int]]:
+        """Begin the checksums for which replicas of as many shards will ask, beside the steps."""
+        if not self.sums_ahead:
+            return []
+        heads = (self._whole.first_head, self._whole.heads)
+        pages = zip(complete.pages, complete.generations, strict=True)
+        return [
+            self._sums.of(page, generation, heads, self._pool.pool_NB[page]) for page, generation in pages
+        ]
 
     def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None:
         """Begin, and report from some other thread when this shard's part is over.
@@ -98,6 +119,11 @@ class PageMover:
         return len(order.pages) * piece.size_bytes, future
 
 
+def _alone(piece: PageSlice, chunk_bytes: int) -> bool:
+    """Whether each page is a chunk by itself."""
+    return 2 * piece.size_bytes > chunk_bytes
+
+
 class _Pages:
     """The pages of one order, as far as one slice goes, cut into chunks.
 
@@ -113,8 +139,7 @@ class _Pages:
         self._order, self._piece = order, piece
         self._pages_M = torch.tensor(order.pages, device=device)
         self._headers_MW = torch.from_numpy(headers).to(device)
-        self._alone = 2 * piece.size_bytes > chunk_bytes
-        """Each page is a chunk by itself."""
+        self._alone = _alone(piece, chunk_bytes)
         in_place = self._alone and device.type != "cuda"
         self.rooms: Sequence[Tensor] = [self._bytes_NB[p] for p in order.pages] if in_place else []
         self._step = 1 if self._alone else round(chunk_bytes / piece.size_bytes)
@@ -137,7 +162,7 @@ class _Pages:
 class _Sums:
     """Checksums of large pages, by a thread of its own: gloo sends in the thread that asks it to.
 
-    Those of pages that were sent before are kept: what a page holds in one generation never changes.
+    They are kept: what a page holds in one generation never changes.
     """
 
     def __init__(self) -> None:

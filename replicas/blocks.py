@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from quire.kvstore.host_tier import Copies, HostTier
 from quire.kvstore.keys import BlockKey
+from quire.kvstore.messages import CompletePages
 from quire.kvstore.pool import PagePool
 from quire.kvstore.prefix_index import PageId
 from quire.replicas.sequence import Sequence
@@ -18,7 +19,7 @@ from quire.replicas.sharing import Alone, BlockSharing
 
 
 class Copier(Protocol):
-    """Who copies pages on all shards, at its place among the steps."""
+    """Who copies and sums pages on all shards, at its place among the steps."""
 
     @property
     def num_pages(self) -> int: ...
@@ -32,6 +33,9 @@ class Copier(Protocol):
 
     def promote(self, copies: Copies) -> None:
         """Pages from host memory."""
+
+    def sum_ahead(self, complete: CompletePages) -> None:
+        """Have the checksums of these ready for neighbours."""
 
 
 class BlockStore:
@@ -64,6 +68,8 @@ class BlockStore:
         """These blocks are complete: sequences and neighbours may have them."""
         for key, page in blocks:
             self.pool.publish(key, page)
+        pages = tuple(page for _, page in blocks)
+        self._copier.sum_ahead(CompletePages(pages, tuple(map(self.pool.generation, pages))))
         self.sharing.published([key for key, _ in blocks])
 
     def withdraw(self, seq: Sequence, pages: Iterable[PageId]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from quire.kvstore.groups import host_store
 from quire.kvstore.host_tier import Copies
 from quire.kvstore.links import LinkConfig
-from quire.kvstore.messages import Moved, Order
+from quire.kvstore.messages import CompletePages, Moved, Order
 from quire.kvstore.transport import Endpoint
 from quire.replicas.collectives import TensorParallelGroup
 from quire.replicas.config import EngineConfig
@@ -73,7 +73,7 @@ class _Job:
     """A message to all ranks, with the promise of what comes of it here."""
 
     kind: Kind
-    body: StepBatch | NumberedOrder | Copies | None = None
+    body: StepBatch | NumberedOrder | Copies | CompletePages | None = None
     logits: Future[Tensor] = field(default_factory=Future)
 
     def to_bytes(self) -> bytes:
@@ -231,6 +231,15 @@ class Executor:
         elif copies.pages:
             self._jobs.put(_Job(Kind.PROMOTE, copies))
 
+    def sum_ahead(self, complete: CompletePages) -> None:
+        """Have every shard begin the checksums for which other replicas will ask, where they take time."""
+        if not (complete.pages and self._pages.sums_ahead):
+            return
+        if self._thread is None:
+            self._pages.sum_ahead(complete)
+        else:
+            self._jobs.put(_Job(Kind.SUM, complete))
+
     def check(self) -> None:
         """Raises ReplicaDied when a shard is known to be dead or to hang."""
         if self._failure is None and self._thread and (text := self._launcher.failure()):
@@ -285,3 +294,5 @@ class Executor:
                 self._pages.demote(copies)
             case Kind.PROMOTE, Copies() as copies:
                 self._pages.promote(copies)
+            case Kind.SUM, CompletePages() as complete:
+                self._pages.sum_ahead(complete)

@@ -22,6 +22,7 @@ from torch._C._distributed_c10d import Store
 from quire.kvstore.groups import join_store
 from quire.kvstore.host_tier import Copies
 from quire.kvstore.links import LinkConfig
+from quire.kvstore.messages import CompletePages
 from quire.kvstore.transport import Endpoint
 from quire.replicas.collectives import TensorParallelGroup
 from quire.replicas.config import EngineConfig
@@ -62,6 +63,7 @@ class Kind(IntEnum):
     ORDER = 3  # a NumberedOrder
     DEMOTE = 4  # Copies
     PROMOTE = 5  # Copies
+    SUM = 6  # CompletePages
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,3 +171,5 @@ def _serve(shard: Shard, pages: ShardStore, group: TensorParallelGroup, store: S
                 pages.demote(Copies.from_bytes(body))
             case Kind.PROMOTE:
                 pages.promote(Copies.from_bytes(body))
+            case Kind.SUM:
+                pages.sum_ahead(CompletePages.from_bytes(body))

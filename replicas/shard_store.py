@@ -14,7 +14,7 @@ from quire.kvstore.bandwidth import Bandwidth
 from quire.kvstore.host_tier import Copies, HostPages
 from quire.kvstore.link_transport import LinkTransport
 from quire.kvstore.links import LinkConfig
-from quire.kvstore.messages import Moved, Order
+from quire.kvstore.messages import CompletePages, Moved, Order
 from quire.kvstore.mover import CHUNK_BYTES, PageMover, ShardPool
 from quire.kvstore.transport import Endpoint, Transport
 from quire.replicas.config import EngineConfig
@@ -69,6 +69,16 @@ class ShardStore:
         """Host to pool, likewise."""
         assert self._host_pages is not None, "a copy from a host tier without slots"
         self._host_pages.promote(copies)
+
+    @property
+    def sums_ahead(self) -> bool:
+        """Whether `sum_ahead` does anything; the same on all shards."""
+        return self._mover is not None and self._mover.sums_ahead
+
+    def sum_ahead(self, complete: CompletePages) -> None:
+        """Begin the checksums of pages, for other replicas."""
+        assert self._mover is not None, "checksums without links"
+        self._mover.sum_ahead(complete)
 
     def close(self) -> None:
         """End all transfers and listen no more. May be called twice."""

@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -140,6 +141,45 @@ def test_a_byte_of_a_large_page_that_changed_in_the_owners_memory_is_noticed():
     settled(owner, *others)
     for peer in (owner, *others):
         peer.close()
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_sums_that_were_made_ahead_are_not_made_again_for_as_many_shards(tp, monkeypatch):
+    """On 8 shards every head lies on two. Other sizes ask for other parts of a page, summed then."""
+    size = {"chunk_bytes": ALONE // 8, "timeout_s": 5.0, "patience_s": 2.0}
+    owner, equal = (StorePeer(ReplicaId(name), tp=tp, **size) for name in ("owner", "equal"))
+    other = StorePeer(ReplicaId("other"), tp=4, **size)
+    owner.cache(KEYS)
+    for mover_ in owner.movers:
+        wait(mover_.sum_ahead(owner.complete(KEYS)))
+    made: list[Tensor] = []
+    monkeypatch.setattr(
+        mover, "_sum", lambda bytes_B: made.append(bytes_B) or int(checksum_pages(bytes_B[None]))
+    )
+    assert fetch(equal, owner, KEYS).failure is None
+    assert equal.holds(KEYS)
+    assert made == []
+    assert fetch(other, owner, KEYS).failure is None
+    assert other.holds(KEYS)
+    assert bool(made) == (tp < 4)  # 8 shards and 4 send single heads alike
+    for peer in (owner, equal, other):
+        peer.close()
+
+
+def test_a_byte_that_changed_since_its_sum_was_made_ahead_is_noticed():
+    owner, receiver = (StorePeer(ReplicaId(name), chunk_bytes=ALONE) for name in ("owner", "receiver"))
+    page = owner.cache(KEYS)[2]
+    wait(owner.movers[0].sum_ahead(owner.complete(KEYS)))
+    owner.shards[0].pool_NB[page, 5] ^= 1
+    assert fetch(receiver, owner, KEYS).failure is Cause.CHECKSUM
+    settled(owner, receiver)
+    owner.close()
+    receiver.close()
+
+
+def test_nothing_is_summed_ahead_where_pages_are_packed(peers):
+    assert not peers[0].movers[0].sums_ahead
+    assert peers[0].movers[0].sum_ahead(peers[0].complete(KEYS)) == []
 
 
 def test_sums_that_are_slow_make_a_transfer_slow_and_do_not_fail_it(monkeypatch):

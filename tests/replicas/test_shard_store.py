@@ -21,10 +21,11 @@ from store_peers import keys_of
 from tiny_models import Chunk, make_model, reference_logits, some_tokens, step_of, tiny_config
 from torch import Tensor
 
+from quire.kvstore import mover
 from quire.kvstore.failures import Cause
 from quire.kvstore.host_tier import Copies, SlotId
 from quire.kvstore.links import LinkConfig
-from quire.kvstore.messages import Moved, ReceivePages, ReplicaId, SendPages, TransferId
+from quire.kvstore.messages import CompletePages, Moved, ReceivePages, ReplicaId, SendPages, TransferId
 from quire.kvstore.prefix_index import PageId
 from quire.kvstore.slices import shard_heads
 from quire.replicas import executor as executor_module
@@ -65,12 +66,13 @@ class Replica:
 
     def __init__(self, config: EngineConfig, links: LinkConfig | None = LINKS, launcher=None) -> None:
         self.pools: dict[int, Tensor] = {}
+        self.stores: dict[int, ShardStore] = {}
         outer = self
 
         class Seen(ShardStore):
             def __init__(self, shard, config, rank, **options) -> None:
                 super().__init__(shard, config, rank, **options)
-                outer.pools[rank] = shard.pool
+                outer.pools[rank], outer.stores[rank] = shard.pool, self
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shard_process, "ShardStore", Seen)
@@ -176,6 +178,26 @@ def test_a_peer_that_sends_nothing_costs_no_step_and_every_shard_reports_in_time
         assert 0.9 < time.monotonic() - started_s < 2.0
         assert 5 < steps < 1000
         assert [moved.failure for moved in replica.reported()] == [Cause.DEADLINE] * tp
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_every_shard_sums_complete_pages_ahead(llama, tp, monkeypatch):
+    """A byte that one of them changes afterwards is noticed at the first transfer."""
+    monkeypatch.setitem(mover.CHUNK_BYTES, "cpu", 1000)  # so that these pages are large
+    with Replica(config_of(llama, tp)) as owner, Replica(config_of(llama, tp)) as receiver:
+        owner.executor.run(WRITE)
+        owner.executor.sum_ahead(CompletePages((), ()))
+        owner.executor.sum_ahead(CompletePages(tuple(map(PageId, PAGES_A)), (4, 5)))
+        until(lambda: all(sums_known(store) == 2 for store in owner.stores.values()))
+        owner.pools[tp - 1][PAGES_A[1], 7] ^= 1
+        transfer = TransferId(next(_transfers))
+        receiver.receive(owner, transfer)
+        owner.send(receiver, transfer)
+        assert [moved.failure for moved in receiver.reported()] == [None] * (tp - 1) + [Cause.CHECKSUM]
+
+
+def sums_known(store: ShardStore) -> int:
+    return sum(future.done() for _, future in store._mover._sums._known.values())
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -22,7 +22,7 @@ from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.link_transport import LinkTransport
 from quire.kvstore.links import LinkConfig
-from quire.kvstore.messages import Message, Moved, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.messages import CompletePages, Message, Moved, ReplicaId, from_bytes, to_bytes
 from quire.kvstore.mover import PageMover, ShardPool
 from quire.kvstore.pool import PagePool
 from quire.kvstore.slices import shard_heads
@@ -150,6 +150,12 @@ class StorePeer:
             self.pool.publish(key, page)
         self.pool.release(pages)
         return list(pages)
+
+    def complete(self, keys: Sequence[BlockKey]) -> CompletePages:
+        """What a replica tells its shards of blocks that it has just published."""
+        pages = tuple(self.pool.share(keys))
+        self.pool.release(pages)
+        return CompletePages(pages, tuple(map(self.pool.generation, pages)))
 
     def holds(self, keys: Sequence[BlockKey]) -> bool:
         """All these blocks are here, and every byte of them on every shard is right."""
