@@ -12,22 +12,26 @@
 // lane's P is a combination of the three, and no word is multiplied. (ZFS's fletcher_4 goes the same way.)
 class Checksum {
   static constexpr uint64_t ROW = LANES / 2;  // sums as wide as a register: GCC keeps wider ones in memory
-  typedef uint32_t Words __attribute__((vector_size(ROW * sizeof(uint32_t))));
-  typedef uint64_t Sums __attribute__((vector_size(ROW * sizeof(uint64_t))));
 
  public:
-  static constexpr int64_t ROW_BYTES = sizeof(Words);
+  static constexpr int64_t ROW_BYTES = sizeof(U_half);
 
   explicit Checksum(int64_t page_bytes) : words_(page_bytes / sizeof(uint32_t)) {}
 
   void add_rows(const uint8_t* bytes, int64_t size) {
-    Sums words = words_sum_, once = once_, twice = twice_;
-    for (int64_t at = 0; at < size; at += ROW_BYTES) {
-      __builtin_prefetch(bytes + at + AHEAD);
-      words += __builtin_convertvector(load<Words>(bytes + at), Sums);
+    U64 words = words_sum_, once = once_, twice = twice_;
+    const auto add = [&](int64_t at) {
+      words += widen(load<U_half>(bytes + at));
       once += words;
       twice += once;
+    };
+    int64_t at = 0;
+    for (; at + LINE <= size; at += LINE) {
+      __builtin_prefetch(bytes + at + AHEAD);
+#pragma GCC unroll 8
+      for (int64_t row = 0; row < LINE; row += ROW_BYTES) add(at + row);
     }
+    for (; at < size; at += ROW_BYTES) add(at);
     words_sum_ = words, once_ = once, twice_ = twice;
   }
 
@@ -45,6 +49,7 @@ class Checksum {
   }
 
  private:
+  static constexpr int64_t LINE = 64;     // bytes of the processor's cache, at most two rows
   static constexpr int64_t AHEAD = 8192;  // bytes: the hardware's own reading ahead ends with every 4096
 
   static uint64_t weight(uint64_t x) { return (4 * x + 6) * x + 1; }
@@ -53,7 +58,7 @@ class Checksum {
   }
 
   int64_t words_;
-  Sums words_sum_{}, once_{}, twice_{};
+  U64 words_sum_{}, once_{}, twice_{};
 };
 
 // Between rows of `pool`, `stride` bytes apart, and the dense rows of `bytes`. What is copied is summed while it is in

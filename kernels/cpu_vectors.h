@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __FMA__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -26,6 +26,8 @@ typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t U16 __attribute__((vector_size(2 * LANES)));  // as many lanes of 16 bits
+typedef uint32_t U_half __attribute__((vector_size(2 * LANES)));  // half as many
+typedef uint64_t U64 __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U4 __attribute__((vector_size(16)));
 typedef uint32_t U8 __attribute__((vector_size(32)));
 
@@ -34,7 +36,19 @@ template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v
 template <class V, class W> inline V bits(W w) { static_assert(sizeof(V) == sizeof(W)); return load<V>(&w); }
 
 inline F splat(float x) { return x - F{}; }
+
+// What holds numbers of twice the size: one instruction, of which GCC 12 makes four.
+#if LANES == 16
+inline U widen(U16 u) { return (U)_mm512_cvtepu16_epi32((__m256i)u); }
+inline U64 widen(U_half u) { return (U64)_mm512_cvtepu32_epi64((__m256i)u); }
+#elif LANES == 8
+inline U widen(U16 u) { return (U)_mm256_cvtepu16_epi32((__m128i)u); }
+inline U64 widen(U_half u) { return (U64)_mm256_cvtepu32_epi64((__m128i)u); }
+#else
 inline U widen(U16 u) { return __builtin_convertvector(u, U); }
+inline U64 widen(U_half u) { return __builtin_convertvector(u, U64); }
+#endif
+
 inline F max(F a, F b) { return a > b ? a : b; }
 
 inline F fma(F a, F b, F c) {
