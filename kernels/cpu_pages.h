@@ -49,7 +49,7 @@ class Checksum {
   }
 
  private:
-  static constexpr int64_t LINE = 64;     // bytes of the processor's cache, at most two rows
+  static constexpr int64_t LINE = 64;     // bytes of the processor's cache, at least two rows
   static constexpr int64_t AHEAD = 8192;  // bytes: the hardware's own reading ahead ends with every 4096
 
   static uint64_t weight(uint64_t x) { return (4 * x + 6) * x + 1; }

@@ -186,14 +186,6 @@ class Link(ABC, Generic[Body]):
         if self._current is not None:
             self._current.end(error)
 
-    def _said(self, key: str) -> bool:
-        """Whether the store has `key`. A connection that was reset while the link was idle is given up."""
-        try:
-            return self._store is not None and self._store.check([key])
-        except RuntimeError:
-            self._store = None
-            return False
-
     def _connect(self, store: Store, generation: int, rank: int) -> None:
         here, group = self._here, PrefixStore(str(generation), store)
         self._generation = generation
@@ -242,7 +234,7 @@ class OutLink(Link[Source]):
         stream = self._current
         if stream.ended:
             return None
-        if self._said(f"dropped/{self._generation}"):
+        if self._was_dropped():
             self._drop_pair()
         if self._store is None:
             self._drop_pair()
@@ -260,6 +252,14 @@ class OutLink(Link[Source]):
         if fresh:
             self._connect(self._store, self._generation, 0)
         return stream
+
+    def _was_dropped(self) -> bool:
+        """By the receiver. A connection that was reset while the link was idle is given up."""
+        try:
+            return self._store is not None and self._store.check([f"dropped/{self._generation}"])
+        except RuntimeError:
+            self._store = None
+            return False
 
     def _move(self, stream: Stream[Source], pair: Pair) -> None:
         body, under_way = stream.body, deque[dist.Work]()
@@ -287,7 +287,7 @@ class InLink(Link[Sink]):
         if self._closed:
             return None
         start = self._start()
-        if start is None or self._store is None:
+        if start is None:
             return None
         ticket, generation, sizes = start
         if generation < self._generation:  # from a thread that the sender had given up
@@ -295,14 +295,14 @@ class InLink(Link[Sink]):
             return None
         if generation != self._generation:
             self._drop_pair()
-            self._store.delete_key(f"dropped/{self._generation}")
+            self._meet().delete_key(f"dropped/{self._generation}")
             self._generation = generation
         if self._current is None:
             raise TransferFailed(Cause.DEADLINE, f"stream {ticket} came when nobody waited for it any more")
         if sizes != _digest(self._current.body.sizes):
             raise TransferFailed(Cause.HEADER, f"stream {ticket} has other chunks than were agreed")
         if self._pair is None:
-            self._connect(self._store, generation, 1)
+            self._connect(self._meet(), generation, 1)
         return self._current
 
     def _start(self) -> tuple[Ticket, int, str] | None:
@@ -316,10 +316,11 @@ class InLink(Link[Sink]):
             return None
         end_s = time.monotonic() + self._patience_s / 2
         while True:
+            while (newer := self._pop()) is not None:
+                start = newer
             ticket, generation, sizes = start.decode().split()
             if self._begin(Ticket(int(ticket))) or self._closed or time.monotonic() > end_s:
                 return Ticket(int(ticket)), int(generation), sizes
-            start = self._pop() or start
 
     def _wait_for_start(self) -> bytes | None:
         """The next start, as long as a stream waits for one. Asks often at first, then less."""
@@ -335,16 +336,19 @@ class InLink(Link[Sink]):
         return None
 
     def _pop(self) -> bytes | None:
-        """The next start, if there is one. A connection that was reset, by idleness mostly, is made anew."""
-        if self._store is None:
-            self._store = self._here.meeting(self._here.endpoint, self._peer)
+        """The next start, if there is one. A connection that was reset, mostly while idle, is given up."""
         try:
-            return self._store.queue_pop("starts", block=False)
+            return self._meet().queue_pop("starts", block=False)
         except dist.QueueEmptyError:
             return None
         except RuntimeError:
             self._store = None
             return None
+
+    def _meet(self) -> Store:
+        if self._store is None:
+            self._store = self._here.meeting(self._here.endpoint, self._peer)
+        return self._store
 
     def _put_back(self) -> None:
         with self._changed:

@@ -14,7 +14,6 @@ And once, from a replica that is scaled in, to those that stay: Leaving, which t
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache, partial
@@ -210,6 +209,7 @@ def header_part(word: int) -> str:
 
 # ---- bytes ----------------------------------------------------------------------------------------------
 
+_MOST = 1 << 63
 _KINDS = {kind.__name__: kind for kind in (*get_args(Message), *get_args(Order), Moved)}
 
 
@@ -223,7 +223,7 @@ def from_bytes(data: bytes) -> Any:
     try:
         fields_of = json.loads(data)
         return _reader(_KINDS[fields_of.pop("kind")])(fields_of)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a message of the store: {data[:80]!r}") from error
 
 
@@ -261,6 +261,6 @@ def _read_fields(kind: Any, readers: Mapping[str, Callable[[Any], Any]], raw: di
 def _read_plain(hint: Any, raw: Any) -> Any:
     if not isinstance(raw, (int, float) if hint is float else hint):
         raise TypeError(f"{raw!r} is not {hint.__name__}")
-    if hint is float and not math.isfinite(raw):
-        raise TypeError(f"{raw!r} is no number of seconds")
+    if hint in (int, float) and not 0 <= raw < _MOST:  # all of them count something; no NaN is either
+        raise TypeError(f"{raw!r} is no number of a message")
     return raw

@@ -34,7 +34,7 @@ from quire.kvstore.messages import (
     page_headers,
 )
 from quire.kvstore.prefix_index import PageId
-from quire.kvstore.slices import PageSlice, page_slices
+from quire.kvstore.slices import PageSlice, page_slices, shard_heads
 from quire.kvstore.threads import give_way
 from quire.kvstore.transport import Ticket, Transport
 
@@ -71,25 +71,23 @@ class PageMover:
         self._pool, self._transport, self._limit = pool, transport, limit
         self._chunk_bytes = chunk_bytes or CHUNK_BYTES[pool.pool_NB.device.type]
         self._sums = _Sums()
-        slices = page_slices(pool.tp, pool.tp, pool.kv_heads, pool.layout.head_bytes)
-        self._whole = next(s for s in slices if s.destination == pool.rank)
-        """What goes of each page to a replica of as many shards: all."""
 
     @property
-    def sums_ahead(self) -> bool:
-        """Whether `sum_ahead` does anything: small pages are summed while they are packed, and a GPU sums as
-        fast as it reads.
-        """
-        return not self._pool.pool_NB.is_cuda and _alone(self._whole, self._chunk_bytes)
+    def worth_summing_ahead(self) -> bool:
+        """Small pages are summed while they are packed, and a GPU sums as fast as it reads."""
+        pool = self._pool
+        return not pool.pool_NB.is_cuda and _alone(pool.layout.page_bytes, self._chunk_bytes)
 
     def sum_ahead(self, complete: CompletePages) -> list[Future[int]]:
-        """Begin the checksums for which replicas of as many shards will ask, beside the steps."""
-        if not self.sums_ahead:
+        """Begin the checksums for which replicas of as many shards will ask, if they are worth it."""
+        if not self.worth_summing_ahead:
             return []
-        heads = (self._whole.first_head, self._whole.heads)
-        pages = zip(complete.pages, complete.generations, strict=True)
+        pool = self._pool
+        held = shard_heads(pool.rank, pool.tp, pool.kv_heads)
+        heads = (held.start, len(held))
         return [
-            self._sums.of(page, generation, heads, self._pool.pool_NB[page]) for page, generation in pages
+            self._sums.ahead(page, generation, heads, pool.pool_NB[page])
+            for page, generation in zip(complete.pages, complete.generations, strict=True)
         ]
 
     def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None:
@@ -119,9 +117,9 @@ class PageMover:
         return len(order.pages) * piece.size_bytes, future
 
 
-def _alone(piece: PageSlice, chunk_bytes: int) -> bool:
-    """Whether each page is a chunk by itself."""
-    return 2 * piece.size_bytes > chunk_bytes
+def _alone(size_bytes: int, chunk_bytes: int) -> bool:
+    """Whether each page, or what goes of it, is a chunk by itself."""
+    return 2 * size_bytes > chunk_bytes
 
 
 class _Pages:
@@ -139,7 +137,7 @@ class _Pages:
         self._order, self._piece = order, piece
         self._pages_M = torch.tensor(order.pages, device=device)
         self._headers_MW = torch.from_numpy(headers).to(device)
-        self._alone = _alone(piece, chunk_bytes)
+        self._alone = _alone(piece.size_bytes, chunk_bytes)
         in_place = self._alone and device.type != "cuda"
         self.rooms: Sequence[Tensor] = [self._bytes_NB[p] for p in order.pages] if in_place else []
         self._step = 1 if self._alone else round(chunk_bytes / piece.size_bytes)
@@ -159,27 +157,41 @@ class _Pages:
         return self._headers_MW[part, CHECKSUM_WORD]
 
 
-class _Sums:
-    """Checksums of large pages, by a thread of its own: gloo sends in the thread that asks it to.
+_SumName = tuple[PageId, int, int]
+"""Page, first head, number of heads."""
 
-    They are kept: what a page holds in one generation never changes.
+
+class _Sums:
+    """Checksums of large pages, by threads of their own: gloo sends in the thread that asks it to.
+
+    They are kept: what the page of a complete block holds in one generation never changes.
     """
 
     def __init__(self) -> None:
-        self._worker = ThreadPoolExecutor(1, "quire-sums", initializer=give_way)
-        self._known: dict[tuple[PageId, int, int], tuple[int, Future[int]]] = {}
-        """Generation and sum, by page, first head and number of heads."""
+        self._workers = [ThreadPoolExecutor(1, "quire-sums", initializer=give_way) for _ in range(2)]
+        """For sums that a transfer waits for, and for those made ahead, of which many may be in line."""
+        self._known: dict[_SumName, tuple[int, Future[int]]] = {}
+        self._ahead: dict[_SumName, tuple[int, Future[int]]] = {}
+        """Generation and sum; nobody has asked for these yet."""
 
     def of(self, page: PageId, generation: int, heads: tuple[int, int], bytes_B: Tensor) -> Future[int]:
         name = (page, *heads)
         known = self._known.get(name)
         if known is None or known[0] != generation:
-            known = self._known[name] = generation, self._begin(bytes_B)
+            known = self._ahead.pop(name, None)
+            if known is None or known[0] != generation or known[1].cancel():  # it has not begun
+                known = generation, self._begin(bytes_B)
+            self._known[name] = known
         return known[1]
+
+    def ahead(self, page: PageId, generation: int, heads: tuple[int, int], bytes_B: Tensor) -> Future[int]:
+        future = self._workers[1].submit(_sum, bytes_B)
+        self._ahead[page, *heads] = generation, future
+        return future
 
     def _begin(self, bytes_B: Tensor) -> Future[int]:
         if not bytes_B.is_cuda:
-            return self._worker.submit(_sum, bytes_B)
+            return self._workers[0].submit(_sum, bytes_B)
         done: Future[int] = Future()
         done.set_result(_sum(bytes_B))  # in the link's stream: beside the steps, not between them
         return done

@@ -233,7 +233,7 @@ class Executor:
 
     def sum_ahead(self, complete: CompletePages) -> None:
         """Have every shard begin the checksums for which other replicas will ask, where they take time."""
-        if not (complete.pages and self._pages.sums_ahead):
+        if not (complete.pages and self._pages.worth_summing_ahead):
             return
         if self._thread is None:
             self._pages.sum_ahead(complete)

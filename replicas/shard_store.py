@@ -71,9 +71,9 @@ class ShardStore:
         self._host_pages.promote(copies)
 
     @property
-    def sums_ahead(self) -> bool:
-        """Whether `sum_ahead` does anything; the same on all shards."""
-        return self._mover is not None and self._mover.sums_ahead
+    def worth_summing_ahead(self) -> bool:
+        """The same on all shards."""
+        return self._mover is not None and self._mover.worth_summing_ahead
 
     def sum_ahead(self, complete: CompletePages) -> None:
         """Begin the checksums of pages, for other replicas."""

@@ -152,6 +152,18 @@ def test_a_sink_that_refuses_a_chunk_ends_the_stream_and_the_next_generation_wor
     assert sink.holds(2)
 
 
+def test_a_receiver_that_comes_late_joins_what_the_sender_does_now(ends):
+    """A long step kept it from its orders: the sender has given up its first streams by then."""
+    sender, receiver = ends
+    for ticket in range(6):
+        sender.send(receiver.endpoint, Ticket(ticket), Numbers(SIZES, ticket), 10)
+    time.sleep(1.5 * QUICK.operation_timeout_s)
+    sinks = [Collect(SIZES) for _ in range(6)]
+    received = [receiver.receive(sender.endpoint, Ticket(t), sink, 10) for t, sink in enumerate(sinks)]
+    received[-1].result(10)
+    assert sinks[-1].holds(5)
+
+
 def test_chunks_of_other_sizes_than_were_agreed_are_not_received(ends):
     received = ends[1].receive(ends[0].endpoint, Ticket(1), Collect(SIZES), 5)
     ends[0].send(ends[1].endpoint, Ticket(1), Numbers((*SIZES[:-1], 30_002)), 5)

@@ -67,6 +67,11 @@ def test_a_message_is_the_same_after_its_bytes(message):
         b'{"kind": "Done", "transfer": 7, "more": 1}',
         b'{"kind": "Released", "transfer": 7, "held": 1}',
         b'{"kind": "Refuse", "transfer": 7, "cause": "moon", "reason": ""}',
+        b'{"kind": "Done", "transfer": -7}',
+        b'{"kind": "Accept", "transfer": 7, "generations": [%d], "endpoints": [], "lease_s": 1}' % 2**64,
+        b'{"kind": "Accept", "transfer": 7, "generations": [1], "endpoints": [], "lease_s": %d}' % 10**400,
+        b'{"kind": "Accept", "transfer": 7, "generations": [1], "endpoints": [], "lease_s": NaN}',
+        b"[" * 100_000,
     ],
 )
 def test_anything_else_is_refused(data):

@@ -178,7 +178,7 @@ def test_a_byte_that_changed_since_its_sum_was_made_ahead_is_noticed():
 
 
 def test_nothing_is_summed_ahead_where_pages_are_packed(peers):
-    assert not peers[0].movers[0].sums_ahead
+    assert not peers[0].movers[0].worth_summing_ahead
     assert peers[0].movers[0].sum_ahead(peers[0].complete(KEYS)) == []
 
 
@@ -196,6 +196,30 @@ def test_sums_that_are_slow_make_a_transfer_slow_and_do_not_fail_it(monkeypatch)
     monkeypatch.setattr(mover, "checksum_pages", slowly)
     assert fetch(receiver, owner, KEYS).failure is None
     assert receiver.holds(KEYS)
+    owner.close()
+    receiver.close()
+
+
+def test_sums_made_ahead_keep_no_transfer_waiting(monkeypatch):
+    """As many as a long prefix has that came back from host memory, all before what a peer asks for."""
+
+    def slowly(bytes_B: Tensor) -> int:
+        time.sleep(0.1)
+        return int(checksum_pages(bytes_B[None]))
+
+    monkeypatch.setattr(mover, "_sum", slowly)
+    owner, receiver = (
+        StorePeer(ReplicaId(name), chunk_bytes=ALONE, patience_s=0.5) for name in ("owner", "receiver")
+    )
+    others = keys_of(40, seed=1)
+    owner.cache(others)
+    owner.cache(KEYS)
+    ahead = owner.movers[0].sum_ahead(owner.complete(others + KEYS))
+    assert fetch(receiver, owner, KEYS).failure is None
+    assert receiver.holds(KEYS)
+    assert not ahead[len(others) - 1].done()
+    for future in ahead:
+        future.cancel()
     owner.close()
     receiver.close()
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 from recall import mixed_prompts
 
+from quire.kvstore.host_tier import Copies
+from quire.kvstore.keys import KeySpace, extend_chain
+from quire.kvstore.messages import CompletePages
 from quire.replicas import LLM, EngineConfig, PoolConfig, SamplingParams, SchedulerConfig
+from quire.replicas.blocks import BlockStore
 from quire.replicas.load import load_engine, load_tokenizer
 from quire.replicas.request import Output, Request, RequestId
 
@@ -26,6 +31,33 @@ def ask(llm: LLM, prompt: list[int]):
     (completion,) = llm.generate([prompt], GREEDY)
     llm.check()
     return completion
+
+
+class Shards:
+    """Who is told to copy and to sum."""
+
+    num_pages, host_slots = 2, 2
+
+    def __init__(self) -> None:
+        self.summed: list[CompletePages] = []
+
+    def demote(self, copies: Copies) -> None: ...
+    def promote(self, copies: Copies) -> None: ...
+    def sum_ahead(self, complete: CompletePages) -> None:
+        self.summed.append(complete)
+
+
+def test_shards_sum_what_is_complete_and_what_came_back():
+    shards, keys = Shards(), extend_chain(KeySpace(b"l", b"m", b"t").root(), list(range(32)), 16)
+    blocks = BlockStore(shards, None)
+    pages = blocks.pool.allocate(2)
+    blocks.publish(list(zip(keys, pages, strict=True)))
+    assert shards.summed == [CompletePages(tuple(pages), (1, 1))]
+    blocks.pool.release(pages)
+    blocks.pool.release(blocks.pool.allocate(2))  # they go to host memory
+    blocks.find(SimpleNamespace(shareable_keys=lambda: keys, brought_back=False))
+    back = blocks.pool.share(keys)
+    assert shards.summed[1:] == [CompletePages(tuple(back), (3, 3))]
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -197,7 +197,7 @@ def test_every_shard_sums_complete_pages_ahead(llama, tp, monkeypatch):
 
 
 def sums_known(store: ShardStore) -> int:
-    return sum(future.done() for _, future in store._mover._sums._known.values())
+    return sum(future.done() for _, future in list(store._mover._sums._ahead.values()))
 
 
 @pytest.mark.parametrize("tp", [1, 2])
