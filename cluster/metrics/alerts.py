@@ -241,8 +241,10 @@ def _store(t: Tuning, s: Scope) -> tuple[Alert, ...]:
             expression=f"{each.increase(c.FETCH_FAILURES, cause='checksum')} > 0",
             hold="0s",
             summary="replica {{ $labels.replica }} received blocks whose checksum did not match",
-            action="They were thrown away and computed. Bytes changed between two nodes' memories: check "
-            "the network cards and the memory of the replica and of its peers.",
+            action="They were thrown away and computed. Bytes changed on the way or in the memory of a "
+            "peer, since it had computed them: check the network cards and the memory of the replica and "
+            "of its peers. (A process of a peer that stood still for longer than its lease looks like this, "
+            "too.)",
         ),
         Alert(
             name="QuireHitRateCollapsed",

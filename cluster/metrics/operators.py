@@ -266,7 +266,7 @@ _TRANSFERS = Row(
     "Transfers between replicas",
     "Blocks that replicas fetch from each other. Failures cost no request: the blocks are computed. "
     "`refused` and `busy` are normal in small numbers; `deadline` and `peer` mean slow links or dying "
-    "replicas; `checksum` means that bytes changed on the way.",
+    "replicas; `checksum` means that bytes changed on the way or in the owner.",
     (
         Panel(
             "Bytes",
