@@ -79,8 +79,7 @@ def test_a_replica_struck_in_any_state_costs_its_peer_one_transfer(me, side, sta
         else:
             me.cache(KEYS)
             other.tell("fetch", KEYS)
-            other.drive(lambda: ended(other.process), LIMIT_S)
-        assert ended(other.process)
+        other.drive(lambda: ended(other.process), LIMIT_S)  # its pipe may end a moment before it does
         other.drive(lambda: me.pool.used == 0, 2 * GPU_PATIENCE_S["timeout_s"])
         me.check()
     me.fetched.clear()

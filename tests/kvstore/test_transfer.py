@@ -71,8 +71,7 @@ def test_a_replica_struck_in_any_state_costs_its_peer_one_transfer(me, third, si
         else:
             me.cache(KEYS)
             other.tell("fetch", KEYS)
-            other.drive(lambda: ended(other.process))
-        assert ended(other.process)
+        other.drive(lambda: ended(other.process))  # its pipe may end a moment before it does
         other.drive(lambda: me.pool.used == 0, 3)  # a lease of 2 s at most
         me.check()
         keys = KEYS if side == "owner" else keys_of(5, seed=9)
