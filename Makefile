@@ -22,8 +22,8 @@ wheel: $(VENV)/.runtime
 	rm -rf dist
 	$(BIN)/pip wheel -q --no-deps -w dist .
 
-# Two halves beside each other, each on a network of its own: what starts Ray, and the rest. The rest computes on one
-# thread: a cluster that gets no core in time loses its deadlines, and so do transfers between starved processes.
+# Two halves beside each other, each on a network of its own: what starts Ray, and the rest, which mostly waits, by two
+# processes of one thread: a cluster that gets no core in time loses its deadlines.
 test: $(VENV)/.dev
 	$(MAKE) -j 2 --output-sync=target test-ray test-rest
 
@@ -31,7 +31,7 @@ test-ray: $(VENV)/.dev
 	scripts/loopback $(BIN)/pytest $(PYTEST_ARGS) -m ray
 
 test-rest: $(VENV)/.dev
-	OMP_NUM_THREADS=1 scripts/loopback $(BIN)/pytest $(PYTEST_ARGS) -m "not ray"
+	OMP_NUM_THREADS=1 scripts/loopback $(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS) -m "not ray"
 
 # Hosts in namespaces of their own, which must not lie in those of scripts/loopback: sshd wants to be root for real.
 on-prem: $(VENV)/.dev

@@ -168,8 +168,9 @@ class _Sums:
     """
 
     def __init__(self) -> None:
-        self._workers = [ThreadPoolExecutor(1, "quire-sums", initializer=give_way) for _ in range(2)]
-        """For sums that a transfer waits for, and for those made ahead, of which many may be in line."""
+        self._asked_worker = ThreadPoolExecutor(1, "quire-sums", initializer=give_way)
+        self._ahead_worker = ThreadPoolExecutor(1, "quire-sums-ahead", initializer=give_way)
+        """Many may be in line there; no transfer waits for that."""
         self._known: dict[_SumName, tuple[int, Future[int]]] = {}
         self._ahead: dict[_SumName, tuple[int, Future[int]]] = {}
         """Generation and sum; nobody has asked for these yet."""
@@ -185,13 +186,13 @@ class _Sums:
         return known[1]
 
     def ahead(self, page: PageId, generation: int, heads: tuple[int, int], bytes_B: Tensor) -> Future[int]:
-        future = self._workers[1].submit(_sum, bytes_B)
+        future = self._ahead_worker.submit(_sum, bytes_B)
         self._ahead[page, *heads] = generation, future
         return future
 
     def _begin(self, bytes_B: Tensor) -> Future[int]:
         if not bytes_B.is_cuda:
-            return self._workers[0].submit(_sum, bytes_B)
+            return self._asked_worker.submit(_sum, bytes_B)
         done: Future[int] = Future()
         done.set_result(_sum(bytes_B))  # in the link's stream: beside the steps, not between them
         return done
