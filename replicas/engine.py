@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -40,7 +41,7 @@ from quire.replicas.request import (
     RequestId,
 )
 from quire.replicas.sampler import Sampled, needs_tokens, start_sampling
-from quire.replicas.scheduler import SchedulerState, SeqId, StepPlan, plan_step
+from quire.replicas.scheduler import SchedulerState, SeqId, StepPlan, candidates, plan_step
 from quire.replicas.sequence import Progress, Sequence
 from quire.replicas.sharing import Alone, BlockSharing
 from quire.replicas.step_clock import Part
@@ -87,7 +88,7 @@ class Engine:
         self._meter = Meter(
             self._blocks, max_running=scheduler.max_running, page_tokens=info.page_tokens, clock=clock
         )
-        self._waiting: dict[SeqId, Sequence] = {}  # in order of arrival
+        self._waiting: dict[SeqId, Sequence] = {}
         self._running: dict[SeqId, Sequence] = {}
         self._launched: LaunchedStep | None = None
         self.stalled = False
@@ -209,26 +210,29 @@ class Engine:
     # ---- before the step
 
     def _state(self) -> SchedulerState:
-        slots = max(self._limits.max_running - len(self._running), 0)
-        ready = (seq for seq in self._waiting.values() if not self._sharing.holds_back(seq.id))
-        first = sorted(ready, key=lambda seq: -seq.request.priority)[:slots]
-        return SchedulerState(
+        """Blocks are looked up for those waiting sequences only that the step can reach."""
+        ready = [seq for seq in self._waiting.values() if not self._sharing.holds_back(seq.id)]
+        state = SchedulerState(
             running=[seq.as_running(self.info.max_model_tokens) for seq in self._running.values()],
-            waiting=[seq.as_waiting(*self._blocks.find(seq)) for seq in first],
+            waiting=[seq.as_waiting(seq.found_blocks) for seq in ready],
             available_pages=self._pool.available,
             page_tokens=self.info.page_tokens,
             max_running=self._limits.max_running,
             max_step_tokens=self._max_step_tokens,
         )
+        reached = [self._waiting[seq.id] for seq in candidates(state)[: self._limits.max_running]]
+        return replace(state, waiting=[seq.as_waiting(*self._blocks.find(seq)) for seq in reached])
 
     def _carry_out(self, plan: StepPlan) -> list[Job]:
         """Move sequences and pages as planned. Cached blocks are taken before anything can evict them."""
         for seq_id in plan.preempt:
             seq = self._running.pop(seq_id)
             self._pool.release(seq.drop_pages())
-            self._waiting = {seq_id: seq, **self._waiting}
+            self._waiting[seq_id] = seq
         for seq_id in plan.admit:
             seq = self._waiting.pop(seq_id)
+            for other in self._waiting.values():
+                other.overtaken += other.id < seq_id
             self._running[seq_id] = seq
             seq.hold(self._pool.share(seq.shareable_keys()))
             seq.computed = len(seq.pages) * self.info.page_tokens

@@ -1,18 +1,34 @@
 """Which sequences the next step advances, and by how many tokens.
 
-Pure: values in, a value out; no clock, lock, tensor or pool. `engine.py` carries the plan out.
+Pure: values in, a value out; no clock, lock, tensor or pool. `engine.py` executes the plan.
 
-Decoding sequences go first, then the chunks of prompts, both in order of priority and arrival, up to a
-token budget. When pages run short, the least important sequence gives its pages back and waits again.
+**Order.** Higher priority first, then earlier arrival. Slots and pages are granted in this order. A waiting
+sequence may take them from running ones of lower priority, which then wait again. A sequence that
+`MAX_OVERTAKEN` later arrivals have overtaken is overdue: it comes before all that are not, in order of
+arrival, and never gives way to them.
+
+**Budget.** Each decoding sequence gets its one token. A quarter of the remaining token budget goes to the
+oldest prompt. The rest goes by priority, and within a priority to the prompts with the fewest tokens left to
+compute, so that short prompts pass long ones.
+
+**Bound.** Nothing starves, whatever arrives: a sequence is overtaken at most `MAX_OVERTAKEN` times, and the
+oldest prompt of n tokens is computed within 4 n / budget steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NewType
+from typing import NewType, TypeVar
 
 SeqId = NewType("SeqId", int)
+"""Counted up: of two sequences, the one with the smaller id arrived earlier."""
+
+MAX_OVERTAKEN = 64
+"""Later arrivals that may be admitted before a waiting sequence."""
+
+_OLDEST_PROMPT_SHARE = 4
+"""The oldest prompt gets one part in this many of the prompts' budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +43,31 @@ class Running:
     """How many of them have their KV in pages."""
     pages: int
     """Pages it holds."""
+    overdue: bool = False
+
+    @property
+    def left(self) -> int:
+        """Known tokens that are not computed yet; a decoding sequence has one."""
+        return self.tokens - self.computed
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A sequence that holds nothing yet, or nothing any more."""
+    """A sequence that holds no pages: it is new, or was preempted."""
 
     id: SeqId
     priority: int
     tokens: int
-    cached_pages: int
+    cached_pages: int = 0
     """Leading full blocks found in the pool; they need not be computed."""
-    idle_pages: int
-    """How many of those nobody uses: taking them makes them unavailable to others."""
+    idle_pages: int = 0
+    """How many of those are unused: taking them makes them unavailable to other sequences."""
+    overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerState:
-    """Both lists in order of arrival."""
+    """What a plan is made from."""
 
     running: Sequence[Running]
     waiting: Sequence[Waiting]
@@ -65,7 +88,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Carried out in this order: preempt, admit, work."""
+    """Executed in this order: preempt, admit, work."""
 
     preempt: tuple[SeqId, ...]
     admit: tuple[SeqId, ...]
@@ -73,66 +96,138 @@ class StepPlan:
     """Fewest tokens first."""
 
 
+_Either = TypeVar("_Either", Running, Waiting)
+
+
 def plan_step(state: SchedulerState) -> StepPlan:
-    """Plan one step. Every page the plan needs is available if it is carried out in order.
+    """Plan one step. Every page that the plan needs is available if it is executed in order.
 
     The one exception: pages that a preempted sequence shares with others do not come back. Work that then
-    finds too few pages is left out by whoever carries the plan out, and planned anew.
+    finds too few pages is left out by the engine, and planned again.
     """
-    budget, pages = state.max_step_tokens, state.available_pages
-    work: dict[SeqId, int] = {}
-    holding = {r.id: r for r in sorted(state.running, key=lambda r: -r.priority)}  # stable: arrival
-    preempted: list[SeqId] = []
-    order = sorted(holding.values(), key=lambda r: r.tokens - r.computed > 1)  # decoding first
-    for seq in order:
-        if seq.id not in holding:
-            continue
-        tokens = min(seq.tokens - seq.computed, budget)
-        need = _pages(seq.computed + tokens, state.page_tokens) - seq.pages
-        while need > pages and seq.id in holding:
-            victim = holding.popitem()[1]
-            preempted.append(victim.id)
-            budget += work.get(victim.id, 0)
-            pages += victim.pages + _planned_pages(victim, work.pop(victim.id, 0), state.page_tokens)
-        if seq.id in holding and tokens > 0:
-            work[seq.id] = tokens
-            budget -= tokens
-            pages -= need
-    admitted = [] if preempted else _admit(state, holding, work, budget, pages)
-    tokens_of = work | {w.id: w.tokens for w in admitted}
+    books = _Books(state)
+    for seq in books.in_order():
+        if seq.left == 1:
+            books.grow(seq, 1)
+    if not books.preempted:
+        books.admit(candidates(state))
+    prompts = [seq for seq in books.in_order() if seq.left and seq.id not in books.work]
+    shares = share_budget(prompts, state.max_step_tokens - len(books.work))
+    for seq in prompts:
+        if shares[seq.id]:
+            books.grow(seq, shares[seq.id])
     return StepPlan(
-        preempt=tuple(preempted),
-        admit=tuple(w.id for w in admitted),
-        work=tuple(Work(i, n) for i, n in sorted(tokens_of.items(), key=lambda item: item[1])),
+        preempt=tuple(books.preempted),
+        admit=tuple(seq_id for seq_id in books.admitted if seq_id in books.work),
+        work=tuple(Work(i, n) for i, n in sorted(books.work.items(), key=lambda item: item[1])),
     )
 
 
-def _admit(
-    state: SchedulerState, holding: dict[SeqId, Running], work: dict[SeqId, int], budget: int, pages: int
-) -> list[Work]:
-    """Admit from the head of the queue while all known tokens of all admitted sequences fit the pool."""
-    promised = sum(
-        _pages(seq.tokens, state.page_tokens) - _pages(seq.computed + work.get(seq.id, 0), state.page_tokens)
-        for seq in holding.values()
-        if seq.id in work or seq.tokens > seq.computed
-    )
-    admitted: list[Work] = []
-    for seq in sorted(state.waiting, key=lambda w: -w.priority):
-        need = _pages(seq.tokens, state.page_tokens) - seq.cached_pages + seq.idle_pages
-        full = len(holding) + len(admitted) >= state.max_running
-        if full or budget < 1 or need > pages - promised:
-            break
-        tokens = min(seq.tokens - seq.cached_pages * state.page_tokens, budget)
-        admitted.append(Work(seq.id, tokens))
-        budget -= tokens
-        pages -= need
-    return admitted
+def candidates(state: SchedulerState) -> list[Waiting]:
+    """The waiting sequences that the step's budget would reach if all were admitted, most important first.
+
+    The others need no slot yet; once they are admitted, more of their blocks may be in the pool.
+    """
+    waiting = {seq.id: _as_running(seq, state.page_tokens) for seq in state.waiting}
+    decoding = sum(seq.left == 1 for seq in state.running)
+    prompts = [seq for seq in state.running if seq.left > 1]
+    shares = share_budget([*prompts, *waiting.values()], state.max_step_tokens - decoding)
+    return by_importance(seq for seq in state.waiting if shares[seq.id])
 
 
-def _planned_pages(seq: Running, tokens: int, page_tokens: int) -> int:
-    """Pages the plan had set aside for a sequence's work in this step."""
-    return max(_pages(seq.computed + tokens, page_tokens) - seq.pages, 0) if tokens else 0
+def share_budget(prompts: Sequence[Running], budget: int) -> dict[SeqId, int]:
+    """How many of `budget` tokens each prompt gets: the rule at the top of this file."""
+    shares = {seq.id: 0 for seq in prompts}
+    if not prompts:
+        return shares
+    oldest = min(prompts, key=lambda seq: seq.id)
+    shares[oldest.id] = min(oldest.left, -(-budget // _OLDEST_PROMPT_SHARE))
+    budget -= shares[oldest.id]
+    for seq in sorted(prompts, key=lambda seq: (-seq.priority, seq.left, seq.id)):
+        more = min(seq.left - shares[seq.id], budget)
+        shares[seq.id] += more
+        budget -= more
+    return shares
 
 
-def _pages(tokens: int, page_tokens: int) -> int:
-    return -(-tokens // page_tokens)
+def by_importance(sequences: Iterable[_Either]) -> list[_Either]:
+    """The order in which slots and pages are granted."""
+    return sorted(sequences, key=lambda seq: (not seq.overdue, 0 if seq.overdue else -seq.priority, seq.id))
+
+
+def _as_running(seq: Waiting, page_tokens: int) -> Running:
+    """What a waiting sequence is once it is admitted: the blocks that were found are taken then."""
+    known = seq.cached_pages * page_tokens
+    return Running(seq.id, seq.priority, seq.tokens, known, seq.cached_pages, seq.overdue)
+
+
+class _Books:
+    """Who holds slots and pages while a plan is made."""
+
+    def __init__(self, state: SchedulerState) -> None:
+        self._page_tokens, self._slots = state.page_tokens, state.max_running
+        self._pages = state.available_pages
+        self._holding = {seq.id: seq for seq in by_importance(state.running)}
+        self.work: dict[SeqId, int] = {}
+        self.preempted: list[SeqId] = []
+        self.admitted: list[SeqId] = []
+
+    def in_order(self) -> list[Running]:
+        """Those that hold pages, most important first."""
+        return by_importance(self._holding.values())
+
+    def grow(self, seq: Running, tokens: int) -> None:
+        """Plan the sequence's next tokens; where pages run short, the least important sequence gives way."""
+        while seq.id in self._holding:
+            need = self._count(seq.computed + tokens) - seq.pages
+            if need <= self._pages:
+                self.work[seq.id] = tokens
+                self._pages -= need
+                return
+            self._preempt(self.in_order()[-1])
+
+    def admit(self, waiting: Iterable[Waiting]) -> None:
+        """Admit in order while slots are free and all known tokens of all sequences fit the pool."""
+        free = self._pages - sum(self._claim(seq) - self._held(seq) for seq in self._holding.values())
+        for seq in waiting:
+            need = self._count(seq.tokens) - seq.cached_pages + seq.idle_pages
+            victims = self._victims(seq, need - free)
+            if victims is None:
+                break
+            for victim in victims:
+                self._preempt(victim)
+                free += self._claim(victim)
+            free -= need
+            self._pages -= seq.idle_pages
+            self._holding[seq.id] = _as_running(seq, self._page_tokens)
+            self.admitted.append(seq.id)
+
+    def _victims(self, seq: Waiting, missing_pages: int) -> list[Running] | None:
+        """The fewest sequences that must give way so that `seq` can be admitted; None if that cannot be."""
+        missing_slots = len(self._holding) + 1 - self._slots
+        victims: list[Running] = []
+        while missing_slots > 0 or missing_pages > 0:
+            below = self.in_order()[: len(self._holding) - len(victims)]
+            if not below or below[-1].overdue or below[-1].priority >= seq.priority:
+                return None
+            victims.append(below[-1])
+            missing_slots -= 1
+            missing_pages -= self._claim(below[-1])
+        return victims
+
+    def _claim(self, seq: Running) -> int:
+        """Pages it holds once all its known tokens are computed: they are promised to it."""
+        return max(self._count(seq.tokens), self._held(seq))
+
+    def _preempt(self, seq: Running) -> None:
+        self._pages += self._held(seq)
+        del self._holding[seq.id]
+        self.work.pop(seq.id, None)
+        self.preempted.append(seq.id)
+
+    def _held(self, seq: Running) -> int:
+        """Pages it holds, those of its work in this step included."""
+        return max(self._count(seq.computed + self.work.get(seq.id, 0)), seq.pages)
+
+    def _count(self, tokens: int) -> int:
+        return -(-tokens // self._page_tokens)

@@ -17,7 +17,7 @@ from quire.kvstore.prefix_index import PageId
 from quire.replicas.detokenize import Detokenizer
 from quire.replicas.plan import Ints
 from quire.replicas.request import FinishReason, Request, Timings, TokenLogprob, Usage
-from quire.replicas.scheduler import Running, SeqId, Waiting
+from quire.replicas.scheduler import MAX_OVERTAKEN, Running, SeqId, Waiting
 
 
 @dataclass(eq=False, slots=True)
@@ -92,6 +92,8 @@ class Sequence:
     """That another replica sent while it waited."""
     promoted_blocks: int = 0
     """That came back from host memory when it was last looked for."""
+    overtaken: int = 0
+    """Later arrivals that were admitted while it waited."""
     evictions: int = 0
     """How often it gave its pages back: what a step before that computed is gone."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -120,6 +122,10 @@ class Sequence:
     def length(self) -> int:
         """Tokens, those in flight included."""
         return len(self.tokens) + self.in_flight
+
+    @property
+    def overdue(self) -> bool:
+        return self.overtaken >= MAX_OVERTAKEN
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -204,7 +210,10 @@ class Sequence:
         """A sequence whose last token is in flight has nothing left to compute."""
         limit = min(self.prompt_tokens + self.request.sampling.max_tokens, max_model_tokens)
         known = self.length if self.length < limit else self.computed
-        return Running(self.id, self.request.priority, known, self.computed, len(self.pages))
+        pages = len(self.pages)
+        return Running(self.id, self.request.priority, known, self.computed, pages, self.overdue)
 
-    def as_waiting(self, cached_pages: int, idle_pages: int) -> Waiting:
-        return Waiting(self.id, self.request.priority, self.length, cached_pages, idle_pages)
+    def as_waiting(self, cached_pages: int, idle_pages: int = 0) -> Waiting:
+        """With the leading blocks that are in the pool, and how many of those are unused."""
+        priority = self.request.priority
+        return Waiting(self.id, priority, self.length, cached_pages, idle_pages, self.overdue)

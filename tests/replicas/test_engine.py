@@ -276,6 +276,30 @@ def test_priority_goes_before_arrival(make_engine):
     assert ended == ["c", "a", "b"]
 
 
+def test_a_higher_priority_takes_the_slot_and_the_preempted_answer_stays_right(make_engine):
+    engine = make_engine(max_running=1)
+    engine.add(_request("low", priority=-1, max_tokens=80))
+    engine.step()
+    engine.add(_request("high", (8, 9), max_tokens=2, priority=1))
+    found, order = {"low": [], "high": []}, []
+    while engine.has_work:
+        for event in engine.step():
+            found[event.request_id].append(event)
+            order += [event.request_id] if event.usage else []
+    assert order == ["high", "low"]
+    assert engine.stats().preemptions == 1
+    engine.add(_request("again", max_tokens=80))
+    assert _tokens(_run(engine)["again"])[-70:] == _tokens(found["low"])[-70:]
+
+
+def test_a_short_prompt_has_its_first_token_while_a_long_one_is_computed(make_engine):
+    engine = make_engine(pages=60, max_step_tokens=64)
+    engine.add(_request("long", STORY * 9, max_tokens=1))
+    engine.step()
+    engine.add(_request("short", STORY[:20], max_tokens=1))
+    assert next(iter(_run(engine))) == "short"
+
+
 def test_a_finished_answer_is_found_again_by_the_next_turn(engine):
     engine.add(_request("a", max_tokens=50))
     answer = _tokens(_run(engine)["a"])
