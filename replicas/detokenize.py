@@ -1,30 +1,45 @@
 """Token ids to text, as they arrive: whole characters only, ending before a stop text.
 
-One object per output. The characters themselves are pieced together by `tokenizers`' DecodeStream.
+One object per output; a token costs the same however long the output is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 _CONTEXT_TOKENS = 6
 """Tokens of the prompt the decoder sees first: enough to know whether a word begins with a space."""
+_MAX_PENDING_TOKENS = 8
+"""Tokens that may be inside one character. After more, the bytes form no text and are shown as U+FFFD."""
+_UNKNOWN = "\ufffd"
+
+
+def special_tokens(tokenizer: Tokenizer) -> Mapping[int, str]:
+    """The tokens that are not part of an output's text, and how each is written."""
+    return {i: t.content for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
 
 
 class Detokenizer:
     """Text of one output. `push` tokens until it says that a stop text was reached, then `finish`."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: tuple[str, ...] = (),
+        special: Container[int] | None = None,
+    ) -> None:
+        """`special`: the tokenizer's `special_tokens`, for a caller that has them at hand."""
         self._tokenizer = tokenizer
-        context = list(prompt[-_CONTEXT_TOKENS:])
-        if tokenizer.decode(context).endswith("\ufffd"):  # the prompt ends inside a character
-            context = []
-        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        self._special = special = special_tokens(tokenizer) if special is None else special
         self._stop = stop
         self._held = ""  # text that may be the beginning of a stop text
+        # A decoder's text depends on the tokens before: `_before`'s text was passed on, `_pending`'s was not.
+        self._before = [token for token in prompt[-_CONTEXT_TOKENS:] if token not in special]
+        self._said = self._text(self._before)
+        self._pending: list[int] = []
 
     def push(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
         """Text that is now certain, and whether a stop text was completed (the text ends before it)."""
@@ -37,17 +52,26 @@ class Detokenizer:
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
-    def _decode(self, token: int) -> str:
-        try:
-            return self._stream.step(self._tokenizer, token) or ""
-        except Exception:  # tokenizers has nothing narrower for byte tokens that form no text
-            self._stream = DecodeStream(skip_special_tokens=True)
-            return "\ufffd" + (self._stream.step(self._tokenizer, token) or "")
-
     def finish(self) -> str:
         """What was held back, once no stop text can follow. An incomplete character stays unsaid."""
         text, self._held = self._held, ""
         return text
+
+    def _decode(self, token: int) -> str:
+        """The text of all pending tokens, once they end with a whole character."""
+        if token in self._special:
+            return ""
+        self._pending.append(token)
+        text = self._text(self._before + self._pending)
+        if text.endswith(_UNKNOWN) and len(self._pending) <= _MAX_PENDING_TOKENS:
+            return ""
+        said = self._said if text.startswith(self._said) else self._said.rstrip(_UNKNOWN)
+        self._before, self._pending = self._pending, []
+        self._said = self._text(self._before)
+        return text[len(said) :]
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -23,7 +23,7 @@ from quire.kvstore.pool import PagePool
 from quire.replicas.admission import check_request
 from quire.replicas.blocks import BlockStore, Copier
 from quire.replicas.config import SchedulerConfig
-from quire.replicas.detokenize import Detokenizer
+from quire.replicas.detokenize import Detokenizer, special_tokens
 from quire.replicas.errors import QueueFull, Status
 from quire.replicas.jobs import Job, LaunchedStep, last_rows, lay_out, note_prompt_logprobs, prompt_part
 from quire.replicas.load_report import LoadReport
@@ -45,6 +45,7 @@ from quire.replicas.scheduler import SchedulerState, SeqId, StepPlan, candidates
 from quire.replicas.sequence import Progress, Sequence
 from quire.replicas.sharing import Alone, BlockSharing
 from quire.replicas.step_clock import Part
+from quire.replicas.stopping import StopRules
 
 
 class StepExecutor(Copier, Protocol):
@@ -95,7 +96,8 @@ class Engine:
         """Whether the last step found nothing to compute: what waits, waits for pages or for news."""
         self._next_id = 0
         self._events: list[Event] = []
-        self._end_tokens = frozenset(info.eos_token_ids)
+        self._special = special_tokens(tokenizer) if tokenizer else {}
+        self._stop_rules = StopRules(info.eos_token_ids, self._special)
 
     @property
     def has_work(self) -> bool:
@@ -134,6 +136,7 @@ class Engine:
         check_request(
             request, self.info, pool_pages=self._pool.total, has_tokenizer=self._tokenizer is not None
         )
+        self._stop_rules.check(request.sampling)
 
     def add(self, request: Request) -> None:
         """Queue a valid request. Raises InvalidRequest or QueueFull, and then nothing of it remains."""
@@ -144,7 +147,8 @@ class Engine:
                 f"{self.queued} requests are waiting already, the bound is scheduler.max_queued="
                 f"{self._limits.max_queued}; try again later or add replicas"
             )
-        self._enqueue(Progress.begin(request, self._clock()), 0)
+        end_tokens = self._stop_rules.end_tokens(request.sampling)
+        self._enqueue(Progress.begin(request, end_tokens, self._clock()), 0)
 
     def cancel(self, request_id: RequestId) -> None:
         """End a request; its pages are free before the next step. Unknown ids are ignored.
@@ -274,7 +278,7 @@ class Engine:
             job.seq.computed += job.tokens
         due = [job.seq for job in jobs if job.due]
         self._meter.time.ended(Part.FORWARD)
-        samples = start_sampling(last_rows(jobs, logits_RV), due, self._end_tokens) if due else None
+        samples = start_sampling(last_rows(jobs, logits_RV), due) if due else None
         for seq in due:
             seq.in_flight += 1
         row_of = {seq.id: row for row, seq in enumerate(due)}
@@ -319,7 +323,7 @@ class Engine:
         seq.output_counts[drawn.token] += 1
         progress.output_tokens += 1
         self._meter.counts["output_tokens"] += 1
-        text, seq.finish_reason = seq.text_and_end(drawn.token, self._end_tokens, self.info.max_model_tokens)
+        text, seq.finish_reason = seq.text_and_end(drawn.token, self.info.max_model_tokens)
         if seq.finish_reason is not None:
             self._leave(seq)
             self._meter.finished(progress, now)
@@ -354,7 +358,8 @@ class Engine:
         request = progress.request
         detokenizer = None
         if self._tokenizer is not None:
-            detokenizer = Detokenizer(self._tokenizer, request.prompt, request.sampling.stop)
+            stop = request.sampling.stop
+            detokenizer = Detokenizer(self._tokenizer, request.prompt, stop, self._special)
         seq_id = SeqId(self._next_id)
         self._next_id += 1
         self._waiting[seq_id] = seq = Sequence(

@@ -51,7 +51,7 @@ class Samples:
         ]
 
 
-def start_sampling(logits_RV: Tensor, sequences: Seq[Sequence], end_tokens: frozenset[int]) -> Samples:
+def start_sampling(logits_RV: Tensor, sequences: Seq[Sequence]) -> Samples:
     """Begin to draw one token for each sequence from its row of fp32 logits, which are not read later.
 
     Log-probabilities are taken before temperature, penalties and bans.
@@ -62,7 +62,7 @@ def start_sampling(logits_RV: Tensor, sequences: Seq[Sequence], end_tokens: froz
     if any(map(_adjusts, sequences)):
         adjusted = logits_RV.clone()
         for row, seq in enumerate(sequences):
-            _adjust_(adjusted[row], seq, end_tokens)
+            _adjust_(adjusted[row], seq)
     tokens_R = sample(adjusted, _draws(sequences, params, device))
     results = [tokens_R, logits_RV.amax(-1).isfinite()]
     counts = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
@@ -134,7 +134,7 @@ def _adjusts(seq: Sequence) -> bool:
     return needs_tokens(seq) or seq.output_tokens + seq.in_flight < seq.request.sampling.min_tokens
 
 
-def _adjust_(logits_V: Tensor, seq: Sequence, end_tokens: frozenset[int]) -> None:
+def _adjust_(logits_V: Tensor, seq: Sequence) -> None:
     p, device = seq.request.sampling, logits_V.device
     if needs_tokens(seq):
         output = torch.tensor(list(seq.output_counts), dtype=torch.long, device=device)
@@ -148,4 +148,4 @@ def _adjust_(logits_V: Tensor, seq: Sequence, end_tokens: frozenset[int]) -> Non
             frequency=p.frequency_penalty,
         )
     if seq.output_tokens + seq.in_flight < p.min_tokens:
-        logits_V[list(end_tokens.union(p.stop_token_ids))] = float("-inf")
+        logits_V[list(seq.progress.end_tokens)] = float("-inf")

@@ -25,6 +25,8 @@ class Progress:
     """What the outputs of one request have in common."""
 
     request: Request
+    end_tokens: frozenset[int]
+    """Any of them ends an output that has min_tokens."""
     submitted_s: float
     seed: int
     open: int
@@ -35,11 +37,12 @@ class Progress:
     output_tokens: int = 0
 
     @staticmethod
-    def begin(request: Request, now_s: float) -> Progress:
+    def begin(request: Request, end_tokens: frozenset[int], now_s: float) -> Progress:
         """A request has come."""
         seed = request.sampling.seed
         return Progress(
             request=request,
+            end_tokens=end_tokens,
             submitted_s=now_s,
             seed=secrets.randbits(63) if seed is None else seed,
             open=request.sampling.n,
@@ -169,14 +172,11 @@ class Sequence:
                 yield keys[block], self.pages[block]
             self.published = full
 
-    def text_and_end(
-        self, token: int, end_tokens: frozenset[int], max_model_tokens: int
-    ) -> tuple[str, FinishReason | None]:
+    def text_and_end(self, token: int, max_model_tokens: int) -> tuple[str, FinishReason | None]:
         """What the token, which was appended, adds to the text, and whether the output ends with it."""
         params, text = self.request.sampling, ""
         may_stop = self.output_tokens >= params.min_tokens
-        ends = token in params.stop_token_ids or (token in end_tokens and not params.ignore_eos)
-        if ends and may_stop:
+        if may_stop and token in self.progress.end_tokens:
             return (self.detokenizer.finish() if self.detokenizer else ""), FinishReason.STOP
         if self.detokenizer:
             text, stopped = self.detokenizer.push(token, may_stop=may_stop)

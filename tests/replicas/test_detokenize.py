@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 import quire.replicas
-from quire.replicas.detokenize import Detokenizer
+from quire.replicas.detokenize import Detokenizer, special_tokens
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,59 @@ def test_bytes_that_form_no_text_do_not_end_the_stream():
     detokenizer = Detokenizer(tokenizer, [257])
     said = "".join(detokenizer.push(t)[0] for t in (0x41 + 1, 0xC3 + 1, 257, 257))
     assert said.endswith("bb")
+
+
+def _llama2() -> Tokenizer:
+    """Words begin with ▁, other characters are byte tokens, and a text's first space is dropped."""
+    vocab = {"<unk>": 0} | {f"<0x{b:02X}>": b + 1 for b in range(256)} | {"▁fox": 257, "a": 258}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def test_a_word_after_a_prompt_of_byte_tokens_keeps_its_space():
+    fox_in_bytes = [byte + 1 for byte in "🦊🦊".encode()]
+    detokenizer = Detokenizer(_llama2(), fox_in_bytes)  # the context begins inside the first character
+    assert [detokenizer.push(257)[0] for _ in range(2)] == [" fox", " fox"]
+
+
+def test_a_character_that_the_prompt_began_is_completed_by_the_output():
+    *most, last = [byte + 1 for byte in "🦊".encode()]
+    detokenizer = Detokenizer(_llama2(), [258, *most])
+    assert [detokenizer.push(t)[0] for t in (last, 257)] == ["🦊", " fox"]
+
+
+def test_bytes_that_never_form_a_character_are_shown_as_unknown(tokenizer):
+    *_, last = tokenizer.encode("🦊", add_special_tokens=False).ids
+    detokenizer = Detokenizer(tokenizer, [1])
+    said = "".join(detokenizer.push(last)[0] for _ in range(100))
+    assert set(said) == {"\ufffd"}
+    assert 90 <= len(said) <= 100
+
+
+@pytest.mark.parametrize("text", [" fox", "<|end|>", "🦊"])
+def test_a_token_costs_the_same_however_long_the_output_is(tokenizer, text):
+    class Counting:
+        longest = 0
+
+        def decode(self, tokens, **options):
+            self.longest = max(self.longest, len(tokens))
+            return tokenizer.decode(tokens, **options)
+
+    counting = Counting()
+    detokenizer = Detokenizer(counting, [1], special=special_tokens(tokenizer))
+    *_, token = tokenizer.encode(text, add_special_tokens=False).ids
+    for _ in range(500):
+        detokenizer.push(token)
+    assert counting.longest < 30
+
+
+def test_any_text_comes_out_as_it_went_in(tokenizer):
+    rng = random.Random(1)
+    for _ in range(200):
+        text = " " + "".join(rng.choice(["a", " fox", "é", "日本", "🦊", "\n", "  "]) for _ in range(30))
+        assert "".join(_pieces(tokenizer, text)) == text
 
 
 def test_special_tokens_are_not_text(tokenizer):

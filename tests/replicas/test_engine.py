@@ -16,6 +16,8 @@ from quire.replicas.request import Failure, FinishReason, Output, Request, Reque
 
 TOKENIZER = load_tokenizer("demo")
 STORY = tuple(mixed_prompts(TOKENIZER, [150])[0])
+_TURNS = [{"role": "user", "content": "Hello"}]
+HELLO = tuple(TOKENIZER.apply_chat_template(_TURNS, add_generation_prompt=True, return_dict=False))
 
 
 class _Overlapping:
@@ -166,6 +168,22 @@ def test_no_stop_counts_before_min_tokens(engine):
     outputs = _run(engine)["m"]
     assert len(_tokens(outputs)) >= 20
     assert tokens[0] not in _tokens(outputs)[:19]
+
+
+def test_a_special_token_given_as_a_stop_text_ends_the_output(engine):
+    end = engine.info.eos_token_ids[0]
+    text = TOKENIZER.decode([end])
+    engine.add(_request("a", HELLO, max_tokens=60, stop=(text,)))
+    *_, last = _run(engine)["a"]
+    assert (last.token_ids, last.finish_reason) == ((end,), FinishReason.STOP)
+
+
+def test_an_ignored_end_token_may_come_before_min_tokens(engine):
+    for name, least in [("none", 0), ("all", 40)]:
+        engine.add(_request(name, HELLO, max_tokens=40, min_tokens=least))
+    found = _run(engine)
+    assert _tokens(found["none"]) == _tokens(found["all"])
+    assert engine.info.eos_token_ids[0] in _tokens(found["all"])
 
 
 def test_the_models_longest_sequence_ends_the_output(make_engine):
