@@ -38,11 +38,6 @@ ROUNDS, ROUND_S = 2, 200.0
 WEIGHTS = {
     "default": None,
     "ours": Weights(),
-    "no copies": Weights(copy=float("inf")),
-    "copies at 0.5": Weights(copy=0.5),
-    "copies at 1.5": Weights(copy=1.5),
-    "copies at 3": Weights(copy=3.0),
-    "copies at 6": Weights(copy=6.0),
     "delay at 0": Weights(delay=0.0),
     "delay at 1": Weights(delay=1.0),
 }

@@ -140,7 +140,7 @@ ROUTES = _gateway(
     Kind.COUNTER,
     "requests",
     "Choices of a replica, by reason: prefix (soonest, and it holds some of the prompt), load (soonest, "
-    "and it holds none), copy (others hold or compute it, and one more copy costs less than waiting), only "
+    "and it holds none), copy (idle while another one computes the same prefix: it computes it too), only "
     "(there was no other), blind (nothing is known), fallback (choosing failed, any was taken)",
     "reason",
 )

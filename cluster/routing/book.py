@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from threading import Lock
 
 from quire.cluster.routing.prefixes import MAX_BLOCKS, KnownBlocks
-from quire.cluster.routing.rents import Rents
 from quire.cluster.routing.score import Candidate, Prediction, Prompt, Reason, Weights, rank
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 from quire.replicas.load_report import LoadReport
@@ -83,9 +82,6 @@ class Route:
         self.reason = Reason.FALLBACK
         self.best: Prediction | None = None
         self.prediction: Prediction | None = None
-        self.held: BlockKey | None = None
-        """The last block of what the replica with most of the prompt has of it."""
-        self.rent_s = 0.0
         self.replica_id = ""
         self.call = 0
         self.chosen_s = 0.0
@@ -150,7 +146,6 @@ class Routes:
         self._lock = Lock()
         self._replicas: dict[str, _Known] = {}
         self._page_tokens = 0
-        self._rents = Rents()
         self._decisions: Counter[Reason] = Counter()
         self._scoring_s = self._predicted_s = self._actual_s = self._error_s = 0.0
         self._predicted = self._expected_cached = 0
@@ -240,12 +235,8 @@ class Routes:
             route.candidates = {c.replica_id: c for c in self._candidates(route, names, began_s)}
             prompt = Prompt(len(route.token_ids), self._page_tokens or 1)
             draw = [self._random.random() for _ in names]
-            route.held = self._held(route)
-            paid_s = self._rents.paid_s(route.held) if route.held else 0.0
-            ranking = rank(prompt, list(route.candidates.values()), draw, self._weights, paid_s)
-            route.reason, route.best, route.rent_s = ranking.reason, ranking.best, ranking.rent_s
-            if route.held and route.reason is Reason.COPY:
-                self._rents.bought(route.held)  # or all that are ranked before it is reserved would go
+            ranking = rank(prompt, list(route.candidates.values()), draw, self._weights)
+            route.reason, route.best = ranking.reason, ranking.best
             order = (*ranking.order, *(name for name in replicas if name not in names))
             self._count_at(route, order[0])
             route.scoring_s = self._clock() - began_s
@@ -262,8 +253,7 @@ class Routes:
                 known.chosen *= _CHOSEN_MEMORY
             known = self._known(replica_id)
             known.chosen += 1
-            self._pay(route, replica_id)
-            self._use(known, self._chain(route, known))
+            known.blocks.used(self._chain(route, known))
             self._decisions[route.reason] += 1
             self._scoring_s += route.scoring_s
             self._expected_cached += route.prediction.cached_tokens if route.prediction else 0
@@ -291,7 +281,7 @@ class Routes:
                 chain = self._chain(route, known)
                 parent = chain[-1] if chain else known.keys.root(route.tenant)
                 rest = [*route.token_ids[len(chain) * self._page_tokens :], *output_ids]
-                self._use(known, [*chain, *extend_chain(parent, rest[:-1], self._page_tokens)])
+                known.blocks.used([*chain, *extend_chain(parent, rest[:-1], self._page_tokens)])
 
     # ---- under the lock
 
@@ -318,28 +308,6 @@ class Routes:
             root = known.keys.root(route.tenant)
             route.chains[known.keys] = extend_chain(root, route.token_ids[:found], self._page_tokens)
         return route.chains[known.keys]
-
-    def _use(self, known: _Known, chain: Sequence[BlockKey]) -> None:
-        if forgotten := known.blocks.used(chain):
-            held = sum(len(known.blocks) for known in self._replicas.values())
-            self._rents.turned(forgotten / max(held, 1))
-
-    def _held(self, route: Route) -> BlockKey | None:
-        holder = max(route.candidates.values(), key=lambda c: c.known_blocks)
-        if not holder.known_blocks:
-            return None
-        return self._chain(route, self._replicas[holder.replica_id])[holder.known_blocks - 1]
-
-    def _pay(self, route: Route, replica_id: str) -> None:
-        """Rent where the prefix is; elsewhere it is computed once more, and nothing is owed for it."""
-        if route.held is None or replica_id not in route.candidates:
-            return
-        most = max(c.known_blocks for c in route.candidates.values())
-        if route.candidates[replica_id].known_blocks == most:
-            if route.rent_s:
-                self._rents.pay(route.held, route.rent_s)
-        else:
-            self._rents.bought(route.held)
 
     def _candidates(self, route: Route, names: Sequence[str], now_s: float) -> Iterable[Candidate]:
         alone = len(names) == 1

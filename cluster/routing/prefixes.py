@@ -37,16 +37,14 @@ class KnownBlocks:
         """Leading blocks of a prompt that are thought to be there."""
         return bisect_left(chain, True, key=lambda key: key[:_HINT_BYTES] not in self._hints)
 
-    def used(self, chain: Sequence[BlockKey]) -> int:
-        """The replica computes or reads these; so many others are forgotten for them."""
+    def used(self, chain: Sequence[BlockKey]) -> None:
+        """The replica computes or reads these; where they need room, others are forgotten."""
         for key in reversed(chain):  # the beginning is used last, and stays longest
             hint = key[:_HINT_BYTES]
             self._hints[hint] = None
             self._hints.move_to_end(hint)
-        return self._trim()
+        self._trim()
 
-    def _trim(self) -> int:
-        surplus = max(len(self._hints) - self._most, 0)
-        for _ in range(surplus):
+    def _trim(self) -> None:
+        while len(self._hints) > self._most:
             self._hints.popitem(last=False)
-        return surplus

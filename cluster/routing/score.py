@@ -4,14 +4,11 @@
                         + pressure (until there are pages and a place)
                         + work (compute what it has not, or fetch that from a neighbour)
 
-All rates are measured by the replicas. To this comes what others pay: every running sequence waits while the
-prompt is computed.
+All rates are measured by the replicas. The cost of a choice is this time plus half of what the sequences
+running there wait while the prompt is computed.
 
-For each request alone it may be sooner to wait where its prefix is, time after time, while others are idle.
-So rent is counted: what each pays for waiting there. Once the requests for a prefix have paid more than it
-costs to have it elsewhere, one of them goes there: rent or buy. A prefix that is asked for again before it
-was computed once is wanted by many: where there is nothing else to do, its copy costs no more than what the
-request that goes there waits longer.
+A prefix that is requested again while it is still being computed is likely to be requested by many. Then an
+idle replica computes it too, if that costs this request no more than it would save the next one.
 """
 
 from __future__ import annotations
@@ -37,8 +34,6 @@ class Weights:
 
     delay: float = 0.5
     """Of what running sequences wait for a prompt, against what it waits itself."""
-    copy: float = 1.0
-    """So many times what it costs must have been paid in rent before there is one more copy of a prefix."""
 
 
 class Reason(StrEnum):
@@ -46,7 +41,7 @@ class Reason(StrEnum):
 
     PREFIX = "prefix"  # soonest, and it holds some of the prompt
     LOAD = "load"  # soonest, and it holds nothing of the prompt
-    COPY = "copy"  # others hold the prefix or compute it, and one more copy costs less than waiting for them
+    COPY = "copy"  # another one computes the prefix just now, and this one is idle and computes it too
     ONLY = "only"  # there was no other
     BLIND = "blind"  # nothing is known: the one with less of this gateway's work, of two drawn
     FALLBACK = "fallback"  # choosing failed, and any was taken
@@ -150,29 +145,10 @@ class Ranking:
     reason: Reason
     best: Prediction | None
     """None: nothing could be predicted."""
-    rent_s: float = 0.0
-    """How much less another replica would cost if it held as much of the prompt as the first one."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """One more, of what the first replica holds of a prompt."""
-
-    at: Candidate
-    saves_s: float
-    """To this request, if it were there already."""
-    rent_s: float
-    """That must have been paid for it."""
-
-
-def rank(
-    prompt: Prompt,
-    candidates: Sequence[Candidate],
-    draw: Sequence[float],
-    weights: Weights,
-    paid_s: float = 0.0,
-) -> Ranking:
-    """`draw`: one random number for each candidate, which breaks what ties remain. `paid_s`: rent so far."""
+def rank(prompt: Prompt, candidates: Sequence[Candidate], draw: Sequence[float], weights: Weights) -> Ranking:
+    """`draw`: one random number for each candidate, which breaks what ties remain."""
     if len(candidates) == 1:
         return Ranking((candidates[0].replica_id,), Reason.ONLY, None)
     rates = rates_of([c.load for c in candidates if c.load is not None and c.age_s <= STALE_S])
@@ -194,12 +170,11 @@ def rank(
     order = [heard[at] for at in sorted(range(len(heard)), key=place)]
     best = predictions[order[0].replica_id]
     reason = Reason.PREFIX if best.cached_tokens else Reason.LOAD
-    copy = _copy(prompt, order, predictions, rates, weights)
-    if copy and paid_s + copy.saves_s >= copy.rent_s:
-        order = [copy.at, *(c for c in order if c is not copy.at)]
-        best, reason = predictions[copy.at.replica_id], Reason.COPY
-    rent_s = copy.saves_s if copy else 0.0
-    return Ranking(tuple(c.replica_id for c in order + silent), reason, best, rent_s)
+    at = _computes_it_too(prompt, order, predictions, rates, weights)
+    if at is not None:
+        order = [at, *(c for c in order if c is not at)]
+        best, reason = predictions[at.replica_id], Reason.COPY
+    return Ranking(tuple(c.replica_id for c in order + silent), reason, best)
 
 
 def predict(prompt: Prompt, candidate: Candidate, rates: Rates, weights: Weights) -> Prediction:
@@ -242,29 +217,30 @@ def rates_of(loads: Sequence[LoadReport]) -> Rates | None:
     )
 
 
-def _copy(
+def _computes_it_too(
     prompt: Prompt,
     order: Sequence[Candidate],
     predictions: Mapping[str, Prediction],
     rates: Rates,
     weights: Weights,
-) -> _Copy | None:
-    """None where it would save nothing."""
+) -> Candidate | None:
+    """The idle replica that is to compute a prefix which the first in order is still computing."""
     first = order[0]
-    without = [c for c in order if c.known_blocks < first.known_blocks]
-    if not without or first.known_blocks < max(c.known_blocks for c in order):
+    most = max(c.known_blocks for c in order)
+    holders = [c for c in order if c.known_blocks == most]
+    if not most or first not in holders or not all(c.coming for c in holders):
         return None
-    with_it = [replace(c, known_blocks=first.known_blocks) for c in without]
-    had_s = [predict(prompt, c, rates, weights).cost_s for c in with_it]
-    least_s, at = min(zip(had_s, without, strict=True), key=lambda pair: pair[0])
-    saves_s = predictions[first.replica_id].cost_s - least_s
-    if saves_s <= 0:
+    with_it_s = {
+        at: predict(prompt, replace(c, known_blocks=most), rates, weights).cost_s
+        for at, c in enumerate(order)
+        if c.known_blocks < most and c.idle
+    }
+    if not with_it_s:
         return None
-    costs_s = predictions[at.replica_id].cost_s - least_s
-    nobody_has_it = all(c.coming for c in order if c.known_blocks == first.known_blocks)
-    if nobody_has_it and at.idle:
-        costs_s = max(costs_s - saves_s, 0.0)
-    return _Copy(at, saves_s, weights.copy * costs_s)
+    at = min(with_it_s, key=with_it_s.__getitem__)
+    saves_s = predictions[first.replica_id].cost_s - with_it_s[at]
+    costs_s = predictions[order[at].replica_id].cost_s - predictions[first.replica_id].cost_s
+    return order[at] if saves_s > 0 and costs_s <= saves_s else None
 
 
 def _wait(load: LoadReport, rates: Rates, candidate: Candidate) -> float:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from quire.cluster.routing.book import Routes
-from quire.cluster.routing.score import Reason, Weights
+from quire.cluster.routing.score import Reason
 from quire.kvstore.keys import KeySpace
 from quire.replicas.load_report import LoadReport
 
@@ -31,11 +31,7 @@ def clock():
 
 @pytest.fixture
 def routes(clock):
-    return idle_routes(clock, Weights(copy=3.0))
-
-
-def idle_routes(clock, weights):
-    routes = Routes(clock=clock, seed=0, weights=weights)
+    routes = Routes(clock=clock, seed=0)
     for name in ADDRESSES:
         routes.joined(name, KEYS, 64)
         routes.heard(name, IDLE, 0)
@@ -91,17 +87,7 @@ def test_a_hot_prefix_overflows_to_the_others(routes):
     assert min(counts) >= 12
 
 
-def test_a_prefix_that_was_waited_for_long_enough_is_copied_and_the_copy_is_used(routes):
-    """Waiting 0.35 s at the holder is sooner than computing 640 tokens elsewhere; six times is not."""
-    holder = _held_at_a_busy_replica(routes, PROMPT)
-    *stayed, copy, after = [_asked(routes, PROMPT, n) for n in range(7)]
-    assert {(r.replica_id, r.decision.reason) for r in stayed} == {(holder, Reason.PREFIX)}
-    assert (copy.replica_id != holder, copy.decision.reason) == (True, Reason.COPY)
-    assert (after.replica_id, after.decision.reason) == (copy.replica_id, Reason.PREFIX)
-
-
-def test_a_prefix_that_many_want_from_the_start_is_computed_at_all_idle_replicas_at_once(clock):
-    routes = idle_routes(clock, Weights())
+def test_a_prefix_that_many_want_from_the_start_is_computed_at_all_idle_replicas_at_once(routes):
     asked = [sent(routes, PROMPT + [n] * 20) for n in range(3)]
     assert {route.replica_id for route in asked} == {*ADDRESSES}
     assert [route.decision.reason for route in asked] == [Reason.LOAD, Reason.COPY, Reason.COPY]
@@ -128,56 +114,6 @@ def coming(routes, prompt):
     route.rank(ADDRESSES)
     route.ended()
     return {name for name, candidate in route.candidates.items() if candidate.coming}
-
-
-def test_after_a_copy_rent_is_counted_anew(routes):
-    _held_at_a_busy_replica(routes, PROMPT)
-    copy = [_asked(routes, PROMPT, n) for n in range(6)][-1].replica_id
-    routes.heard(copy, replace(IDLE, queued_tokens=350), 9)
-    reasons = [_asked(routes, PROMPT, n).decision.reason for n in range(6, 12)]
-    assert reasons == [Reason.PREFIX] * 5 + [Reason.COPY]
-
-
-def test_one_copy_is_made_of_what_was_paid_however_many_ask_at_once(routes):
-    _held_at_a_busy_replica(routes, PROMPT)
-    for n in range(5):
-        _asked(routes, PROMPT, n)
-    asked = [routes.route(PROMPT + [n] * 20) for n in range(4)]
-    for route in asked:
-        route.rank(ADDRESSES)  # and Serve is still about to reserve their places
-    assert [route.reason for route in asked].count(Reason.COPY) == 1
-
-
-def test_rent_fades_with_what_the_pools_forget(routes):
-    for name in ADDRESSES:
-        routes.heard(name, replace(IDLE, pages_total=12, pages_free=12), 0)
-    _held_at_a_busy_replica(routes, PROMPT, pages_total=12)
-    for n in range(12):
-        assert _asked(routes, PROMPT, n).decision.reason is Reason.PREFIX
-        for other in range(2):  # 20 blocks of 36
-            done(sent(routes, [10_000 + 1000 * n + other] * 640))
-        _held_at_a_busy_replica(routes, PROMPT, pages_total=12)
-
-
-def test_waiting_for_one_prefix_pays_for_no_other(routes):
-    other = [n + 5000 for n in PROMPT]
-    for prompt in (PROMPT, other):
-        _held_at_a_busy_replica(routes, prompt)
-    for _ in range(5):
-        for prompt in (PROMPT, other):
-            assert _asked(routes, prompt, 0).decision.reason is Reason.PREFIX
-
-
-def _held_at_a_busy_replica(routes, prompt, **load):
-    replica_id = _asked(routes, prompt, 99).replica_id
-    routes.heard(replica_id, replace(IDLE, queued_tokens=350, **load), 9)
-    return replica_id
-
-
-def _asked(routes, prompt, tail):
-    route = sent(routes, prompt + [tail] * 20)
-    done(route)
-    return route
 
 
 def test_what_was_sent_counts_until_a_report_knows_of_it(routes):

@@ -41,8 +41,3 @@ def test_tenants_do_not_share():
     known.used(chain(1, 2))
     other = KeySpace(b"l", b"m", b"t").root("another tenant")
     assert known.match(chain(1, 2, root=other)) == 0
-
-
-def test_it_says_how_much_it_forgot():
-    known = KnownBlocks(4)
-    assert [known.used(chain(1, 2, 3)), known.used(chain(1)), known.used(chain(4, 5, 6))] == [0, 0, 2]

@@ -17,7 +17,6 @@ IDLE = LoadReport(
     hold_s=2.0,
 )
 BUSY = replace(IDLE, running=4, queued_tokens=800, pages_free=60)
-COPY = 3.0
 DRAW = (0.1, 0.2, 0.3, 0.4)
 
 
@@ -29,8 +28,8 @@ def predicted(candidate, delay=1.0):
     return predict(PROMPT, candidate, rates_of([candidate.load]), Weights(delay=delay))
 
 
-def ranked(*candidates, prompt=PROMPT, draw=DRAW, paid_s=0.0):
-    return rank(prompt, candidates, draw, Weights(delay=1.0, copy=COPY), paid_s)
+def ranked(*candidates, prompt=PROMPT, draw=DRAW):
+    return rank(prompt, candidates, draw, Weights(delay=1.0))
 
 
 def test_the_only_one_is_taken_and_nothing_is_predicted():
@@ -52,30 +51,24 @@ def test_a_hot_holder_of_the_prefix_loses_to_an_idle_replica():
     assert ranking.reason is Reason.LOAD
 
 
-def test_waiting_for_the_holder_is_rent_and_once_it_makes_up_for_some_copies_there_is_one():
-    """The holder is sooner by itself: 1 s of prefill elsewhere, against 0.232 s and 0.4 s of waiting."""
+def test_a_prefix_that_is_there_is_waited_for_where_that_is_faster():
+    """1 s of prefill elsewhere, against 0.232 s and 0.4 s of waiting."""
     holder = replica("holder", replace(IDLE, queued_tokens=400), known_blocks=12)  # 12 x 64 tokens
     stays = ranked(holder, replica("idle"))
     assert (stays.order, stays.reason) == (("holder", "idle"), Reason.PREFIX)
-    assert stays.rent_s == pytest.approx(0.4)
-    price_s = COPY * 0.768
-    assert ranked(holder, replica("idle"), paid_s=price_s - stays.rent_s - 0.01).order[0] == "holder"
-    copies = ranked(holder, replica("idle"), paid_s=price_s - stays.rent_s + 0.01)
-    assert (copies.order, copies.reason) == (("idle", "holder"), Reason.COPY)
-    assert (copies.best.replica_id, copies.best.cached_tokens) == ("idle", 0)
 
 
-def eager(*candidates, paid_s=0.0):
-    """Nothing is charged for others' waiting, and a copy costs its price."""
-    return rank(PROMPT, candidates, DRAW, Weights(delay=0.0, copy=1.0), paid_s)
+def undelayed(*candidates):
+    """Nothing is charged for others' waiting."""
+    return rank(PROMPT, candidates, DRAW, Weights(delay=0.0))
 
 
 def test_a_prefix_that_comes_again_while_it_is_computed_is_computed_at_an_idle_replica_as_well():
     """0.5 s of waiting would be saved; computing 768 tokens there instead takes this request 0.268 s more."""
     computed = replica("holder", replace(IDLE, queued_tokens=500), known_blocks=12)
     coming = replace(computed, coming=True)
-    assert eager(computed, replica("idle")).order[0] == "holder"
-    copies = eager(coming, replica("idle"))
+    assert undelayed(computed, replica("idle")).order[0] == "holder"
+    copies = undelayed(coming, replica("idle"))
     assert (copies.order, copies.reason) == (("idle", "holder"), Reason.COPY)
 
 
@@ -90,32 +83,25 @@ def test_a_prefix_that_comes_again_while_it_is_computed_is_computed_at_an_idle_r
 )
 def test_it_is_not_where_there_is_something_else_to_do(other):
     coming = replica("holder", replace(IDLE, queued_tokens=500), known_blocks=12, coming=True)
-    assert eager(coming, other).order[0] == "holder"
+    assert undelayed(coming, other).order[0] == "holder"
 
 
 def test_nor_where_somebody_has_it():
     coming = replica("coming", replace(IDLE, queued_tokens=500), known_blocks=12, coming=True)
     has_it = replica("has it", replace(IDLE, queued_tokens=600), known_blocks=12)
-    assert eager(coming, has_it, replica("idle")).order[0] == "coming"
+    assert undelayed(coming, has_it, replica("idle")).order[0] == "coming"
 
 
 def test_one_that_is_nearly_computed_is_waited_for():
     """0.3 s of waiting would be saved, for 0.468 s more of this request."""
     nearly = replica("holder", replace(IDLE, queued_tokens=300), known_blocks=12, coming=True)
-    assert eager(nearly, replica("idle")).order[0] == "holder"
-    assert eager(nearly, replica("idle"), paid_s=0.2).order[0] == "idle"
+    assert undelayed(nearly, replica("idle")).order[0] == "holder"
 
 
-def test_no_copy_is_made_where_it_would_save_nothing_now():
-    holder, busy = replica("holder", known_blocks=12), replica("busy", BUSY)
-    ranking = ranked(holder, busy, paid_s=100.0)
-    assert (ranking.order[0], ranking.rent_s) == ("holder", 0.0)
-
-
-def test_a_copy_goes_to_the_replica_where_it_saves_most():
-    holder = replica("holder", replace(IDLE, queued_tokens=700), known_blocks=12)
-    some = replica("some", replace(IDLE, queued_tokens=300))
-    assert ranked(holder, some, replica("idle"), paid_s=100.0).order == ("idle", "holder", "some")
+def test_it_is_computed_where_it_saves_most():
+    holder = replica("holder", replace(IDLE, queued_tokens=600), known_blocks=12, coming=True)
+    some = replica("some", known_blocks=2)
+    assert undelayed(holder, replica("idle"), some).order == ("some", "holder", "idle")
 
 
 def test_what_was_just_sent_counts_though_no_report_has_it_yet():
