@@ -57,7 +57,7 @@ protos: $(VENV)/.dev
 	$(BIN)/python scripts/protos.py
 
 observability: $(VENV)/.dev
-	$(BIN)/python scripts/observability.py
+	PYTHONPATH=deploy $(BIN)/python -m observability.generate
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

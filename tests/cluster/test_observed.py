@@ -20,14 +20,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from generated import observability
+from observability.alerts import Tuning, alerts
+from observability.capacity import CAPACITY
+from observability.generate import rules_yaml
+from observability.operators import OPERATORS
 from observed import Prometheus, observed_app
 
 from quire.cluster.client import CallOptions, Client, SamplingParams, collect
-from quire.cluster.metrics.alerts import Tuning, alerts
-from quire.cluster.metrics.capacity import CAPACITY
 from quire.cluster.metrics.catalogue import CATALOGUE
-from quire.cluster.metrics.operators import OPERATORS
 from quire.replicas.errors import QuireError
 
 pytestmark = [
@@ -124,7 +124,7 @@ class Stage:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
     rules = tmp_path_factory.mktemp("rules") / "rules.yml"
-    rules.write_text(observability().rules_yaml(RULES))
+    rules.write_text(rules_yaml(RULES))
     changes = {
         "engine": {
             "tp": 1,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from generated import ROOT
+from observability.generate import ROOT
 from served_app import Served, free_port, quire_serve
 
 SCRAPE_S = 1

@@ -8,8 +8,7 @@ from grafana_foundation_sdk.builders import prometheus, stat, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common
 from grafana_foundation_sdk.models import dashboard as model
-
-from quire.cluster.metrics.panels import Dashboard, Panel, Row
+from observability.panels import Dashboard, Panel, Row
 
 _TAG = "quire"
 _SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")

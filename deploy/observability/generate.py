@@ -1,27 +1,26 @@
-"""Generates what is watched, from `cluster/metrics/`. Run by `make observability`; a test runs it again.
+"""Generates dashboards, alerts and their pages from the files beside it and the catalogue of metrics.
+
+Run by `make observability`; a test runs it again.
 
 Tables of pages stand between two markers; the prose around them is written by hand.
 """
 
 import re
-import sys
 import textwrap
 from pathlib import Path
 
 import yaml
+from observability.alerts import Alert, alerts
+from observability.capacity import CAPACITY
+from observability.grafana import dashboard_json
+from observability.operators import OPERATORS
+from observability.panels import Dashboard
 
-from quire.cluster.metrics.alerts import Alert, alerts
-from quire.cluster.metrics.capacity import CAPACITY
 from quire.cluster.metrics.catalogue import CATALOGUE, Metric, Origin
-from quire.cluster.metrics.operators import OPERATORS
-from quire.cluster.metrics.panels import Dashboard
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+ROOT = Path(__file__).parents[2]
 
-from grafana import dashboard_json  # noqa: E402  # beside this file
-
-_RULES_HEAD = "# Made of cluster/metrics/alerts.py by `make observability`; see docs/dashboards.md.\n"
+_RULES_HEAD = "# Made of deploy/observability/alerts.py by `make observability`; see docs/dashboards.md.\n"
 
 
 def generate(into: Path) -> None:
@@ -79,13 +78,9 @@ def fill(page: str, tables: dict[str, str]) -> str:
     """The page with what stands between the markers of each table replaced."""
     for name, table in tables.items():
         begin, end = f"<!-- {name}: made by `make observability` -->", f"<!-- end of {name} -->"
-        page, count = re.subn(
-            f"{re.escape(begin)}.*?{re.escape(end)}",
-            lambda _, text=f"{begin}\n{table}\n{end}": text,
-            page,
-            flags=re.DOTALL,
-        )
-        assert count == 1, f"no place for {name}"
+        before, found, rest = page.partition(begin)
+        assert found, f"no place for {name}"
+        page = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
     return page
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from quire.cluster.metrics import catalogue as c
-from quire.cluster.metrics.panels import (
+from observability.panels import (
     HERE,
     POOL_SHARE,
     WANTED,
@@ -16,6 +15,8 @@ from quire.cluster.metrics.panels import (
     one,
     quantiles,
 )
+
+from quire.cluster.metrics import catalogue as c
 from quire.cluster.metrics.samples import ASKING
 
 _BAD = ("INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")

@@ -9,9 +9,8 @@ import subprocess
 
 import pytest
 import yaml
-from generated import ROOT, observability
-
-from quire.cluster.metrics.alerts import alerts
+from observability.alerts import alerts
+from observability.generate import ROOT, rules_yaml
 
 RULES = ROOT / "deploy/prometheus/quire.rules.yml"
 NAMES = [alert.name for alert in alerts()]
@@ -189,4 +188,4 @@ def test_promtool_finds_no_fault_in_the_rules():
     done = subprocess.run(["promtool", "check", "rules", str(RULES)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(NAMES)} rules found" in done.stdout
-    assert observability().rules_yaml(alerts()) in RULES.read_text()
+    assert rules_yaml(alerts()) in RULES.read_text()

@@ -1,6 +1,6 @@
 """What a dashboard is, and expressions that both of ours show.
 
-What they show stands in `operators.py` and `capacity.py`; `scripts/observability.py` makes of it what Grafana
+What they show stands in `operators.py` and `capacity.py`; `generate.py` makes of it what Grafana
 reads.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from observability.promql import TARGET_REPLICAS, Scope
+
 from quire.cluster.metrics import catalogue as c
-from quire.cluster.metrics.promql import TARGET_REPLICAS, Scope
 
 
 class Unit(StrEnum):

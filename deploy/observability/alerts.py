@@ -1,6 +1,6 @@
 """When somebody should look: alerts over the catalogue, each with what to do.
 
-Data only; Prometheus' form is made of it by `scripts/observability.py`.
+Data only; Prometheus' form is made of it by `generate.py`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from observability.promql import TARGET_REPLICAS, Scope
+
 from quire.cluster.metrics import catalogue as c
-from quire.cluster.metrics.promql import TARGET_REPLICAS, Scope
 from quire.cluster.metrics.samples import ASKING
 
 _ASKED = {"method": ASKING}

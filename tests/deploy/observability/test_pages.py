@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from generated import ROOT, observability
-
-from quire.cluster.metrics.capacity import CAPACITY
-from quire.cluster.metrics.operators import OPERATORS
+from observability.capacity import CAPACITY
+from observability.generate import ROOT, generate
+from observability.operators import OPERATORS
 
 
 def test_generating_again_changes_nothing(tmp_path):
-    observability().generate(tmp_path)
+    generate(tmp_path)
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
     assert {Path("docs/metrics.md"), Path("deploy/prometheus/quire.rules.yml")} <= set(made)
     assert {path.name for path in made} >= {f"{d.uid}.json" for d in (OPERATORS, CAPACITY)}
