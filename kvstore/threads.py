@@ -10,7 +10,7 @@ def give_way() -> None:
     """From now on this thread, and those that it starts, interrupt nobody when they wake up (SCHED_BATCH).
 
     Their share of time stays the same. The threads of a transfer wake each other for every piece of it: where
-    there are few cores, the switches cost more than waiting for one's turn (docs/performance.md).
+    there are few cores, the switches cost more than waiting for one's turn (docs/lab/performance.md).
     """
     if hasattr(os, "SCHED_BATCH"):  # Linux
         with suppress(OSError):  # not allowed: all is right, and slower

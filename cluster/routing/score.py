@@ -30,7 +30,7 @@ _TYPICAL_BEFORE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What was found by simulation: docs/performance.md has what others come to."""
+    """What was found by simulation: docs/lab/performance.md has what others come to."""
 
     delay: float = 0.5
     """Of what running sequences wait for a prompt, against what it waits itself."""
