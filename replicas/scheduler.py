@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NewType, TypeVar
+from typing import NamedTuple, NewType, TypeVar
 
 SeqId = NewType("SeqId", int)
 """Counted up: of two sequences, the one with the smaller id arrived earlier."""
@@ -96,6 +96,15 @@ class StepPlan:
     """Fewest tokens first."""
 
 
+class Prompt(NamedTuple):
+    """What is left of a prompt. Sorts in the order in which prompts get a step's budget."""
+
+    minus_priority: int
+    left: int
+    """Tokens to compute."""
+    id: SeqId
+
+
 _Either = TypeVar("_Either", Running, Waiting)
 
 
@@ -112,7 +121,8 @@ def plan_step(state: SchedulerState) -> StepPlan:
     if not books.preempted:
         books.admit(candidates(state))
     prompts = [seq for seq in books.in_order() if seq.left and seq.id not in books.work]
-    shares = share_budget(prompts, state.max_step_tokens - len(books.work))
+    left = [Prompt(-seq.priority, seq.left, seq.id) for seq in prompts]
+    shares = share_budget(left, state.max_step_tokens - len(books.work))
     for seq in prompts:
         if shares[seq.id]:
             books.grow(seq, shares[seq.id])
@@ -128,24 +138,26 @@ def candidates(state: SchedulerState) -> list[Waiting]:
 
     The others need no slot yet; once they are admitted, more of their blocks may be in the pool.
     """
-    waiting = {seq.id: _as_running(seq, state.page_tokens) for seq in state.waiting}
     decoding = sum(seq.left == 1 for seq in state.running)
-    prompts = [seq for seq in state.running if seq.left > 1]
-    shares = share_budget([*prompts, *waiting.values()], state.max_step_tokens - decoding)
+    left = [Prompt(-seq.priority, seq.left, seq.id) for seq in state.running if seq.left > 1]
+    for waits in state.waiting:
+        found = waits.cached_pages * state.page_tokens
+        left.append(Prompt(-waits.priority, waits.tokens - found, waits.id))
+    shares = share_budget(left, state.max_step_tokens - decoding)
     return by_importance(seq for seq in state.waiting if shares[seq.id])
 
 
-def share_budget(prompts: Sequence[Running], budget: int) -> dict[SeqId, int]:
+def share_budget(prompts: Sequence[Prompt], budget: int) -> dict[SeqId, int]:
     """How many of `budget` tokens each prompt gets: the rule at the top of this file."""
-    shares = {seq.id: 0 for seq in prompts}
+    shares = dict.fromkeys((prompt.id for prompt in prompts), 0)
     if not prompts:
         return shares
-    oldest = min(prompts, key=lambda seq: seq.id)
+    oldest = min(prompts, key=lambda prompt: prompt.id)
     shares[oldest.id] = min(oldest.left, -(-budget // _OLDEST_PROMPT_SHARE))
     budget -= shares[oldest.id]
-    for seq in sorted(prompts, key=lambda seq: (-seq.priority, seq.left, seq.id)):
-        more = min(seq.left - shares[seq.id], budget)
-        shares[seq.id] += more
+    for _, left, seq_id in sorted(prompts):
+        more = min(left - shares[seq_id], budget)
+        shares[seq_id] += more
         budget -= more
     return shares
 
@@ -155,19 +167,13 @@ def by_importance(sequences: Iterable[_Either]) -> list[_Either]:
     return sorted(sequences, key=lambda seq: (not seq.overdue, 0 if seq.overdue else -seq.priority, seq.id))
 
 
-def _as_running(seq: Waiting, page_tokens: int) -> Running:
-    """What a waiting sequence is once it is admitted: the blocks that were found are taken then."""
-    known = seq.cached_pages * page_tokens
-    return Running(seq.id, seq.priority, seq.tokens, known, seq.cached_pages, seq.overdue)
-
-
 class _Books:
     """Who holds slots and pages while a plan is made."""
 
     def __init__(self, state: SchedulerState) -> None:
         self._page_tokens, self._slots = state.page_tokens, state.max_running
         self._pages = state.available_pages
-        self._holding = {seq.id: seq for seq in by_importance(state.running)}
+        self._holding = {seq.id: seq for seq in state.running}
         self.work: dict[SeqId, int] = {}
         self.preempted: list[SeqId] = []
         self.admitted: list[SeqId] = []
@@ -199,7 +205,10 @@ class _Books:
                 free += self._claim(victim)
             free -= need
             self._pages -= seq.idle_pages
-            self._holding[seq.id] = _as_running(seq, self._page_tokens)
+            found = seq.cached_pages * self._page_tokens  # the blocks that were found are taken now
+            self._holding[seq.id] = Running(
+                seq.id, seq.priority, seq.tokens, found, seq.cached_pages, seq.overdue
+            )
             self.admitted.append(seq.id)
 
     def _victims(self, seq: Waiting, missing_pages: int) -> list[Running] | None:

@@ -5,6 +5,7 @@ from collections import defaultdict
 
 from quire.replicas.scheduler import (
     MAX_OVERTAKEN,
+    Prompt,
     Running,
     SchedulerState,
     SeqId,
@@ -120,7 +121,7 @@ def test_the_oldest_prompt_keeps_a_quarter_of_the_budget_whatever_comes():
 
 
 def test_the_rest_goes_by_priority_and_then_to_the_prompt_with_the_least_left():
-    prompts = [_running(1, 900, 0), _running(2, 500, 420), _running(3, 700, 0, priority=1)]
+    prompts = [Prompt(0, 900, SeqId(1)), Prompt(0, 80, SeqId(2)), Prompt(-1, 700, SeqId(3))]
     assert share_budget(prompts, 400) == {1: 100, 2: 0, 3: 300}
     assert share_budget(prompts[:2], 400) == {1: 320, 2: 80}
 
