@@ -102,7 +102,7 @@ def _range(x_TgC, CODES: tl.constexpr):
 def _scale_and_zero(bottom_Tg, top_Tg, CODES: tl.constexpr):
     """fp32 scale, rounded to fp16 before its use as the reader will see it, and integer zero."""
     STEPS: tl.constexpr = 15.0 if CODES == "int4" else (127.0 if CODES == "int8" else 448.0)
-    scale_Tg = tl.clamp(divide(top_Tg - bottom_Tg, STEPS), 2.0**-14, 65504.0).to(tl.float16).to(tl.float32)
+    scale_Tg = tl.clamp(divide(top_Tg - bottom_Tg, STEPS), 2.0**-24, 65504.0).to(tl.float16).to(tl.float32)
     if CODES == "int4":
         zero_Tg = _round(tl.clamp(divide(-bottom_Tg, scale_Tg), 0.0, 15.0))
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from quire.kernels.formats import Codes, KVFormat, Scales
 
 FP8_MAX = 448.0
-_MIN_SCALE = 2.0**-14  # the smallest normal fp16: a token of zeros must not divide by zero
+_MIN_SCALE = 2.0**-24  # the smallest fp16 above zero: a token of zeros must not divide by zero
 
 
 def encode(x: Tensor, fmt: KVFormat) -> tuple[Tensor, Tensor | None]:

@@ -36,7 +36,7 @@ namespace {
 
 // ---- numbers of 16 and 8 bits ---------------------------------------------------------------------------
 
-constexpr float MIN_SCALE = 0x1p-14f, MAX_SCALE = 65504.0f, FP8_MAX = 448.0f, FP32_MAX = 3.4028235e38f;
+constexpr float MIN_SCALE = 0x1p-24f, MAX_SCALE = 65504.0f, FP8_MAX = 448.0f, FP32_MAX = 3.4028235e38f;
 
 inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 inline float round_even(float x) { return std::copysign((x + 12582912.0f) - 12582912.0f, x); }  // |x| < 2^22
@@ -46,11 +46,12 @@ inline uint16_t bf16_of(float x) {
   return x != x ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// fp16 of a zero or of a positive number in fp16's normal range, and back. No bit pattern decodes to NaN:
-// what lies in slots not yet written may be multiplied by 0.
+// fp16 of a number in -0..65504, and back. No bit pattern decodes to NaN: what lies in slots not yet written may
+// be multiplied by 0.
 inline uint16_t half_of(float x) {
-  const uint32_t u = bits<uint32_t>(x);
-  return x == 0 ? (uint16_t)(u >> 16) : (uint16_t)(((u + 0xfff + ((u >> 13) & 1)) >> 13) - (112 << 10));
+  const uint32_t u = bits<uint32_t>(x), sign = (u >> 16) & 0x8000;
+  if (x < 0x1p-14f) return (uint16_t)(sign | (uint32_t)round_even(x * 0x1p24f));  // counts in steps of 2^-24
+  return (uint16_t)(((u + 0xfff + ((u >> 13) & 1)) >> 13) - (112 << 10));
 }
 inline float float_of_half(uint16_t h) { return bits<float>((uint32_t)h << 13) * 0x1p112f; }
 inline F floats_of_halves(U h) { return (F)((h & 0x7fff) << 13) * 0x1p112f; }

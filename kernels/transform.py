@@ -26,7 +26,7 @@ from quire.kernels.formats import FormatError, KVFormat, Scales, Transform
 
 @dataclass(frozen=True, eq=False)
 class SideTransform:
-    """The map of one side of one layer, for the kv heads of one shard."""
+    """The map of one side of one layer, for the kv heads of a shard or of the whole model."""
 
     rotate: bool = False
     shift_HD: Tensor | None = None
@@ -63,12 +63,31 @@ class SideTransform:
             o = o + _per_query_head(self.shift_HD, o_TQD.shape[1])
         return o
 
+    def of_heads(self, heads: slice, device: torch.device) -> SideTransform:
+        """The map of some of these heads alone, its tensors on `device`."""
+        shift_HD, scale_HD = (
+            None if x_HD is None else x_HD[heads].to(device, copy=True) for x_HD in (self.shift_HD, self.scale_HD)
+        )
+        return SideTransform(self.rotate, shift_HD, scale_HD)
+
     @cached_property
     def fingerprint(self) -> bytes:
         digest = hashlib.blake2b(f"rotate={self.rotate}".encode(), digest_size=32)
         for part in (self.shift_HD, self.scale_HD):
             digest.update(b"-" if part is None else part.float().cpu().contiguous().numpy().tobytes())
         return digest.digest()
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTransform:
+    """Both sides of one layer."""
+
+    k: SideTransform
+    v: SideTransform
+
+    def of_heads(self, heads: slice, device: torch.device) -> LayerTransform:
+        """Both maps of some of the heads alone, their tensors on `device`."""
+        return LayerTransform(self.k.of_heads(heads, device), self.v.of_heads(heads, device))
 
 
 def default_transform(fmt: KVFormat) -> SideTransform:

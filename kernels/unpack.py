@@ -188,16 +188,17 @@ def page_numbers(
         elif CODES == "int8":
             x = unpack_int8(codes[piece], ASM) - 1152.0
         else:
+            FACTOR: tl.constexpr = factor_of(piece, CODES)
             x = unpack_int4(codes[piece // 2], ASM)[piece % 2]
+            if FACTOR != 1.0:
+                x *= 1.0 / FACTOR  # not the scale, which may be among fp16's smallest
             if GROUPS > 0:
-                zero_P = tl.where(written_P, zero_of(word_P), 0.0) * factor_of(piece, CODES) + MAGIC
+                zero_P = tl.where(written_P, zero_of(word_P), 0.0) + MAGIC / FACTOR
                 x -= _along_tokens(zero_P.to(tl.float16), IS_V)
             else:
-                x -= 8.0 * factor_of(piece, CODES) + MAGIC
+                x -= 8.0 + MAGIC / FACTOR
         if GROUPS > 0:
-            x *= _along_tokens((scale_P / factor_of(piece, CODES)).to(tl.float16), IS_V)
-        elif factor_of(piece, CODES) != 1.0:
-            x *= 1.0 / factor_of(piece, CODES)
+            x *= _along_tokens(scale_P.to(tl.float16), IS_V)
     return x
 
 

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import math
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import PreTrainedConfig
 from quire.kernels.formats import FormatError, LayerFormat, layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kernels.paged import LayerCache
-from quire.kernels.transform import default_transform
+from quire.kernels.transform import LayerTransform
 from quire.replicas.capacity import run_largest_step
 from quire.replicas.collectives import TensorParallelGroup
 from quire.replicas.config import EngineConfig
@@ -38,6 +39,7 @@ from quire.replicas.model.forward import ForwardPass
 from quire.replicas.model.invariance import padded
 from quire.replicas.model.key_bias import with_safe_keys
 from quire.replicas.model.loading import LoadedModel, Progress, check_servable, load_model
+from quire.replicas.model.magnitudes import log_scales, measured_transforms
 from quire.replicas.model.random_weights import RandomWeights
 from quire.replicas.model.step import StepBuilder
 from quire.replicas.model.tensor_parallel import shard_config
@@ -72,7 +74,7 @@ class Shard:
         if (group is None) != (config.tp == 1):
             raise ValueError(f"tp={config.tp} needs {'no' if config.tp == 1 else 'a'} group")
         self.device = shard_device(config, rank)
-        self._group = group
+        self._rank, self._group = rank, group
         folder, model_config = check_config(config)
         self.dtype = _dtype(config, model_config, self.device)
         with _weights(config, folder, model_config, self.dtype, self.device) as checkpoint:
@@ -91,8 +93,9 @@ class Shard:
         # Configs of models that cannot be sharded may lack the number.
         self.kv_heads = self.layout.kv_heads if config.tp == 1 else model_config.num_key_value_heads
         self.max_step_tokens = config.scheduler.step_tokens(self.device.type)
-        self._forward = ForwardPass(loaded.model, compiled=self._on_one_gpu and config.gpu.compile)
         max_model_tokens = _max_model_tokens(config, model_config)
+        self._transforms = self._measured_transforms(loaded, max_model_tokens)
+        self._forward = ForwardPass(loaded.model, compiled=self._on_one_gpu and config.gpu.compile)
         pool_bytes = self._pool_bytes(config, loaded, max_model_tokens)
         self.num_pages = pool_bytes // self.layout.page_bytes
         if self.num_pages < 1:
@@ -121,10 +124,8 @@ class Shard:
 
     @property
     def transforms_fingerprint(self) -> bytes:
-        """Of all layers' static transforms; part of every block key."""
-        parts = [
-            t.fingerprint for cache in self._builder.caches for t in (cache.k_transform, cache.v_transform)
-        ]
+        """Of all layers' static transforms for the whole model's heads; part of every block key."""
+        parts = [side.fingerprint for layer in self._transforms for side in (layer.k, layer.v)]
         return hashlib.blake2b(b"".join(parts), digest_size=32).digest()
 
     @property
@@ -176,7 +177,29 @@ class Shard:
         return config.pool.bytes
 
     def _step_builder(self, loaded: LoadedModel, num_pages: int) -> StepBuilder:
-        return StepBuilder(_caches(self.layout, loaded, num_pages, self.device), loaded.layers, self.device)
+        heads = self.layout.kv_heads
+        first = self._rank * self.kv_heads // (self._group.size if self._group else 1)
+        own = [t.of_heads(slice(first, first + heads), self.device) for t in self._transforms]
+        caches = _caches(self.layout, loaded, own, num_pages, self.device)
+        return StepBuilder(caches, loaded.layers, self.device)
+
+    def _measured_transforms(self, loaded: LoadedModel, max_model_tokens: int) -> tuple[LayerTransform, ...]:
+        """Of the whole model's heads. Raises ConfigError for a format that needs a calibration."""
+        formats = self.layout.layers
+        try:
+            transforms = measured_transforms(
+                loaded.model,
+                formats,
+                kv_heads=self.kv_heads,
+                head_dim=self.layout.head_dim,
+                group=self._group,
+                max_tokens=max_model_tokens,
+            )
+        except FormatError as error:
+            raise ConfigError(f"kv: {error}") from error
+        if self._rank == 0:
+            log_scales(formats, transforms)
+        return transforms
 
 
 def check_config(config: EngineConfig) -> tuple[Path, PreTrainedConfig]:
@@ -253,14 +276,17 @@ def _in_bf16(layout: PageLayout) -> PageLayout:
 
 
 def _caches(
-    layout: PageLayout, loaded: LoadedModel, num_pages: int, device: torch.device
+    layout: PageLayout,
+    loaded: LoadedModel,
+    transforms: Sequence[LayerTransform],
+    num_pages: int,
+    device: torch.device,
 ) -> tuple[LayerCache, ...]:
     """One pool of zeros, seen by every layer. Raises ConfigError where a format does not fit the model."""
     pool_NB = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8, device=device)
     try:
         caches = tuple(
-            LayerCache(pool_NB, layout, i, default_transform(f.k), default_transform(f.v))
-            for i, f in enumerate(layout.layers)
+            LayerCache(pool_NB, layout, i, transform.k, transform.v) for i, transform in enumerate(transforms)
         )
         for heads, cache in zip(loaded.layers, caches, strict=True):
             heads.spec.check(cache)

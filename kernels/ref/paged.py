@@ -48,22 +48,24 @@ def attend_ref(
         rows = slice(starts[s], starts[s + 1])
         pages = batch.page_table_SM[s, : -(-kv_tokens // tokens)].long()
         k_LHD, v_LHD = (x[:kv_tokens].to(dtype) for x in read_kv_ref(cache, pages))
-        out_TQD[rows] = _attend_one(q_TQD[rows], k_LHD, v_LHD, spec)
+        out_TQD[rows] = attend_numbers(q_TQD[rows], k_LHD, v_LHD, spec)
     return cache.v_transform.output(out_TQD).to(dtype)
 
 
-def _attend_one(q_TQD: Tensor, k_LHD: Tensor, v_LHD: Tensor, spec: AttentionSpec) -> Tensor:
+def attend_numbers(q_TQD: Tensor, k_LHD: Tensor, v_LHD: Tensor, spec: AttentionSpec) -> Tensor:
+    """Causal attention of one sequence's last T tokens over all its keys and values, in their type: [T, Q, D]."""
     group = q_TQD.shape[1] // k_LHD.shape[1]
     k_LQD, v_LQD = k_LHD.repeat_interleave(group, 1), v_LHD.repeat_interleave(group, 1)
     logits_QTL = torch.einsum("tqd,lqd->qtl", q_TQD, k_LQD) * spec.scale
     if spec.softcap:
         logits_QTL = spec.softcap * torch.tanh(logits_QTL / spec.softcap)
     n, length = q_TQD.shape[0], k_LHD.shape[0]
-    distance_TL = torch.arange(length - n, length)[:, None] - torch.arange(length)[None, :]
+    at_L = torch.arange(length, device=q_TQD.device)
+    distance_TL = at_L[length - n :, None] - at_L[None, :]
     seen_TL = distance_TL >= 0
     if spec.window:
         seen_TL &= distance_TL < spec.window
-    probs_QTL = logits_QTL.masked_fill(~seen_TL.to(q_TQD.device), float("-inf")).softmax(-1)
+    probs_QTL = logits_QTL.masked_fill(~seen_TL, float("-inf")).softmax(-1)
     return torch.einsum("qtl,lqd->tqd", probs_QTL, v_LQD)
 
 

@@ -1,0 +1,164 @@
+"""Static scales for keys and values whose magnitude their KV format would not hold.
+
+A model with V times c and its output projection divided by c computes the same, and so does one with K times c
+and Q divided by c: nothing else tells the magnitude of K and V. Formats and fp16 arithmetic have a range, so it
+is measured: one forward of a short, fixed prompt when the model is loaded. A head outside its format's range
+gets a power of two as its static scale, which is exact; all others keep none.
+
+Names: L layers, H kv heads of a shard or of the whole model, D head_dim, T tokens, Q query heads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quire.kernels.formats import KVFormat, LayerFormat, Scales
+from quire.kernels.paged import AttentionSpec
+from quire.kernels.ref.paged import attend_numbers
+from quire.kernels.transform import LayerTransform, SideTransform, default_transform
+from quire.replicas.model.attention import layer_index
+from quire.replicas.model.tensor_parallel import Joins
+
+_LOG = logging.getLogger(__name__)
+
+PROMPT_TOKENS = 64
+"""Of the prompt that is measured; fewer where the model takes fewer."""
+
+_RANGE = {Scales.STATIC: 4, Scales.TOKEN: 6}
+"""A side's root mean square is well held from 2**-n to 2**n. Static codes are e4m3, whose steps stop shrinking at
+2**-6 and whose numbers end at 448: 2**-4 costs a tenth of the precision, 2**4 leaves outliers a factor of 28.
+Dynamic scales are fp16, about a 30th (int8) or a third (int4) of the root mean square: 2**-6 leaves quieter tokens
+a factor of 2**3 until their scale is subnormal and 2**13 until it is the smallest; at 2**6 a token may be 2**6
+times as loud before its probabilities times its scale, or its numbers, exceed fp16 on a GPU."""
+
+_STEP = 4
+"""Exponents are multiples of it: coarse, so that rounding differences between GPUs, types and numbers of shards
+rarely change one. Where they do, the block keys of the two replicas differ, and they share no blocks."""
+
+
+class MagnitudeProbe:
+    """A step of one sequence without pages, which notes the mean square of each kv head's K and V."""
+
+    def __init__(self) -> None:
+        self.squares: dict[int, Tensor] = {}
+        """Layer → fp64 [2, H]."""
+
+    def attend(
+        self, module: nn.Module, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        self.squares[layer_index(module)] = torch.stack(
+            [x_THD.double().square().mean((0, 2)) for x_THD in (k_THD, v_THD)]
+        )
+        return attend_numbers(q_TQD.float(), k_THD.float(), v_THD.float(), spec).to(q_TQD.dtype)
+
+
+@torch.inference_mode()
+def mean_squares(model: PreTrainedModel, tokens: int = PROMPT_TOKENS) -> Tensor:
+    """fp64 [L, 2, H] on the CPU: of K and V of this shard's kv heads, over a prompt spread over the vocabulary.
+
+    Every rank of a replica calls it at the same time.
+    """
+    ids = [(i * 0x9E3779B1 % 2**32) * model.config.vocab_size >> 32 for i in range(1, tokens + 1)]
+    ids_1T = torch.tensor([ids], device=model.device)
+    positions_1T = torch.arange(tokens, device=model.device)[None]
+    probe = MagnitudeProbe()
+    model(
+        input_ids=ids_1T,
+        position_ids=positions_1T,
+        use_cache=False,
+        step=probe,
+        logits_to_keep=positions_1T[0, -1:],
+    )
+    return torch.stack([probe.squares[layer] for layer in sorted(probe.squares)]).cpu()
+
+
+def of_whole_model(squares_L2H: Tensor, kv_heads: int, group: Joins | None) -> Tensor:
+    """[L, 2, kv_heads], the same on all ranks, from each rank's own. Heads that several ranks hold count once."""
+    if group is None:
+        return squares_L2H
+    ranks_L2H = group.all_gather(squares_L2H).movedim(0, 2).flatten(2)
+    return ranks_L2H[:, :, :: ranks_L2H.shape[2] // kv_heads]
+
+
+def static_exponent(mean_square: float, fmt: KVFormat) -> int:
+    """log2 of a head's static scale: 0 within the format's range, and where nothing finite was measured."""
+    if fmt.scales is Scales.NONE or not 0 < mean_square < math.inf:
+        return 0
+    log2 = math.log2(mean_square) / 2
+    return 0 if abs(log2) <= _RANGE[fmt.scales] else _STEP * round(log2 / _STEP)
+
+
+def measured_transforms(
+    model: PreTrainedModel,
+    formats: Sequence[LayerFormat],
+    *,
+    kv_heads: int,
+    head_dim: int,
+    group: Joins | None,
+    max_tokens: int,
+) -> tuple[LayerTransform, ...]:
+    """Every layer's maps for the whole model's kv heads, on the CPU: the formats' own, scaled where needed.
+
+    The same on all ranks, which call it at the same time. Raises FormatError for formats that need a calibration.
+    """
+    defaults = [LayerTransform(default_transform(f.k), default_transform(f.v)) for f in formats]
+    if all(scales is Scales.NONE for f in formats for scales in (f.k.scales, f.v.scales)):
+        return tuple(defaults)
+    squares_L2H = of_whole_model(mean_squares(model, min(max_tokens, PROMPT_TOKENS)), kv_heads, group)
+    _warn_of_what_is_not_finite(squares_L2H)
+    return tuple(
+        LayerTransform(
+            _scaled(default.k, fmt.k, k_H, head_dim),
+            _scaled(default.v, fmt.v, v_H, head_dim),
+        )
+        for default, fmt, (k_H, v_H) in zip(defaults, formats, squares_L2H.tolist(), strict=True)
+    )
+
+
+def _scaled(default: SideTransform, fmt: KVFormat, square_H: Sequence[float], head_dim: int) -> SideTransform:
+    exponent_H = [static_exponent(square, fmt) for square in square_H]
+    if not any(exponent_H):
+        return default
+    scale_H = torch.tensor(exponent_H, dtype=torch.float32).exp2()
+    return replace(default, scale_HD=scale_H[:, None].repeat(1, head_dim))
+
+
+def _warn_of_what_is_not_finite(squares_L2H: Tensor) -> None:
+    if layers := (~squares_L2H.isfinite()).flatten(1).any(1).nonzero().flatten().tolist():
+        _LOG.warning(
+            "keys or values of layers %s are not finite for a test prompt: the weights are damaged, or too "
+            "large for the type they are computed in (set dtype to bfloat16 or float32)",
+            _listed(layers),
+        )
+
+
+def log_scales(formats: Sequence[LayerFormat], transforms: Sequence[LayerTransform]) -> None:
+    """Say which layers are stored divided, and that static scales have no calibration."""
+    for name, sides in (("K", [t.k for t in transforms]), ("V", [t.v for t in transforms])):
+        scale_LH = {i: side.scale_HD[:, 0] for i, side in enumerate(sides) if side.scale_HD is not None}
+        if scale_LH:
+            exponents = torch.stack(list(scale_LH.values())).log2()
+            _LOG.info(
+                "%s of layers %s is stored divided by 2^%d to 2^%d: its magnitude is outside its format's range",
+                name,
+                _listed(scale_LH),
+                exponents.min(),
+                exponents.max(),
+            )
+    if static := sorted({s.codes.value for f in formats for s in (f.k, f.v) if s.scales is Scales.STATIC}):
+        _LOG.warning(
+            "%s is stored without a calibration: a head's scale is 1, or a power of two where a test prompt's "
+            "magnitude asks for it",
+            "/".join(static),
+        )
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
