@@ -10,7 +10,7 @@ from quire.kernels.codec import FP8_MAX, decode, encode
 from quire.kernels.formats import FORMATS, Codes, KVFormat, Scales
 
 DYNAMIC = [name for name, fmt in FORMATS.items() if fmt.scales is Scales.TOKEN]
-SMALLEST = 2**-14  # no dynamic scale is smaller
+SMALLEST = 2**-24  # of the dynamic scales, and their step below 2**-14
 # The greatest error of a number, as a share of the range (int) or of the number (float) of its group.
 ERROR = {Codes.FP32: 0.0, Codes.BF16: 2**-8, Codes.FP8: 2**-4, Codes.INT8: 0.51 / 127, Codes.INT4: 1.02 / 15}
 
@@ -22,12 +22,29 @@ def _round_trip(x: Tensor, fmt: KVFormat) -> Tensor:
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4", "int4g64", "int4g32"])
 def test_a_round_trip_errs_by_a_code_at_most(name: str) -> None:
     fmt = FORMATS[name]
-    x = torch.randn(3, 5, 128) * torch.logspace(-3, 3, 5)[:, None]
+    x = torch.randn(3, 5, 128) * torch.logspace(-2, 3, 5)[:, None]
     groups = x.unflatten(-1, (max(1, fmt.groups(128)), -1))
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
     span = high - low if fmt.codes is Codes.INT4 else torch.maximum(high, -low)
     error = (_round_trip(x, fmt).unflatten(-1, groups.shape[-2:]) - groups).abs()
     assert (error <= span[..., None] * ERROR[fmt.codes] + SMALLEST / 2).all()
+
+
+@pytest.mark.parametrize(("name", "top"), [("int8", 127), ("int4", 15), ("int4g32", 15)])
+def test_a_quiet_token_errs_by_its_own_codes_down_to_the_smallest_scale(name: str, top: int) -> None:
+    x = torch.randn(30, 128) * 2.0 ** torch.arange(10, -20, -1.0)[:, None]
+    span = x.amax(-1).clamp_min(0) - x.amin(-1).clamp_max(0) if top == 15 else x.abs().amax(-1)
+    error = (_round_trip(x, FORMATS[name]) - x).abs().amax(-1)
+    # A scale rounds by half its step: so much the largest code may miss.
+    assert (error <= span * ERROR[FORMATS[name].codes] + (top + 1) * SMALLEST / 2).all()
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_a_token_of_a_ten_thousandth_of_the_others_keeps_its_shape(name: str) -> None:
+    x = torch.randn(2, 128)
+    x[1] *= 1e-4
+    relative = (_round_trip(x, FORMATS[name]) - x).norm(dim=-1) / x.norm(dim=-1)
+    assert relative[1] < 2 * relative[0] + 0.01
 
 
 def test_fp8_errs_by_a_sixteenth_of_the_number_and_saturates() -> None:

@@ -175,6 +175,19 @@ def test_zeros_nan_and_huge_numbers_are_stored_as_the_codec_stores_them(name: st
     assert torch.equal(_written(step, cpu.write_kv, poison=0), expected_NB)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_quiet_tokens_are_stored_and_read_as_the_reference_does(name: str) -> None:
+    step = make_step(Case(name, name, [40], [3], dtype=FP32))
+    plain = replace(step.cache, k_transform=SideTransform(), v_transform=SideTransform())
+    quiet_LHD = torch.randn(step.k_LHD.shape) * 2.0 ** -torch.arange(40.0)[:, None, None]
+    step = replace(step, cache=plain, k_LHD=quiet_LHD, v_LHD=quiet_LHD.flip(0))
+    pool_NB = _written(step, cpu.write_kv, poison=0)
+    assert torch.equal(pool_NB, _written(step, write_kv_ref, poison=0))
+    step = replace(step, cache=replace(plain, pool_NB=pool_NB))
+    out_TQD = cpu.attend(step.cache, step.q_TQD, step.batch, step.spec)
+    assert relative_error(out_TQD, step.expected()) < 2e-6
+
+
 def test_nan_survives_in_bf16() -> None:
     step = make_step(Case("bf16", "bf16", [16], [1], dtype=FP32))
     step.k_LHD[3, 0, 5] = float("nan")

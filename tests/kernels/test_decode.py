@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paged_cases import Case, Step, make_step, relative_error
+from paged_cases import Case, Step, make_scaled_step, make_step, relative_error
 
 from quire.kernels._combine import combine_tile
 from quire.kernels._transform import transform_query
@@ -83,6 +83,26 @@ def test_small_values_keep_their_precision():
     write_kv_ref(step.cache, step.k_LHD * 0.1, step.v_LHD * 0.03, step.slots_L)
     out = decode(step)
     assert relative_error(out, step.expected()) < 3e-3
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4g32"])
+def test_quiet_tokens_among_loud_ones_are_read_as_the_reference_reads_them(name):
+    step = make_step(Case(name, name, [60], [1], dtype=torch.float32), written=False)
+    quiet = torch.where(torch.arange(60) % 7 == 3, 1.0, 2.0**-17)[:, None, None]
+    write_kv_ref(step.cache, step.k_LHD * quiet, step.v_LHD * quiet, step.slots_L)
+    assert relative_error(decode(step), step.expected()) < 3e-3
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int4g32"])
+def test_static_scales_bring_any_magnitude_into_range(name):
+    case = Case(name, name, [50, 20], [2, 1])
+    step, unwritten = make_scaled_step(case), make_scaled_step(case, written=False)
+    q_TQD = launch_write_step(
+        unwritten.cache, step.q_TQD, unwritten.k_LHD, unwritten.v_LHD, unwritten.slots_L
+    )
+    for cache in (step.cache, unwritten.cache):
+        out = launch_decode(cache, q_TQD, step.batch, step.spec, plan_of(step, 4), torch.bfloat16)
+        assert relative_error(out, step.expected()) < 3e-3
 
 
 def test_takes_queries_that_the_write_has_transformed():

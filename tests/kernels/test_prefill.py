@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_cases import Case, make_step, relative_error
+from paged_cases import Case, make_scaled_step, make_step, relative_error
 
 from quire.kernels.formats import Codes, KVFormat, Scales
 from quire.kernels.prefill import launch_prefill, prefill_attention
+from quire.kernels.ref.paged import write_kv_ref
 
 INT8_G32 = KVFormat(Codes.INT8, Scales.TOKEN, group=32)
 FP8_TOKEN = KVFormat(Codes.FP8, Scales.TOKEN)
@@ -54,6 +55,21 @@ def test_a_chunk_at_a_time_gives_the_same_as_all_at_once():
 def test_rows_that_are_masked_everywhere_in_a_page_stay_finite():
     step = make_step(Case("int8", "int8", [50], [50], window=2))
     out = launch_prefill(step.cache, step.q_TQD, step.batch, step.spec, rows=128)
+    assert relative_error(out, step.expected()) < 3e-3
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int4g32"])
+def test_static_scales_bring_any_magnitude_into_range(name):
+    step = make_scaled_step(Case(name, name, [63, 30], [20, 17]))
+    out = launch_prefill(step.cache, step.q_TQD, step.batch, step.spec, rows=32)
+    assert relative_error(out, step.expected()) < 3e-3
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4g32"])
+def test_values_with_the_smallest_scales_keep_their_precision(name):
+    step = make_step(Case(name, name, [60], [20], dtype=torch.float32), written=False)
+    write_kv_ref(step.cache, step.k_LHD, step.v_LHD * 2.0**-14, step.slots_L)
+    out = launch_prefill(step.cache, step.q_TQD, step.batch, step.spec, rows=32)
     assert relative_error(out, step.expected()) < 3e-3
 
 

@@ -7,6 +7,7 @@ import torch
 from paged_cases import Case, make_step, relative_error
 
 from quire.kernels.formats import Codes, KVFormat, Scales
+from quire.kernels.ref.paged import write_kv_ref
 from quire.kernels.unpack import launch_unpack, unpack_pages, unpack_pages_ref
 
 SIDES = [
@@ -33,6 +34,18 @@ def test_numbers_are_the_codecs_and_rows_past_the_tokens_are_zero(k, v, tokens, 
         assert x_HLD.shape == (2, length, 64)
         assert relative_error(x_HLD, expected_HLD) < limit
         assert x_HLD[:, tokens:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4g32"])
+def test_the_smallest_scales_are_read_exactly(name):
+    step = make_step(Case(name, name, [77], [1], page_tokens=16, dtype=torch.float32), written=False)
+    quiet = 2.0 ** -torch.linspace(8, 20, 77)[:, None, None]
+    write_kv_ref(step.cache, step.k_LHD * quiet, step.v_LHD * quiet, step.slots_L)
+    pages_M = step.batch.page_table_SM[0]
+    for x_HLD, expected_HLD in zip(
+        launch_unpack(step.cache, pages_M, 77, 96), unpack_pages_ref(step.cache, pages_M, 77, 96), strict=True
+    ):
+        assert torch.equal(x_HLD, expected_HLD)
 
 
 def test_pages_from_the_middle_of_a_sequence():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paged_cases import Case, make_step, relative_error
+from paged_cases import Case, make_scaled_step, make_step, relative_error
 from torch import Tensor
 
 from quire.kernels.unpacked import attend_unpacked, merge_partial, plan_stretches
@@ -41,6 +41,13 @@ def test_agrees_with_the_reference(case):
     out = attend_unpacked(step.cache, step.q_TQD, step.batch, step.spec, plain_attention)
     assert out.dtype == step.q_TQD.dtype
     assert relative_error(out, step.expected()) < (8e-3 if case.dtype == torch.bfloat16 else 3e-3)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+def test_static_scales_bring_any_magnitude_into_range(name):
+    step = make_scaled_step(Case(name, name, [600], [80], page_tokens=64))
+    out = attend_unpacked(step.cache, step.q_TQD, step.batch, step.spec, plain_attention)
+    assert relative_error(out, step.expected()) < 8e-3
 
 
 def test_padding_rows_after_the_chunk_do_no_harm():

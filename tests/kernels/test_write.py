@@ -59,6 +59,16 @@ def test_shift_scale_and_rotation_are_applied_in_the_reference_order(name):
     assert differing_share(step, expected) < 0.002
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int4g32"])
+def test_quiet_tokens_are_stored_as_the_reference_stores_them(name):
+    case = Case(name, name, [40], [1], dtype=torch.float32)
+    expected, step = make_step(case, written=False), make_step(case, written=False)
+    quiet = 2.0 ** -torch.arange(40.0)[:, None, None]
+    for s, write in ((expected, write_kv_ref), (step, launch_write)):
+        write(s.cache, s.k_LHD * quiet, s.v_LHD * quiet, s.slots_L)
+    assert differing_share(step, expected) < 0.002
+
+
 @pytest.mark.parametrize("case", [CASES[3], *CASES[7:9]], ids=str)
 def test_wide_tiles_write_the_same(case, monkeypatch):
     """Long prompts take them; here a few tokens do."""

@@ -71,8 +71,8 @@ class Step:
             cache=replace(
                 cache,
                 pool_NB=cache.pool_NB.to(device),
-                k_transform=_moved(cache.k_transform, device),
-                v_transform=_moved(cache.v_transform, device),
+                k_transform=cache.k_transform.of_heads(slice(None), torch.device(device)),
+                v_transform=cache.v_transform.of_heads(slice(None), torch.device(device)),
             ),
             batch=replace(
                 batch,
@@ -125,6 +125,23 @@ def make_step(case: Case, *, written: bool = True) -> Step:
     return Step(cache, batch, case.spec, q_TQD, k_LHD, v_LHD, torch.cat(slots))
 
 
+def make_scaled_step(case: Case, *, written: bool = True) -> Step:
+    """Keys far beyond fp16 and tiny values, each head of its own magnitude, with static scales that undo it."""
+    step = make_step(case, written=False)
+    head_HD = torch.arange(case.kv_heads, dtype=torch.float32)[:, None].expand(-1, case.head_dim)
+    k_HD, v_HD = 2.0 ** (16 - 4 * head_HD), 2.0 ** (4 * head_HD - 20)
+    cache = replace(
+        step.cache,
+        k_transform=replace(step.cache.k_transform, scale_HD=k_HD),
+        v_transform=replace(step.cache.v_transform, scale_HD=v_HD),
+    )
+    k_LHD, v_LHD = (step.k_LHD * k_HD).to(case.dtype), (step.v_LHD * v_HD).to(case.dtype)
+    q_TQD = (step.q_TQD / k_HD.repeat_interleave(case.group, 0)).to(case.dtype)
+    if written:
+        write_kv_ref(cache, k_LHD, v_LHD, step.slots_L)
+    return replace(step, cache=cache, q_TQD=q_TQD, k_LHD=k_LHD, v_LHD=v_LHD)
+
+
 def relative_error(out: Tensor, expected: Tensor) -> float:
     """|out - expected| / |expected|, NaN if any number is."""
     out, expected = out.double().cpu(), expected.double().cpu()
@@ -140,12 +157,3 @@ def _transform(fmt: KVFormat, x_LHD: Tensor, case: Case) -> SideTransform:
     top = 127 if fmt.codes.value == "int8" else 7
     spread_HD = (x if shift_HD is None else x - shift_HD).abs().amax(0)
     return SideTransform(shift_HD=shift_HD, scale_HD=spread_HD / top)
-
-
-def _moved(transform: SideTransform, device: str) -> SideTransform:
-    shift, scale = transform.shift_HD, transform.scale_HD
-    return replace(
-        transform,
-        shift_HD=None if shift is None else shift.to(device),
-        scale_HD=None if scale is None else scale.to(device),
-    )
