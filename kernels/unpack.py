@@ -190,8 +190,7 @@ def page_numbers(
         else:
             FACTOR: tl.constexpr = factor_of(piece, CODES)
             x = unpack_int4(codes[piece // 2], ASM)[piece % 2]
-            if FACTOR != 1.0:
-                x *= 1.0 / FACTOR  # not the scale, which may be among fp16's smallest
+            x *= 1.0 / FACTOR  # exact; the scale may be among fp16's smallest numbers
             if GROUPS > 0:
                 zero_P = tl.where(written_P, zero_of(word_P), 0.0) + MAGIC / FACTOR
                 x -= _along_tokens(zero_P.to(tl.float16), IS_V)

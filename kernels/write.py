@@ -6,6 +6,8 @@ the work. Legend: see `paged.py`; here T tokens of a tile, C half the channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ from quire.kernels.transform import SideTransform
 _TILE_TOKENS = 16  # the least that keeps a rotation's tensor cores busy
 _MANY_ROWS = 1 << 15  # tokens * kv heads: programs abound, and wider tiles load the rotation less often
 _WIDE_TILE_TOKENS = 64
+_WIDE_TERMS = 2  # of a rotation (`bf16_terms`): more of them spill in wide tiles
 _FOUR_WARPS_HEAD_DIM = 128  # more channels spill
 
 
@@ -76,8 +79,9 @@ def launch_write(
     k_THD, v_THD = _dense_rows(k_THD), _dense_rows(v_THD)
     q = k_THD[:0] if q_TQD is None else _dense_rows(q_TQD)
     group = 0 if q_TQD is None else q.shape[1] // layout.kv_heads
-    rotates = cache.k_transform.rotate or cache.v_transform.rotate
-    wide = rotates and tokens * layout.kv_heads >= _MANY_ROWS
+    sides = _side("K", fmt.k, cache.k_transform, k_THD) | _side("V", fmt.v, cache.v_transform, v_THD)
+    terms = max(sides["K_ROTATE"], sides["V_ROTATE"])
+    wide = 0 < terms <= _WIDE_TERMS and tokens * layout.kv_heads >= _MANY_ROWS
     tile_tokens = _WIDE_TILE_TOKENS if wide else _TILE_TOKENS
     write_kernel[(triton.cdiv(tokens, tile_tokens), layout.kv_heads, 2 + group)](
         k_THD,
@@ -90,7 +94,7 @@ def launch_write(
         cache.k_transform.scale_HD,
         cache.v_transform.shift_HD,
         cache.v_transform.scale_HD,
-        rotation_signs(head_dim, k_THD.device) if rotates else None,
+        rotation_signs(head_dim, k_THD.device) if terms else None,
         tokens,
         q.shape[0],
         k_THD.stride(0),
@@ -105,8 +109,7 @@ def launch_write(
         K_SCALES=cell.k_scales - cell.k_codes,
         V_CODES=cell.v_codes - cell.k_codes,
         V_SCALES=cell.v_scales - cell.k_codes,
-        **_side("K", fmt.k, cache.k_transform, k_THD),
-        **_side("V", fmt.v, cache.v_transform, v_THD),
+        **sides,
         Q_TERMS=bf16_terms(q.dtype, cache.k_transform.scale_HD is not None),
         G=group,
         D=head_dim,
@@ -121,7 +124,7 @@ def _dense_rows(x_THD: Tensor) -> Tensor:
     return x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()
 
 
-def _side(name: str, fmt: KVFormat, transform: SideTransform, x_THD: Tensor) -> dict[str, object]:
+def _side(name: str, fmt: KVFormat, transform: SideTransform, x_THD: Tensor) -> dict[str, Any]:
     """One side's constexprs: codes, groups, and what of the transform there is (a rotation by its terms)."""
     affine = transform.shift_HD is not None or transform.scale_HD is not None
     return {
