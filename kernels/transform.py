@@ -65,10 +65,8 @@ class SideTransform:
 
     def of_heads(self, heads: slice, device: torch.device) -> SideTransform:
         """The map of some of these heads alone, its tensors on `device`."""
-        shift_HD, scale_HD = (
-            None if x_HD is None else x_HD[heads].to(device, copy=True) for x_HD in (self.shift_HD, self.scale_HD)
-        )
-        return SideTransform(self.rotate, shift_HD, scale_HD)
+        tensors = (self.shift_HD, self.scale_HD)
+        return SideTransform(self.rotate, *(None if x is None else x[heads].to(device) for x in tensors))
 
     @cached_property
     def fingerprint(self) -> bytes:

@@ -125,7 +125,7 @@ class Executor:
         try:
             self._start(config, progress, host, links)
         except BaseException:
-            for word in ("connect", "go"):
+            for word in ("connect", "measure", "go"):
                 self._store.set(word, NO)
             self._launcher.stop()
             raise
@@ -143,11 +143,11 @@ class Executor:
         self._await("arrived", config.tp, len)
         self._store.set("connect", YES)
         group = connect(specs[0], self._store)
-        self.shard = Shard(config, 0, group, progress)
+        self.shard = Shard(config, 0, group, progress, lambda: self._all_loaded(config.tp))
         with ExitStack() as unless_all_load:
             self._pages = ShardStore(self.shard, config, 0, host=host, links=links)
             unless_all_load.callback(self._pages.close)
-            self._know(self._await("loaded", config.tp, lambda data: Loaded.from_json(data).check()))
+            self._know(self._await("loaded", config.tp, _checked))
             unless_all_load.pop_all()
         self._store.set("go", YES)
         self._reports = Reports(self._store, config.tp)
@@ -155,6 +155,11 @@ class Executor:
             target=self._serve, args=(config, group), name="quire-executor", daemon=True
         )
         self._thread.start()
+
+    def _all_loaded(self, tp: int) -> None:
+        """Returns when all ranks have their weights. Raises what one of them raised."""
+        self._await("weights", tp, _checked)
+        self._store.set("measure", YES)
 
     def _know(self, others: Sequence[Loaded]) -> None:
         """What all shards have in common."""
@@ -296,3 +301,7 @@ class Executor:
                 self._pages.promote(copies)
             case Kind.SUM, CompletePages() as complete:
                 self._pages.sum_ahead(complete)
+
+
+def _checked(data: bytes) -> Loaded:
+    return Loaded.from_json(data).check()

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -69,8 +69,13 @@ class Shard:
         rank: int = 0,
         group: TensorParallelGroup | None = None,
         progress: Progress | None = None,
+        all_loaded: Callable[[], None] = lambda: None,
     ) -> None:
-        """Load the weights and allocate the pages. Raises UnknownModel, ModelNotServable, ConfigError."""
+        """Load the weights and allocate the pages. Raises UnknownModel, ModelNotServable, ConfigError.
+
+        `all_loaded` is called with the weights in place and returns when those of all ranks are, however long
+        that takes: what follows are steps, in which a rank that is late counts as dead.
+        """
         if (group is None) != (config.tp == 1):
             raise ValueError(f"tp={config.tp} needs {'no' if config.tp == 1 else 'a'} group")
         self.device = shard_device(config, rank)
@@ -94,6 +99,7 @@ class Shard:
         self.kv_heads = self.layout.kv_heads if config.tp == 1 else model_config.num_key_value_heads
         self.max_step_tokens = config.scheduler.step_tokens(self.device.type)
         max_model_tokens = _max_model_tokens(config, model_config)
+        all_loaded()
         self._transforms = self._measured_transforms(loaded, max_model_tokens)
         self._forward = ForwardPass(loaded.model, compiled=self._on_one_gpu and config.gpu.compile)
         pool_bytes = self._pool_bytes(config, loaded, max_model_tokens)

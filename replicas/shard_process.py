@@ -133,17 +133,30 @@ def serve_shard(spec: ShardSpec) -> None:
     if not _told(store, "connect"):
         return
     group = connect(spec, store)
+
+    def all_loaded() -> None:
+        store.set(f"weights/{spec.rank}", Loaded().to_json())
+        if not _told(store, "measure"):
+            raise _StartEnded
+
     try:
-        shard = Shard(spec.config, spec.rank, group)
+        shard = Shard(spec.config, spec.rank, group, all_loaded=all_loaded)
         pages = ShardStore(shard, spec.config, spec.rank, host=spec.host, links=spec.links)
+    except _StartEnded:
+        return
     except QuireError as error:
         failed = Loaded(error=type(error).__name__, text=str(error))
-        store.set(f"loaded/{spec.rank}", failed.to_json())
+        for word in ("weights", "loaded"):  # rank 0 waits for one of them
+            store.set(f"{word}/{spec.rank}", failed.to_json())
         raise
     with closing(pages):
         store.set(f"loaded/{spec.rank}", Loaded(shard.num_pages, pages.slots, pages.endpoint).to_json())
         if _told(store, "go"):
             _serve(shard, pages, group, store)
+
+
+class _StartEnded(Exception):
+    """Rank 0 gave up while this rank loaded."""
 
 
 def _told(store: Store, word: str) -> bool:

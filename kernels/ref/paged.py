@@ -53,7 +53,7 @@ def attend_ref(
 
 
 def attend_numbers(q_TQD: Tensor, k_LHD: Tensor, v_LHD: Tensor, spec: AttentionSpec) -> Tensor:
-    """Causal attention of one sequence's last T tokens over all its keys and values, in their type: [T, Q, D]."""
+    """Causal attention of a sequence's last T tokens over all its keys and values, in their type."""
     group = q_TQD.shape[1] // k_LHD.shape[1]
     k_LQD, v_LQD = k_LHD.repeat_interleave(group, 1), v_LHD.repeat_interleave(group, 1)
     logits_QTL = torch.einsum("tqd,lqd->qtl", q_TQD, k_LQD) * spec.scale

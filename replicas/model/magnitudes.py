@@ -1,9 +1,9 @@
 """Static scales for keys and values whose magnitude their KV format would not hold.
 
-A model with V times c and its output projection divided by c computes the same, and so does one with K times c
-and Q divided by c: nothing else tells the magnitude of K and V. Formats and fp16 arithmetic have a range, so it
-is measured: one forward of a short, fixed prompt when the model is loaded. A head outside its format's range
-gets a power of two as its static scale, which is exact; all others keep none.
+V times c, with the output projection divided by c, is the same model; so is K times c with Q divided by c.
+How large a model's K and V are is therefore arbitrary, while formats and fp16 arithmetic have a range. Both
+are measured when the model is loaded, by one forward of a short, fixed prompt. A head outside its format's
+range gets a power of two as its static scale, which is exact; all others get none.
 
 Names: L layers, H kv heads of a shard or of the whole model, D head_dim, T tokens, Q query heads.
 """
@@ -32,15 +32,19 @@ PROMPT_TOKENS = 64
 """Of the prompt that is measured; fewer where the model takes fewer."""
 
 _RANGE = {Scales.STATIC: 4, Scales.TOKEN: 6}
-"""A side's root mean square is well held from 2**-n to 2**n. Static codes are e4m3, whose steps stop shrinking at
-2**-6 and whose numbers end at 448: 2**-4 costs a tenth of the precision, 2**4 leaves outliers a factor of 28.
-Dynamic scales are fp16, about a 30th (int8) or a third (int4) of the root mean square: 2**-6 leaves quieter tokens
-a factor of 2**3 until their scale is subnormal and 2**13 until it is the smallest; at 2**6 a token may be 2**6
-times as loud before its probabilities times its scale, or its numbers, exceed fp16 on a GPU."""
+"""A format holds numbers well whose root mean square (rms) lies between 2**-n and 2**n.
+
+Static codes are e4m3, whose steps stop shrinking at 2**-6 and whose numbers end at 448: an rms of 2**-4 costs
+1 % of the precision (2**-6 would cost 45 %), one of 2**4 leaves outliers a factor of 28. Dynamic scales are
+fp16 and about a 45th (int8) or a third (int4) of the rms. At 2**-6 a token may be 2**8 times quieter before
+its scale is coarse; at 2**6 one may be 2**5 times louder before a GPU's fp16 product of probability and scale
+overflows.
+"""
 
 _STEP = 4
-"""Exponents are multiples of it: coarse, so that rounding differences between GPUs, types and numbers of shards
-rarely change one. Where they do, the block keys of the two replicas differ, and they share no blocks."""
+"""Exponents are multiples of it: coarse, so that rounding differences between GPUs, types and numbers of
+shards seldom change one. Where they do, the two replicas' block keys differ, and they share no blocks.
+"""
 
 
 class MagnitudeProbe:
@@ -61,9 +65,9 @@ class MagnitudeProbe:
 
 @torch.inference_mode()
 def mean_squares(model: PreTrainedModel, tokens: int = PROMPT_TOKENS) -> Tensor:
-    """fp64 [L, 2, H] on the CPU: of K and V of this shard's kv heads, over a prompt spread over the vocabulary.
+    """fp64 [L, 2, H] on the CPU: of K and V of this shard's kv heads, for tokens from all of the vocabulary.
 
-    Every rank of a replica calls it at the same time.
+    All ranks of a replica call it at the same time.
     """
     ids = [(i * 0x9E3779B1 % 2**32) * model.config.vocab_size >> 32 for i in range(1, tokens + 1)]
     ids_1T = torch.tensor([ids], device=model.device)
@@ -80,7 +84,7 @@ def mean_squares(model: PreTrainedModel, tokens: int = PROMPT_TOKENS) -> Tensor:
 
 
 def of_whole_model(squares_L2H: Tensor, kv_heads: int, group: Joins | None) -> Tensor:
-    """[L, 2, kv_heads], the same on all ranks, from each rank's own. Heads that several ranks hold count once."""
+    """[L, 2, kv_heads], the same on all ranks, from each rank's own. A head that several hold counts once."""
     if group is None:
         return squares_L2H
     ranks_L2H = group.all_gather(squares_L2H).movedim(0, 2).flatten(2)
@@ -106,7 +110,7 @@ def measured_transforms(
 ) -> tuple[LayerTransform, ...]:
     """Every layer's maps for the whole model's kv heads, on the CPU: the formats' own, scaled where needed.
 
-    The same on all ranks, which call it at the same time. Raises FormatError for formats that need a calibration.
+    The same on all ranks, which call it at the same time. Raises FormatError if a format needs a calibration.
     """
     defaults = [LayerTransform(default_transform(f.k), default_transform(f.v)) for f in formats]
     if all(scales is Scales.NONE for f in formats for scales in (f.k.scales, f.v.scales)):
@@ -146,7 +150,7 @@ def log_scales(formats: Sequence[LayerFormat], transforms: Sequence[LayerTransfo
         if scale_LH:
             exponents = torch.stack(list(scale_LH.values())).log2()
             _LOG.info(
-                "%s of layers %s is stored divided by 2^%d to 2^%d: its magnitude is outside its format's range",
+                "%s of layers %s is stored divided by 2^%d to 2^%d: it lies outside its format's range",
                 name,
                 _listed(scale_LH),
                 exponents.min(),
@@ -154,8 +158,8 @@ def log_scales(formats: Sequence[LayerFormat], transforms: Sequence[LayerTransfo
             )
     if static := sorted({s.codes.value for f in formats for s in (f.k, f.v) if s.scales is Scales.STATIC}):
         _LOG.warning(
-            "%s is stored without a calibration: a head's scale is 1, or a power of two where a test prompt's "
-            "magnitude asks for it",
+            "%s is stored without a calibration: a head's scale is 1, or a power of two where its magnitude "
+            "for a test prompt asks for it",
             "/".join(static),
         )
 

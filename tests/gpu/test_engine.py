@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from recall import mixed_prompts, recall_prompt
+from scaled_models import write_scaled
 from tiny_models import Chunk, make_model, reference_logits, some_tokens, step_of
 
 from quire.replicas import LLM, GpuConfig, PoolConfig, SamplingParams, SchedulerConfig
 from quire.replicas.config import EngineConfig
 from quire.replicas.load import load_tokenizer
+from quire.replicas.model.checkpoint import find_model
 from quire.replicas.shard import Shard
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -42,8 +44,8 @@ def answers(kv: str, device: str, gpu: GpuConfig | None = None, tp: int = 1, **s
     return [completion.text for completion in done]
 
 
-def prompt_logprobs(kv: str, device: str) -> torch.Tensor:
-    with LLM("demo", kv=kv, device=device, dtype="float32", pool=POOL) as llm:
+def prompt_logprobs(kv: str, device: str, model: str = "demo") -> torch.Tensor:
+    with LLM(model, kv=kv, device=device, dtype="float32", pool=POOL) as llm:
         done = llm.generate(STORIES, SamplingParams(max_tokens=1, prompt_logprobs=0))
     return torch.tensor([p.logprob for completion in done for p in completion.prompt_logprobs])
 
@@ -61,6 +63,15 @@ def test_every_tokens_probability_is_that_of_the_cpu(kv):
     exact = prompt_logprobs("fp32", "cpu")
     stored = (on_cpu - exact).abs().mean()  # the format's own noise
     assert (on_gpu - on_cpu).abs().mean() < max(0.02, 0.5 * stored)  # and that of 16-bit products
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+def test_the_magnitude_of_keys_and_values_does_not_matter(kv, tmp_path):
+    factors = {"k_proj": (2.0**13, 2.0**-14), "v_proj": (2.0**-17, 2.0**13)}
+    scaled = write_scaled(find_model("demo"), tmp_path / "scaled", factors)
+    on_gpu, plain = prompt_logprobs(kv, "cuda", str(scaled)), prompt_logprobs(kv, "cuda")
+    stored = (plain - prompt_logprobs("fp32", "cpu")).abs().mean()  # the format's own noise
+    assert (on_gpu - plain).abs().mean() < max(0.02, 1.5 * stored)
 
 
 @pytest.mark.parametrize("gpu", WAYS[1:], ids=lambda g: f"compile={g.compile}-graphs={g.graphs}")

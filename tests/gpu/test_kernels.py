@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from paged_cases import Case, make_step, relative_error
+from paged_cases import Case, make_scaled_step, make_step, relative_error
 
 from quire.kernels._transform import transform_query
 from quire.kernels.decode import decode_attention
@@ -100,6 +100,40 @@ def test_prefill_of_a_long_chunk_agrees_with_the_reference(case):
     assert suits_library(on_gpu.cache, on_gpu.q_TQD, on_gpu.batch, on_gpu.spec)
     out = prefill_attention(on_gpu.cache, on_gpu.q_TQD, on_gpu.batch, on_gpu.spec)
     assert relative_error(out, step.expected()) < limit(case)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int4g32"])
+def test_static_scales_bring_any_magnitude_into_range(name):
+    decoded = make_scaled_step(Case(name, name, LENGTHS, [1, 2, 5, 3, 4], **LONG), written=False)
+    expected = make_scaled_step(Case(name, name, LENGTHS, [1, 2, 5, 3, 4], **LONG)).expected()
+    step = decoded.to("cuda")
+    write_kv(step.cache, step.k_LHD, step.v_LHD, step.slots_L)
+    rows, skipped = slice(0, len(step.batch.slots_T)), torch.full_like(step.batch.slots_T, -1)
+    q_TQD = write_step(step.cache, step.q_TQD, step.k_LHD[rows], step.v_LHD[rows], skipped)
+    out = decode_attention(step.cache, q_TQD, step.batch, step.spec, transformed=True, dtype=step.q_TQD.dtype)
+    assert relative_error(out, expected) < 1e-2
+    for kv_tokens, query_tokens, attend in (
+        (LENGTHS, [1, 63, 17, 700, 300], launch_prefill),
+        ([3001], [1100], prefill_attention),
+    ):
+        step = make_scaled_step(Case(name, name, kv_tokens, query_tokens, **LONG))
+        on_gpu = step.to("cuda")
+        out = attend(on_gpu.cache, on_gpu.q_TQD, on_gpu.batch, on_gpu.spec)
+        assert relative_error(out, step.expected()) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4g32"])
+def test_values_with_the_smallest_scales_keep_their_precision(name):
+    case = Case(name, name, LENGTHS, [1, 63, 17, 700, 300], **LONG, dtype=torch.float32)
+    step = make_step(case, written=False)
+    write_kv_ref(step.cache, step.k_LHD, step.v_LHD * 2.0**-14, step.slots_L)
+    on_gpu = step.to("cuda")
+    for attend in (launch_prefill, decode_attention):
+        out = attend(on_gpu.cache, on_gpu.q_TQD, on_gpu.batch, on_gpu.spec)
+        assert relative_error(out, step.expected()) < 1e-2
+    written = make_step(case, written=False).to("cuda")
+    write_kv(written.cache, written.k_LHD, written.v_LHD * 2.0**-14, written.slots_L)
+    assert (written.cache.pool_NB.cpu() != step.cache.pool_NB).float().mean() < 0.002
 
 
 @pytest.mark.parametrize("name", NAMES)

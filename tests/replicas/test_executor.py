@@ -83,7 +83,8 @@ def test_the_smallest_pool_counts(llama):
     executor.close()
 
 
-def test_a_ranks_error_while_loading_reaches_the_caller_as_it_was_raised(llama, tmp_path):
+@pytest.mark.parametrize("kv", ["fp32", "int8"])
+def test_a_ranks_error_while_loading_reaches_the_caller_as_it_was_raised(kv, llama, tmp_path):
     broken = make_model("llama", tmp_path) / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-100])
 
@@ -92,7 +93,7 @@ def test_a_ranks_error_while_loading_reaches_the_caller_as_it_was_raised(llama, 
 
     launcher = Threads(third_is_broken)
     with pytest.raises(ModelNotServable, match=r"model\.safetensors is damaged or incomplete") as caught:
-        Executor(tiny_config(llama, tp=4), launcher)
+        Executor(tiny_config(llama, kv, tp=4), launcher)
     assert [str(e) for e in launcher.errors] == [str(caught.value)]
     assert launcher.stopped
     assert launcher.failure() == "shards [1, 2, 3] ended"
@@ -105,6 +106,16 @@ def test_the_shards_of_a_replica_that_fails_to_load_are_stopped(tmp_path):
     with pytest.raises(ModelNotServable, match="damaged or incomplete"):
         Executor(tiny_config(tmp_path, tp=2))
     assert children() == before
+
+
+def test_a_rank_may_load_for_longer_than_a_step_may_take(llama):
+    def slow_on_rank_0(done: int, total: int) -> None:
+        if done == 0:
+            time.sleep(3)
+
+    executor = Executor(tiny_config(llama, "int8", tp=2, shard_timeout_s=1.5), Threads(), slow_on_rank_0)
+    executor.run(STEP)
+    executor.close()
 
 
 class NeverThere(Threads):

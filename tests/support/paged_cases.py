@@ -126,7 +126,7 @@ def make_step(case: Case, *, written: bool = True) -> Step:
 
 
 def make_scaled_step(case: Case, *, written: bool = True) -> Step:
-    """Keys far beyond fp16 and tiny values, each head of its own magnitude, with static scales that undo it."""
+    """Keys beyond fp16 and tiny values, each head of its own magnitude, with static scales that undo it."""
     step = make_step(case, written=False)
     head_HD = torch.arange(case.kv_heads, dtype=torch.float32)[:, None].expand(-1, case.head_dim)
     k_HD, v_HD = 2.0 ** (16 - 4 * head_HD), 2.0 ** (4 * head_HD - 20)

@@ -1,15 +1,15 @@
-"""A model's answers do not depend on the magnitude of its keys and values, in any format and however sharded."""
+"""Answers do not depend on the magnitude of keys and values, in any format and however sharded."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scaled_models import Factors, write_scaled
 from tiny_models import Ranks, make_model, reference_logits, some_tokens, tiny_config
 from torch import Tensor
 
@@ -20,12 +20,6 @@ from quire.replicas.shard import Shard
 IDS = some_tokens(120)
 PAGES = range(1, 9)
 SERVED = ["bf16", "fp8", "int8", "int4", "int4g32", "k8v4"]
-HEAD_DIM = 32
-OTHER_SIDE = {"k_proj": "q_proj", "v_proj": "o_proj"}
-
-Factors = Mapping[str, tuple[float, float]]
-"""k_proj or v_proj → what each of the two kv heads is multiplied with, and the other side divided by."""
-
 SCALED: dict[str, Factors] = {
     "V x 1e-4": {"v_proj": (1e-4, 1e-4)},
     "V x 1e-3": {"v_proj": (1e-3, 1e-3)},
@@ -35,23 +29,6 @@ SCALED: dict[str, Factors] = {
     "K x 1e4": {"k_proj": (1e4, 1e4)},
     "heads apart": {"k_proj": (3e3, 1.0), "v_proj": (1e-4, 2e4)},
 }
-
-
-def write_scaled(source: Path, target: Path, factors: Factors) -> Path:
-    """The same function with other magnitudes: a head of K or V times its factor, its readers divided by it."""
-    tensors = load_file(source / "model.safetensors")
-    for name in tensors:
-        for side, by_head in factors.items():
-            factor_K = torch.tensor(by_head).repeat_interleave(HEAD_DIM)
-            if side in name:
-                tensors[name] *= factor_K[:, None]
-            if OTHER_SIDE[side] in name:
-                factor_Q = torch.tensor(by_head).repeat_interleave(2 * HEAD_DIM)
-                tensors[name] /= factor_Q if side == "v_proj" else factor_Q[:, None]
-    target.mkdir()
-    (target / "config.json").write_text((source / "config.json").read_text())
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +106,10 @@ def test_the_log_says_once_what_was_scaled_and_that_fp8_has_no_calibration(folde
         pass
     said = [record.getMessage() for record in caplog.records if record.name.endswith("magnitudes")]
     assert said == [
-        "K of layers 0, 1 is stored divided by 2^0 to 2^12: its magnitude is outside its format's range",
-        "V of layers 0, 1 is stored divided by 2^-12 to 2^16: its magnitude is outside its format's range",
-        "fp8 is stored without a calibration: a head's scale is 1, or a power of two where a test prompt's "
-        "magnitude asks for it",
+        "K of layers 0, 1 is stored divided by 2^0 to 2^12: it lies outside its format's range",
+        "V of layers 0, 1 is stored divided by 2^-12 to 2^16: it lies outside its format's range",
+        "fp8 is stored without a calibration: a head's scale is 1, or a power of two where its magnitude "
+        "for a test prompt asks for it",
     ]
 
 
