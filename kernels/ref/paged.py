@@ -60,8 +60,8 @@ def attend_numbers(q_TQD: Tensor, k_LHD: Tensor, v_LHD: Tensor, spec: AttentionS
     if spec.softcap:
         logits_QTL = spec.softcap * torch.tanh(logits_QTL / spec.softcap)
     n, length = q_TQD.shape[0], k_LHD.shape[0]
-    at_L = torch.arange(length, device=q_TQD.device)
-    distance_TL = at_L[length - n :, None] - at_L[None, :]
+    at_T, at_L = (torch.arange(first, length, device=q_TQD.device) for first in (length - n, 0))
+    distance_TL = at_T[:, None] - at_L[None, :]
     seen_TL = distance_TL >= 0
     if spec.window:
         seen_TL &= distance_TL < spec.window
