@@ -39,6 +39,7 @@ from quire.replicas.request import (
     Output,
     Request,
     RequestId,
+    resolved,
 )
 from quire.replicas.sampler import Sampled, needs_tokens, start_sampling
 from quire.replicas.scheduler import SchedulerState, SeqId, StepPlan, candidates, plan_step
@@ -147,8 +148,9 @@ class Engine:
                 f"{self.queued} requests are waiting already, the bound is scheduler.max_queued="
                 f"{self._limits.max_queued}; try again later or add replicas"
             )
-        end_tokens = self._stop_rules.end_tokens(request.sampling)
-        self._enqueue(Progress.begin(request, end_tokens, self._clock()), 0)
+        sampling = resolved(request.sampling, self.info.sampling)
+        end_tokens = self._stop_rules.end_tokens(sampling)
+        self._enqueue(Progress.begin(request, sampling, end_tokens, self._clock()), 0)
 
     def cancel(self, request_id: RequestId) -> None:
         """End a request; its pages are free before the next step. Unknown ids are ignored.

@@ -6,12 +6,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from reprlib import repr as shown
 from types import TracebackType
 from typing import Literal
 
 from quire.replicas.config import EngineConfig, GpuConfig, PoolConfig, SchedulerConfig
 from quire.replicas.errors import InvalidRequest, QuireError
 from quire.replicas.load import load_engine, load_tokenizer
+from quire.replicas.prompt import Messages, Prompt, as_messages, as_prompts
 from quire.replicas.request import (
     EngineStats,
     Failure,
@@ -25,6 +27,8 @@ from quire.replicas.request import (
     TokenLogprob,
     Usage,
 )
+from quire.replicas.tokenize import PromptTokenizer
+from quire.replicas.values import items
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class LLM:
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         device: Literal["auto", "cpu", "cuda"] = "auto",
         max_model_tokens: int | None = None,
+        generation_defaults: Literal["model", "none"] = "model",
         threads_per_shard: int | None = None,
         gpu: GpuConfig | None = None,
         pool: PoolConfig | None = None,
@@ -81,6 +86,7 @@ class LLM:
             dtype=dtype,
             device=device,
             max_model_tokens=max_model_tokens,
+            generation_defaults=generation_defaults,
             threads_per_shard=threads_per_shard,
             gpu=gpu or GpuConfig(),
             pool=pool or PoolConfig(),
@@ -89,6 +95,7 @@ class LLM:
         self.tokenizer = load_tokenizer(model)
         self._max_queued = config.scheduler.max_queued
         self._executor, self._engine = load_engine(config, progress=progress)
+        self._prompts = None if self.tokenizer is None else PromptTokenizer(self.tokenizer)
         self._requests = 0
 
     @property
@@ -104,33 +111,30 @@ class LLM:
 
     def generate(
         self,
-        prompts: Seq[str | Seq[int]],
+        prompts: Prompt | Seq[Prompt],
         sampling: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         tenant: str = "",
     ) -> list[Completion]:
         """Continue every prompt (text or token ids), batched together; results in the prompts' order.
 
-        Raises: InvalidRequest before anything is computed; ReplicaDied if a shard dies.
+        A single prompt gives a list of one. Raises: InvalidRequest before anything is computed; ReplicaDied if
+        a shard dies.
         """
-        params = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Seq) else sampling
-        if len(params) != len(prompts):
-            raise InvalidRequest(f"{len(prompts)} prompts came with {len(params)} sampling parameters")
-        requests = [self._request(prompt, p, tenant) for prompt, p in zip(prompts, params, strict=True)]
+        given = as_prompts(prompts)
+        params = _params_for(len(given), sampling)
+        requests = [self._request(prompt, p, tenant) for prompt, p in zip(given, params, strict=True)]
         for request in requests:
             self._engine.validate(request)
         outputs = self._run(requests)
         return [_completion(request, outputs[request.id]) for request in requests]
 
     def chat(
-        self, messages: Seq[Mapping[str, str]], sampling: SamplingParams | None = None, *, tenant: str = ""
+        self, messages: Messages, sampling: SamplingParams | None = None, *, tenant: str = ""
     ) -> Completion:
         """The next turn of a chat: `[{"role": "user", "content": ...}, ...]`."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise InvalidRequest("this model has no chat template; use generate()")
-        turns = [dict(message) for message in messages]
-        text = str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-        prompt: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        turns = as_messages(messages)
+        prompt = self._tokenizing().encode_chat(turns, self.info.max_model_tokens)
         return self.generate([prompt], sampling, tenant=tenant)[0]
 
     def close(self) -> None:
@@ -144,14 +148,17 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _request(self, prompt: str | Seq[int], sampling: SamplingParams, tenant: str) -> Request:
+    def _request(self, prompt: str | tuple[int, ...], sampling: SamplingParams, tenant: str) -> Request:
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequest("this model has no tokenizer; give token ids")
-            prompt = list[int](self.tokenizer.encode(prompt))
+            prompt = tuple(self._tokenizing().encode(prompt, self.info.max_model_tokens))
         self._requests += 1
         request_id = RequestId(str(self._requests))
-        return Request(id=request_id, prompt=tuple(prompt), sampling=sampling, tenant=tenant)
+        return Request(id=request_id, prompt=prompt, sampling=sampling, tenant=tenant)
+
+    def _tokenizing(self) -> PromptTokenizer:
+        if self._prompts is None:
+            raise InvalidRequest("this model has no tokenizer; give token ids")
+        return self._prompts
 
     def _run(self, requests: list[Request]) -> dict[RequestId, list[Output]]:
         outputs: dict[RequestId, list[Output]] = {request.id: [] for request in requests}
@@ -169,6 +176,19 @@ class LLM:
                 self._engine.cancel(request.id)
             self._engine.take_events()
         return outputs
+
+
+def _params_for(prompts: int, sampling: SamplingParams | Seq[SamplingParams] | None) -> Seq[SamplingParams]:
+    """The sampling parameters of each prompt. Raises InvalidRequest."""
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling or SamplingParams()] * prompts
+    params = items("sampling", sampling, "SamplingParams, or SamplingParams for all prompts")
+    for at, one in enumerate(params):
+        if not isinstance(one, SamplingParams):
+            raise InvalidRequest(f"sampling[{at}] must be SamplingParams, got {shown(one)}")
+    if len(params) != prompts:
+        raise InvalidRequest(f"{prompts} prompts came with {len(params)} sampling parameters")
+    return params
 
 
 def _completion(request: Request, events: list[Output]) -> Completion:

@@ -5,88 +5,16 @@ Plain values. Whoever reads them has read what the engine does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import NewType
+from typing import Any, NewType
 
 from quire.kvstore.messages import ReplicaId
+from quire.replicas import values
 from quire.replicas.errors import InvalidRequest, Status
 
 RequestId = NewType("RequestId", str)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How the next token is chosen and when to stop. The defaults are greedy, up to 128 tokens."""
-
-    max_tokens: int = 128
-    min_tokens: int = 0
-    """No stop of any kind before so many tokens."""
-    temperature: float = 0.0
-    """0: greedy."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0: all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens whose probabilities reach this sum."""
-    min_p: float = 0.0
-    """Drop tokens below this share of the likeliest one's probability."""
-    repetition_penalty: float = 1.0
-    """Divides positive logits of tokens seen in prompt or output, multiplies negative ones."""
-    presence_penalty: float = 0.0
-    """Subtracted once from the logit of every token already in the output."""
-    frequency_penalty: float = 0.0
-    """Subtracted for each time a token is already in the output."""
-    seed: int | None = None
-    """Same seed, same request, same tokens; None: drawn by the engine."""
-    stop: tuple[str, ...] = ()
-    """Output ends before any of these texts."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Output ends with any of these tokens, besides the model's own end tokens."""
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    """Log-probability of each output token and of this many likeliest ones; None: off."""
-    prompt_logprobs: int | None = None
-    """The same for the prompt's tokens from the second on. The prompt is then computed anew."""
-    n: int = 1
-    """Independent outputs; they share the prompt's pages."""
-
-    def __post_init__(self) -> None:
-        for rule, holds in {
-            f"max_tokens must be at least 1, got {self.max_tokens}": self.max_tokens >= 1,
-            f"min_tokens must lie in 0..max_tokens ({self.max_tokens}), got {self.min_tokens}": (
-                0 <= self.min_tokens <= self.max_tokens
-            ),
-            f"temperature must be 0 (greedy) or lie in 0.001..100, got {self.temperature}": (
-                self.temperature == 0 or 0.001 <= self.temperature <= 100
-            ),
-            f"top_k must be 0 (all) or positive, got {self.top_k}": self.top_k >= 0,
-            f"top_p must lie in (0, 1], got {self.top_p}": 0 < self.top_p <= 1,
-            f"min_p must lie in [0, 1], got {self.min_p}": 0 <= self.min_p <= 1,
-            f"repetition_penalty must lie in 0.01..100, got {self.repetition_penalty}": (
-                0.01 <= self.repetition_penalty <= 100
-            ),
-            f"presence_penalty must lie in -2..2, got {self.presence_penalty}": (
-                abs(self.presence_penalty) <= 2
-            ),
-            f"frequency_penalty must lie in -2..2, got {self.frequency_penalty}": (
-                abs(self.frequency_penalty) <= 2
-            ),
-            f"logprobs must lie in 0..{MAX_LOGPROBS}, got {self.logprobs}": _logprobs_ok(self.logprobs),
-            f"prompt_logprobs must lie in 0..{MAX_LOGPROBS}, got {self.prompt_logprobs}": (
-                _logprobs_ok(self.prompt_logprobs)
-            ),
-            f"n must lie in 1..{MAX_N}, got {self.n}": 1 <= self.n <= MAX_N,
-            "stop must not contain an empty text": "" not in self.stop,
-            f"stop holds at most {MAX_STOPS} texts of at most {MAX_STOP_CHARACTERS} characters": (
-                len(self.stop) <= MAX_STOPS and all(len(s) <= MAX_STOP_CHARACTERS for s in self.stop)
-            ),
-            f"stop_token_ids holds at most {MAX_STOP_TOKENS} ids, got {len(self.stop_token_ids)}": (
-                len(self.stop_token_ids) <= MAX_STOP_TOKENS
-            ),
-        }.items():
-            if not holds:
-                raise InvalidRequest(rule)
 
 
 MAX_LOGPROBS = 20
@@ -94,10 +22,138 @@ MAX_N = 16
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 64
+MAX_PRIORITY = 100
+MAX_NAME_CHARACTERS = 256
+"""Of a tenant and of a client's request id."""
 
 
-def _logprobs_ok(count: int | None) -> bool:
-    return count is None or 0 <= count <= MAX_LOGPROBS
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop. Up to 128 tokens, drawn as the model's defaults say.
+
+    NumPy numbers and lists are taken and kept as plain Python values. Raises InvalidRequest, which names the
+    parameter.
+    """
+
+    max_tokens: int = 128
+    min_tokens: int = 0
+    """No stop of any kind before this many tokens."""
+    temperature: float | None = None
+    """0: greedy. None, here and below: the model's default (`ModelInfo.sampling`)."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens; 0: all."""
+    top_p: float | None = None
+    """Keep the likeliest tokens whose probabilities reach this sum."""
+    min_p: float | None = None
+    """Drop tokens below this share of the likeliest one's probability."""
+    repetition_penalty: float | None = None
+    """Divides positive logits of tokens seen in prompt or output, multiplies negative ones."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token already in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted for each time a token is already in the output."""
+    seed: int | None = None
+    """Same seed, same request, same tokens; None: drawn by the engine. Any 64 bits."""
+    stop: tuple[str, ...] = ()
+    """Output ends before any of these texts; a single text is one of them."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Output ends with any of these tokens, besides the model's own end tokens."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Log-probability of each output token and of this many likeliest ones; None: off."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens from the second on. The prompt is then computed again."""
+    n: int = 1
+    """Independent outputs; they share the prompt's pages."""
+
+    def __post_init__(self) -> None:
+        for name, rule in _RULES.items():
+            value = getattr(self, name)
+            if value is not None or name not in _MAY_BE_NONE:
+                object.__setattr__(self, name, rule(name, value))
+        object.__setattr__(self, "stop", _stop(self.stop))
+        object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        if self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens must lie in 0..max_tokens ({self.max_tokens}), got {self.min_tokens}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedSampling(SamplingParams):
+    """Sampling parameters that leave nothing to the model's defaults. By themselves greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+def resolved(asked: SamplingParams, defaults: ResolvedSampling) -> ResolvedSampling:
+    """What was asked, and where nothing was, the model's defaults."""
+    values = {field.name: getattr(asked, field.name) for field in fields(SamplingParams)}
+    for name in DEFAULTED:
+        if values[name] is None:
+            values[name] = getattr(defaults, name)
+    return ResolvedSampling(**values)
+
+
+DEFAULTED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Parameters for which a model may have defaults of its own."""
+
+_MAY_BE_NONE = {*DEFAULTED, "seed", "logprobs", "prompt_logprobs"}
+
+
+def _whole(least: int, most: int) -> Callable[[str, Any], int]:
+    return lambda name, value: values.whole(name, value, least, most)
+
+
+def _number(holds: Callable[[float], bool], words: str) -> Callable[[str, Any], float]:
+    def rule(name: str, value: Any) -> float:
+        number = values.finite(name, value)
+        if not holds(number):
+            raise InvalidRequest(f"{name} must {words}, got {number}")
+        return number
+
+    return rule
+
+
+_PENALTY = _number(lambda x: abs(x) <= 2, "lie in -2..2")
+_RULES: dict[str, Callable[[str, Any], object]] = {
+    "max_tokens": _whole(1, values.MAX_UINT32),
+    "min_tokens": _whole(0, values.MAX_UINT32),
+    "temperature": _number(lambda x: x == 0 or 0.001 <= x <= 100, "be 0 (greedy) or lie in 0.001..100"),
+    "top_k": _whole(0, values.MAX_UINT32),
+    "top_p": _number(lambda x: 0 < x <= 1, "lie in (0, 1]"),
+    "min_p": _number(lambda x: 0 <= x <= 1, "lie in [0, 1]"),
+    "repetition_penalty": _number(lambda x: 0.01 <= x <= 100, "lie in 0.01..100"),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "seed": _whole(0, values.MAX_UINT64),
+    "ignore_eos": values.flag,
+    "logprobs": _whole(0, MAX_LOGPROBS),
+    "prompt_logprobs": _whole(0, MAX_LOGPROBS),
+    "n": _whole(1, MAX_N),
+}
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    """None: no stop texts."""
+    stops = values.texts("stop", () if value is None else value, MAX_STOP_CHARACTERS)
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(f"stop holds {len(stops)} texts; at most {MAX_STOPS} are taken")
+    if "" in stops:
+        raise InvalidRequest("stop must not contain an empty text")
+    return stops
+
+
+def _stop_token_ids(value: Any) -> tuple[int, ...]:
+    """None: no stop tokens."""
+    ids = values.token_ids("stop_token_ids", () if value is None else value)
+    if len(ids) > MAX_STOP_TOKENS:
+        raise InvalidRequest(f"stop_token_ids holds {len(ids)} ids; at most {MAX_STOP_TOKENS} are taken")
+    return ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +258,8 @@ class ModelInfo:
     """Of KV, over all shards, scales and padding counted."""
     bf16_bytes_per_token: float
     """The same in bf16."""
+    sampling: ResolvedSampling = field(default_factory=ResolvedSampling)
+    """What a request gets that says nothing else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.sampling import Draw, Filters, logprobs, penalize_, sample, uniform
-from quire.replicas.request import SamplingParams, TokenLogprob
+from quire.replicas.request import ResolvedSampling, TokenLogprob
 from quire.replicas.sequence import Sequence
 from quire.replicas.staging import Array, stage
 
@@ -57,7 +57,7 @@ def start_sampling(logits_RV: Tensor, sequences: Seq[Sequence]) -> Samples:
     Log-probabilities are taken before temperature, penalties and bans.
     """
     device = logits_RV.device
-    params = [seq.request.sampling for seq in sequences]
+    params = [seq.progress.sampling for seq in sequences]
     adjusted = logits_RV
     if any(map(_adjusts, sequences)):
         adjusted = logits_RV.clone()
@@ -86,7 +86,7 @@ def token_logprobs(logits_RV: Tensor, tokens: Seq[int], count: int) -> list[Toke
 
 def needs_tokens(seq: Sequence) -> bool:
     """Whether the next token depends on what the tokens before it were, beyond the logits."""
-    p = seq.request.sampling
+    p = seq.progress.sampling
     return bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)
 
 
@@ -101,7 +101,7 @@ def _with_likeliest(
     }
 
 
-def _draws(sequences: Seq[Sequence], params: Seq[SamplingParams], device: torch.device) -> list[Draw]:
+def _draws(sequences: Seq[Sequence], params: Seq[ResolvedSampling], device: torch.device) -> list[Draw]:
     """Rows that draw, those with filters apart: a row's token must not depend on its company."""
     drawn = [row for row, p in enumerate(params) if p.temperature]
     groups = [[row for row in drawn if _filters(params[row]) == filtered] for filtered in (False, True)]
@@ -114,11 +114,11 @@ def _draws(sequences: Seq[Sequence], params: Seq[SamplingParams], device: torch.
     return draws
 
 
-def _filters(p: SamplingParams) -> bool:
+def _filters(p: ResolvedSampling) -> bool:
     return bool(p.top_k or p.top_p < 1 or p.min_p)
 
 
-def _columns(sequences: Seq[Sequence], params: Seq[SamplingParams], rows: list[int]) -> dict[str, Array]:
+def _columns(sequences: Seq[Sequence], params: Seq[ResolvedSampling], rows: list[int]) -> dict[str, Array]:
     draws = [uniform(seq.progress.seed + seq.index, seq.output_tokens + seq.in_flight) for seq in sequences]
     return {
         "rows": np.array(rows, dtype=np.int64),
@@ -131,11 +131,11 @@ def _columns(sequences: Seq[Sequence], params: Seq[SamplingParams], rows: list[i
 
 
 def _adjusts(seq: Sequence) -> bool:
-    return needs_tokens(seq) or seq.output_tokens + seq.in_flight < seq.request.sampling.min_tokens
+    return needs_tokens(seq) or seq.output_tokens + seq.in_flight < seq.progress.sampling.min_tokens
 
 
 def _adjust_(logits_V: Tensor, seq: Sequence) -> None:
-    p, device = seq.request.sampling, logits_V.device
+    p, device = seq.progress.sampling, logits_V.device
     if needs_tokens(seq):
         output = torch.tensor(list(seq.output_counts), dtype=torch.long, device=device)
         penalize_(

@@ -16,7 +16,14 @@ from quire.kvstore.keys import BlockKey, extend_chain
 from quire.kvstore.prefix_index import PageId
 from quire.replicas.detokenize import Detokenizer
 from quire.replicas.plan import Ints
-from quire.replicas.request import FinishReason, Request, Timings, TokenLogprob, Usage
+from quire.replicas.request import (
+    FinishReason,
+    Request,
+    ResolvedSampling,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
 from quire.replicas.scheduler import MAX_OVERTAKEN, Running, SeqId, Waiting
 
 
@@ -25,6 +32,8 @@ class Progress:
     """What the outputs of one request have in common."""
 
     request: Request
+    sampling: ResolvedSampling
+    """What the request asks for, and the model's defaults where it asks for nothing."""
     end_tokens: frozenset[int]
     """Any of them ends an output that has min_tokens."""
     submitted_s: float
@@ -37,11 +46,14 @@ class Progress:
     output_tokens: int = 0
 
     @staticmethod
-    def begin(request: Request, end_tokens: frozenset[int], now_s: float) -> Progress:
+    def begin(
+        request: Request, sampling: ResolvedSampling, end_tokens: frozenset[int], now_s: float
+    ) -> Progress:
         """A request has come."""
         seed = request.sampling.seed
         return Progress(
             request=request,
+            sampling=sampling,
             end_tokens=end_tokens,
             submitted_s=now_s,
             seed=secrets.randbits(63) if seed is None else seed,

@@ -36,6 +36,7 @@ from quire.replicas.model.checkpoint import (
 )
 from quire.replicas.model.compiled import LEAST_TOKENS
 from quire.replicas.model.forward import ForwardPass
+from quire.replicas.model.generation_defaults import generation_defaults
 from quire.replicas.model.invariance import padded
 from quire.replicas.model.key_bias import with_safe_keys
 from quire.replicas.model.loading import LoadedModel, Progress, check_servable, load_model
@@ -44,7 +45,7 @@ from quire.replicas.model.random_weights import RandomWeights
 from quire.replicas.model.step import StepBuilder
 from quire.replicas.model.tensor_parallel import shard_config
 from quire.replicas.plan import PROMPT_ROWS, StepBatch
-from quire.replicas.request import ModelInfo
+from quire.replicas.request import ModelInfo, ResolvedSampling
 
 _LOG = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class Shard:
             kv_formats=tuple((f.k.codes.value, f.v.codes.value) for f in self.layout.layers),
             bytes_per_token=self.layout.bytes_per_token * config.tp,
             bf16_bytes_per_token=_in_bf16(self.layout).bytes_per_token * config.tp,
+            sampling=_sampling_defaults(config, folder),
         )
         _LOG.info("rank %d: %s pages of %s bytes", rank, f"{self.num_pages:,}", f"{self.layout.page_bytes:,}")
 
@@ -259,6 +261,10 @@ def _max_model_tokens(config: EngineConfig, model: PreTrainedConfig) -> int:
             "less"
         )
     return config.max_model_tokens or allowed or 0
+
+
+def _sampling_defaults(config: EngineConfig, folder: Path) -> ResolvedSampling:
+    return generation_defaults(folder) if config.generation_defaults == "model" else ResolvedSampling()
 
 
 def _layout(config: EngineConfig, checkpoint: WeightSource, loaded: LoadedModel) -> PageLayout:
