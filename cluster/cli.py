@@ -25,7 +25,7 @@ from quire.cluster.client import Answer, CallOptions, Client
 from quire.cluster.config import ServeConfig, parse
 from quire.kernels.formats import FormatError
 from quire.protos.quire.v1 import inference_pb2
-from quire.replicas.errors import ConfigError, QuireError, ReplicaDied
+from quire.replicas.errors import ConfigError, InvalidRequest, QuireError, ReplicaDied
 from quire.replicas.request import SamplingParams
 
 APP = "quire"
@@ -102,8 +102,8 @@ _client_options = _compose(
 )
 _sampling_options = _compose(
     click.option("--max-tokens", default=256, show_default=True, help="Output tokens at most."),
-    click.option("--temperature", default=0.0, show_default=True, help="0: greedy."),
-    click.option("--top-p", default=1.0, show_default=True),
+    click.option("--temperature", type=float, help="0: greedy.  [default: the model's]"),
+    click.option("--top-p", type=float, help="Share of the likeliest tokens.  [default: the model's]"),
     click.option("--seed", type=int, help="Same seed, same answer."),
     click.option("--stop", multiple=True, help="End before this text; may be repeated."),
     click.option("--deadline", type=float, help="Give up after so many seconds."),
@@ -208,7 +208,7 @@ def _arguments(tree: dict[str, Any], app: str) -> dict[str, Any]:
 @_client_options
 def generate(prompt: str, address: str, **options: Any) -> None:
     """Continue PROMPT ("-": from standard input)."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_standard_input() if prompt == "-" else prompt
     sampling, call = _sampling(options)
     with Client(address) as client:
         _print_stream(client.generate(text, sampling, call))
@@ -383,6 +383,14 @@ def _sampling(options: dict[str, Any]) -> tuple[SamplingParams, CallOptions]:
         stop=options["stop"],
     )
     return sampling, CallOptions(deadline_s=options["deadline"])
+
+
+def _read_standard_input() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the prompt from standard input is not UTF-8: {error}") from error
 
 
 def _typed_lines() -> Iterator[str]:

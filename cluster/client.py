@@ -4,7 +4,7 @@ Errors are the server's own, as `QuireError`s. Needs neither Ray nor torch.
 
 Of several gateways ("a:8100,b:8100") another one is asked when one does not answer. An answer that has begun
 is carried on there if its tokens can be drawn again: greedy, or with a seed. Otherwise it ends with
-ReplicaDied, whose `retry_s` says when to ask anew.
+ReplicaDied, whose `retry_s` says when to ask again.
 
     with Client("127.0.0.1:8100") as client:
         for delta in client.chat([("user", "Hello!")], SamplingParams(max_tokens=64)):
@@ -23,42 +23,29 @@ from typing import Any
 
 import grpc
 
+from quire.cluster.requests import (
+    Asked,
+    CallOptions,
+    chat_request,
+    detokenize_request,
+    generate_request,
+    tokenize_request,
+)
 from quire.cluster.status import error_of_rpc
 from quire.cluster.tries import Tries
 from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
-from quire.replicas.errors import ConfigError, InvalidRequest, QuireError, ReplicaDied
+from quire.replicas.errors import ConfigError, QuireError, ReplicaDied
+from quire.replicas.prompt import Messages, Prompt
 from quire.replicas.request import SamplingParams
-from quire.replicas.wire import sampling_to_proto
 
 _CHANNEL = (
     ("grpc.max_receive_message_length", 64 << 20),  # a long prompt's logprobs are one message
     ("grpc.keepalive_time_ms", 10_000),  # a gateway whose machine is gone sends no FIN
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),  # however long an answer is quiet
     ("grpc.initial_reconnect_backoff_ms", 200),  # a gateway that is replaced is soon back
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
-Prompt = str | Sequence[int]
-Asked = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
-Messages = Sequence[tuple[str, str]]
-"""(role, content), oldest first."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallOptions:
-    """What every request may carry besides its prompt and its sampling."""
-
-    deadline_s: float | None = None
-    """Seconds from now; then the request ends with DeadlinePassed."""
-    request_id: str = ""
-    """Unique among the open requests; needed to `cancel` from elsewhere."""
-    priority: int = 0
-    """Higher goes first."""
-    tenant: str = ""
-    """Cached blocks are shared within a tenant only."""
-    model: str = ""
-    """Empty: whatever is served."""
-    explain_routing: bool = False
-    """Have the answer say why which replica was chosen."""
 
 
 @dataclass(slots=True)
@@ -152,11 +139,11 @@ class Client:
 
     def tokenize(self, text: str = "", *, messages: Messages = ()) -> list[int]:
         """A text's token ids as `generate` would see them, or a chat's as `chat` would."""
-        request = inference_pb2.TokenizeRequest(text=text, messages=_turns(messages))
+        request = tokenize_request(text, messages)
         return list(self._call("Tokenize", request).token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
+        request = detokenize_request(token_ids)
         return str(self._call("Detokenize", request).text)
 
     def model(self) -> inference_pb2.Model:
@@ -203,7 +190,6 @@ class Client:
             self._first,
             patience_s=self._patience_s,
             deadline_s=options.deadline_s,
-            sampling=request.sampling,
         )
         while True:
             call = getattr(self._stubs[tries.gateway], rpc)(request, timeout=tries.timeout_s)
@@ -260,11 +246,11 @@ class AsyncClient:
 
     async def tokenize(self, text: str = "", *, messages: Messages = ()) -> list[int]:
         """A text's token ids as `generate` would see them, or a chat's as `chat` would."""
-        request = inference_pb2.TokenizeRequest(text=text, messages=_turns(messages))
+        request = tokenize_request(text, messages)
         return list((await self._call("Tokenize", request)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
+        request = detokenize_request(token_ids)
         return str((await self._call("Detokenize", request)).text)
 
     async def model(self) -> inference_pb2.Model:
@@ -313,7 +299,6 @@ class AsyncClient:
             self._first,
             patience_s=self._patience_s,
             deadline_s=options.deadline_s,
-            sampling=request.sampling,
         )
         while True:
             call = getattr(self._stubs[tries.gateway], rpc)(request, timeout=tries.timeout_s)
@@ -342,48 +327,6 @@ def addresses(text: str) -> list[str]:
     return found
 
 
-def generate_request(
-    prompt: Prompt, sampling: SamplingParams | None, options: CallOptions
-) -> inference_pb2.GenerateRequest:
-    """Raises InvalidRequest for numbers that no request can carry, such as a negative token id."""
-    request = inference_pb2.GenerateRequest(**_common(sampling, options))
-    if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        try:
-            request.token_ids.ids.extend(prompt)
-        except ValueError as error:
-            raise InvalidRequest(f"token ids are whole numbers from 0 on: {error}") from error
-        request.token_ids.SetInParent()
-    return request
-
-
-def chat_request(
-    messages: Messages, sampling: SamplingParams | None, options: CallOptions
-) -> inference_pb2.ChatRequest:
-    """Raises InvalidRequest, as `generate_request`."""
-    return inference_pb2.ChatRequest(messages=_turns(messages), **_common(sampling, options))
-
-
-def _turns(messages: Messages) -> list[inference_pb2.ChatMessage]:
-    return [inference_pb2.ChatMessage(role=role, content=content) for role, content in messages]
-
-
-def _common(sampling: SamplingParams | None, options: CallOptions) -> dict[str, Any]:
-    try:
-        chosen = sampling_to_proto(sampling or SamplingParams())
-    except ValueError as error:
-        raise InvalidRequest(f"the sampling parameters do not fit: {error}") from error
-    return {
-        "model": options.model,
-        "sampling": chosen,
-        "request_id": options.request_id,
-        "priority": options.priority,
-        "tenant": options.tenant,
-        "explain_routing": options.explain_routing,
-    }
-
-
 __all__ = [
     "Answer",
     "AsyncClient",
@@ -392,6 +335,8 @@ __all__ = [
     "OutputText",
     "QuireError",
     "SamplingParams",
+    "chat_request",
     "collect",
     "collect_async",
+    "generate_request",
 ]

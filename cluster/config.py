@@ -34,6 +34,8 @@ class GatewayConfig:
     """Requests open at once; one more is refused with RESOURCE_EXHAUSTED."""
     max_message_bytes: int = 16 << 20
     """The largest message a client may send."""
+    max_tokenizing_bytes: int = 64 << 20
+    """Texts that may wait to be tokenized, all together; more are refused with RESOURCE_EXHAUSTED."""
     replica_wait_s: float = 60.0
     """How long a request may wait while no replica is ready; then it fails with UNAVAILABLE."""
     cpus: float = 1.0
@@ -49,6 +51,11 @@ class GatewayConfig:
         for name in ("max_open_requests", "max_message_bytes", "replica_wait_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"gateway.{name} must be positive, got {getattr(self, name)}")
+        if self.max_tokenizing_bytes < self.max_message_bytes:
+            raise ConfigError(
+                f"gateway.max_tokenizing_bytes={self.max_tokenizing_bytes} would never take the text of a "
+                f"message of gateway.max_message_bytes={self.max_message_bytes}; raise it to that or more"
+            )
         for name, amount in self.resources.items():
             if isinstance(amount, bool) or not isinstance(amount, int | float) or amount <= 0:
                 raise ConfigError(f"gateway.resources.{name} must be a positive number, got {amount!r}")

@@ -31,7 +31,7 @@ _TALES = (
     ("mouse", "Lena", "field", "red kite", "hen", "Greta", "berries", "forest"),
 )
 """Stories as the model tells them, told earlier in the chat: about 850 tokens between fact and question."""
-_SAMPLING = SamplingParams(max_tokens=220)
+_SAMPLING = SamplingParams(max_tokens=220, temperature=0)
 
 
 def demo_config(kv: str, tp: int) -> ServeConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import grpc
@@ -47,8 +48,15 @@ def error_of(status: str, message: str) -> QuireError:
 
 FINGERPRINT_METADATA = "quire-fingerprint"
 """In an answer's initial metadata: equal where the same model, in the same formats, answers."""
+REPEATABLE_METADATA = "quire-repeatable"
+"""There as well: "1" where the same request is answered with the same tokens again, greedy or with a seed."""
 RETRY_METADATA = "grpc-retry-pushback-ms"
 """In the trailing metadata of UNAVAILABLE: milliseconds after which another try may succeed."""
+
+
+def answer_metadata(fingerprint: str, repeatable: bool) -> tuple[tuple[str, str], ...]:
+    """Initial metadata of an answer."""
+    return ((FINGERPRINT_METADATA, fingerprint), (REPEATABLE_METADATA, str(int(repeatable))))
 
 
 def retry_hint(error: QuireError) -> tuple[tuple[str, str], ...]:
@@ -62,6 +70,19 @@ def code_of(error: QuireError) -> grpc.StatusCode:
     return grpc.StatusCode[error.status.name]
 
 
+_OVERSIZED = re.compile(r"^(\w+): (?:Received|Sent) message larger than max \((\d+) vs\. (\d+)\)")
+"""gRPC's own words, under RESOURCE_EXHAUSTED; no other try helps."""
+
+
+def _too_large(where: str, size: str, most: str) -> str:
+    if where == "SERVER":
+        return (
+            f"the request's message has {size} bytes; this gateway takes {most}. Send less, or raise "
+            "gateway.max_message_bytes"
+        )
+    return f"a message of {size} bytes is larger than the {most} that this client takes; ask for less at once"
+
+
 def error_of_rpc(error: grpc.RpcError) -> QuireError:
     """What the server said, as the error it was there."""
     code: grpc.StatusCode = error.code()
@@ -69,6 +90,8 @@ def error_of_rpc(error: grpc.RpcError) -> QuireError:
     if code is grpc.StatusCode.CANCELLED and details == code.name:
         # Nobody's words: so gRPC ends calls that a server has received, and not begun, when it stops.
         code, details = grpc.StatusCode.UNAVAILABLE, "the gateway stopped and ended the request; try again"
+    if (oversized := _OVERSIZED.search(details)) is not None:
+        code, details = grpc.StatusCode.INVALID_ARGUMENT, _too_large(*oversized.groups())
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         details = "the deadline passed before the answer was complete; give a longer one, or ask for less"
     raised = error_of(code.name, details)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from quire.cluster.resume import Delivered, Differs, repeatable
-from quire.cluster.status import FINGERPRINT_METADATA
+from quire.cluster.resume import Delivered, Differs
+from quire.cluster.status import FINGERPRINT_METADATA, REPEATABLE_METADATA
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.errors import DeadlinePassed, QuireError, ReplicaDied
 
@@ -27,12 +27,11 @@ class Tries:
         *,
         patience_s: float,
         deadline_s: float | None = None,
-        sampling: inference_pb2.Sampling | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Every gateway is asked once, `first` before the others; and again while `patience_s` lasts.
 
-        `deadline_s`: seconds for all tries together. `sampling`: of a request whose answer comes in parts.
+        `deadline_s`: seconds for all tries together.
         """
         self.gateway = first
         """To be asked now."""
@@ -41,7 +40,7 @@ class Tries:
         now_s = clock()
         self._patient_until_s = now_s + patience_s
         self._over_s = None if deadline_s is None else now_s + deadline_s
-        self._repeatable = sampling is not None and repeatable(sampling)
+        self._repeatable = False
         self._delivered = Delivered()
         self._again = self._delivered.again()
 
@@ -57,6 +56,7 @@ class Tries:
     def began(self, metadata: Mapping[str, str | bytes]) -> None:
         """The answer's initial metadata. Raises Differs if it cannot go on where the last one stopped."""
         self._delivered.from_model(str(metadata.get(FINGERPRINT_METADATA, "")))
+        self._repeatable = metadata.get(REPEATABLE_METADATA) == "1"
         self._again = self._delivered.again()
 
     def rest(self, delta: inference_pb2.Delta) -> inference_pb2.Delta | None:

@@ -131,8 +131,8 @@ class EngineConfig:
     max_model_tokens: int | None = None
     """Prompt and output of one sequence together; None: what the model's config allows."""
     generation_defaults: Literal["model", "none"] = "model"
-    """Where a request says nothing of temperature, top_k, top_p, min_p or repetition_penalty: what the model's
-    generation_config.json says, or none of it, which is greedy."""
+    """Where a request says nothing of temperature, top_k, top_p, min_p or repetition_penalty: what the
+    generation_config.json of the model says, or none of it, which is greedy."""
     shard_timeout_s: float = 10.0
     """A shard that does not answer a step for so long is taken for dead."""
     threads_per_shard: int | None = None

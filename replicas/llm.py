@@ -118,8 +118,9 @@ class LLM:
     ) -> list[Completion]:
         """Continue every prompt (text or token ids), batched together; results in the prompts' order.
 
-        A single prompt gives a list of one. Raises: InvalidRequest before anything is computed; ReplicaDied if
-        a shard dies.
+        A single prompt gives a list of one.
+
+        Raises: InvalidRequest before anything is computed; ReplicaDied if a shard dies.
         """
         given = as_prompts(prompts)
         params = _params_for(len(given), sampling)

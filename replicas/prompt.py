@@ -21,6 +21,7 @@ Messages = Sequence[Mapping[str, Any] | tuple[str, str]]
 Content may be a list of text parts as well: [{"type": "text", "text": "..."}].
 """
 _MAX_ROLE_CHARACTERS = 64
+_EXAMPLE = '{"role": "user", "content": "Hello!"}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def as_prompts(value: Any) -> list[str | tuple[int, ...]]:
 
 def as_messages(value: Any) -> tuple[ChatMessage, ...]:
     """The messages of a chat. Raises InvalidRequest, which names messages[i]."""
-    messages = items("messages", value, 'mappings such as {"role": "user", "content": "Hello!"}')
+    messages = items("messages", value, f"mappings such as {_EXAMPLE}")
     return tuple(_message(f"messages[{i}]", one) for i, one in enumerate(messages))
 
 
@@ -67,9 +68,7 @@ def _message(name: str, value: Any) -> ChatMessage:
         case (role, content) if isinstance(value, tuple | list):
             pass
         case _:
-            raise InvalidRequest(
-                f'{name} must be a mapping such as {{"role": "user", "content": "Hello!"}}, got {shown(value)}'
-            )
+            raise InvalidRequest(f"{name} must be a mapping such as {_EXAMPLE}, got {shown(value)}")
     role = text(f"{name}.role", role, _MAX_ROLE_CHARACTERS)
     if not role:
         raise InvalidRequest(f'{name}.role is empty; give "system", "user" or "assistant"')

@@ -1,8 +1,8 @@
 """Texts and chats to the token ids of a prompt, and back: the same offline and served.
 
-A prompt is continued: the tokens a tokenizer puts in front stand there once, and none that it puts at a text's
-end. A text that is too long is refused before all of it is tokenized: from its length where that is sure, else
-as soon as its first slices have too many tokens.
+A prompt is to be continued: the tokens that a tokenizer puts in front of a text are there once, those it puts
+behind it never. A text that is too long is refused before all of it is tokenized: from its length where that
+is sure, else as soon as its first slices have too many tokens.
 """
 
 from __future__ import annotations
@@ -42,9 +42,22 @@ class PromptTokenizer:
         self._front = _put_in_front(self._backend)
         self._longest = _longest_token(self._backend)
 
-    def surely_too_long(self, characters: int, most_tokens: int) -> bool:
-        """Whether no text of this many characters has as few tokens."""
-        return self._longest is not None and characters > self._longest * most_tokens
+    def check_length(self, characters: int, most_tokens: int) -> None:
+        """Raises InvalidRequest if no text of this many characters has as few tokens."""
+        if self._longest is not None and characters > self._longest * most_tokens:
+            raise _overlong(characters, most_tokens)
+
+    def check_messages(self, messages: int, most_tokens: int) -> None:
+        """Raises InvalidRequest if no chat of this many messages can be a prompt."""
+        if not self._chat.chat_template:
+            raise InvalidRequest("this model has no chat template; give a prompt of your own to generate")
+        if messages == 0:
+            raise InvalidRequest("the chat has no messages; send at least one")
+        if messages > most_tokens:
+            raise InvalidRequest(
+                f"the chat has {messages} messages; this model serves {most_tokens} tokens of prompt and "
+                "output together. Send fewer"
+            )
 
     def encode(self, text: str, most_tokens: int, stopped: Callable[[], bool] = lambda: False) -> list[int]:
         """A text's tokens, with those in front that the tokenizer wants there, but for what is there already.
@@ -66,13 +79,7 @@ class PromptTokenizer:
 
         Raises as `encode`, and InvalidRequest if the template refuses the chat.
         """
-        if not messages:
-            raise InvalidRequest("the chat has no messages; send at least one")
-        if len(messages) > most_tokens:
-            raise InvalidRequest(
-                f"the chat has {len(messages)} messages; this model serves {most_tokens} tokens of prompt and "
-                "output together. Send fewer"
-            )
+        self.check_messages(len(messages), most_tokens)
         return _at_most(self._tokens(self._rendered(messages), most_tokens, stopped), most_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -80,8 +87,6 @@ class PromptTokenizer:
         return str(self._chat.decode(token_ids, skip_special_tokens=True))
 
     def _rendered(self, messages: Sequence[ChatMessage]) -> str:
-        if not self._chat.chat_template:
-            raise InvalidRequest("this model has no chat template; give a prompt of your own to generate")
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             rendered = self._chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -91,8 +96,7 @@ class PromptTokenizer:
         return str(rendered)
 
     def _tokens(self, text: str, most_tokens: int, stopped: Callable[[], bool]) -> list[int]:
-        if self.surely_too_long(len(text), most_tokens):
-            raise overlong(len(text), most_tokens)
+        self.check_length(len(text), most_tokens)
         checked_text("the prompt", text)
         if len(text) > _PLAIN_CHARACTERS * most_tokens:
             self._refuse_overlong(text, most_tokens, stopped)
@@ -112,7 +116,7 @@ class PromptTokenizer:
                 raise Stopped
             tokens += max(len(self._encoded(piece)) - _SLACK_TOKENS, 0)
             if tokens > most_tokens:
-                raise overlong(len(text), most_tokens)
+                raise _overlong(len(text), most_tokens)
 
     def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
@@ -132,8 +136,7 @@ _TEMPLATES_FAIL_WITH = (
 """Templates are programs that come with the model; these are what they fail with where they do not refuse."""
 
 
-def overlong(characters: int, most_tokens: int) -> InvalidRequest:
-    """A text of so many characters has more tokens than that."""
+def _overlong(characters: int, most_tokens: int) -> InvalidRequest:
     return InvalidRequest(
         f"the prompt's {characters} characters are more than {most_tokens} tokens, which is what this model "
         "serves of prompt and output together. Shorten the prompt or raise max_model_tokens"
@@ -143,8 +146,8 @@ def overlong(characters: int, most_tokens: int) -> InvalidRequest:
 def _at_most(ids: list[int], most_tokens: int) -> list[int]:
     if len(ids) > most_tokens:
         raise InvalidRequest(
-            f"the prompt has {len(ids)} tokens; this model serves {most_tokens} of prompt and output together. "
-            "Shorten the prompt or raise max_model_tokens"
+            f"the prompt has {len(ids)} tokens; this model serves {most_tokens} of prompt and output "
+            "together. Shorten the prompt or raise max_model_tokens"
         )
     return ids
 

@@ -14,6 +14,7 @@ from quire.kvstore.messages import ReplicaId
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
 from quire.replicas.load_report import LoadReport
 from quire.replicas.request import (
+    DEFAULTED,
     EngineStats,
     Event,
     Failure,
@@ -22,8 +23,10 @@ from quire.replicas.request import (
     Output,
     Request,
     RequestId,
+    ResolvedSampling,
     SamplingParams,
     TokenLogprob,
+    resolved,
 )
 
 _FINISH = {
@@ -32,8 +35,8 @@ _FINISH = {
     FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
 }
 _DEFAULTS = SamplingParams()
-_PLAIN_SAMPLING = ("min_tokens", "temperature", "top_k", "min_p", "presence_penalty", "frequency_penalty")
-_OPTIONAL_SAMPLING = ("max_tokens", "top_p", "repetition_penalty", "seed", "logprobs", "prompt_logprobs", "n")
+_PLAIN_SAMPLING = ("min_tokens", "presence_penalty", "frequency_penalty")
+_OPTIONAL_SAMPLING = (*DEFAULTED, "max_tokens", "seed", "logprobs", "prompt_logprobs", "n")
 _COUNTERS = (
     "running", "queued", "pages_total", "pages_free", "pages_cached", "pages_used", "steps",
     "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "requests_finished",
@@ -62,7 +65,7 @@ def sampling_from_proto(message: inference_pb2.Sampling) -> SamplingParams:
 
 
 def sampling_to_proto(sampling: SamplingParams) -> inference_pb2.Sampling:
-    """Raises ValueError for a number the proto's field cannot hold, such as a negative count."""
+    """What is None stays unset."""
     return inference_pb2.Sampling(
         **{name: getattr(sampling, name) for name in (*_PLAIN_SAMPLING, *_OPTIONAL_SAMPLING)},
         stop=sampling.stop,
@@ -138,6 +141,24 @@ def model_to_proto(info: ModelInfo) -> inference_pb2.Model:
         kv_formats=[inference_pb2.LayerFormat(k=k, v=v) for k, v in info.kv_formats],
         bytes_per_token=info.bytes_per_token,
         bf16_bytes_per_token=info.bf16_bytes_per_token,
+        sampling=sampling_to_proto(info.sampling),
+    )
+
+
+def model_from_proto(message: inference_pb2.Model) -> ModelInfo:
+    """As `model_to_proto` was given it."""
+    return ModelInfo(
+        model=message.name,
+        architecture=message.architecture,
+        vocab_size=message.vocab_size,
+        max_model_tokens=message.max_model_tokens,
+        eos_token_ids=tuple(message.eos_token_ids),
+        tp=message.tp,
+        page_tokens=message.page_tokens,
+        kv_formats=tuple((layer.k, layer.v) for layer in message.kv_formats),
+        bytes_per_token=message.bytes_per_token,
+        bf16_bytes_per_token=message.bf16_bytes_per_token,
+        sampling=resolved(sampling_from_proto(message.sampling), ResolvedSampling()),
     )
 
 

@@ -18,6 +18,7 @@ from quire.cluster.gateway.meter import Answered, Meter
 from quire.cluster.gateway.prefill import PrefillFirst
 from quire.cluster.gateway.prompts import Tokenizers
 from quire.cluster.gateway.server import listen
+from quire.cluster.gateway.tokenizing import Tokenizing
 from quire.cluster.gateways import addresses, announce, withdraw
 from quire.cluster.metrics.publish import Publisher
 from quire.cluster.metrics.samples import gateway_samples, observations
@@ -59,7 +60,7 @@ class Gateway:
         context = serve.get_replica_context()
         self._actor = context.replica_id.to_full_id_str()
         self._grace_s = max(drain_s - _STOP_S, 0.0)
-        tokenizers = Tokenizers()
+        tokenizers = Tokenizers(Tokenizing(config.max_tokenizing_bytes))
         self._fleet = Fleet(
             ServeChooser(replicas), secret=secret, wait_s=config.replica_wait_s, tokenizers=tokenizers
         )

@@ -10,8 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from functools import partial
+from reprlib import repr as shown
 from typing import Any
 
 import grpc
@@ -21,15 +20,16 @@ from quire.cluster.gateway.links import ReplicaLink
 from quire.cluster.gateway.meter import GatewayNumbers, Meter, Send, Watch
 from quire.cluster.gateway.prefill import PrefillFirst
 from quire.cluster.gateway.relay import Relay
-from quire.cluster.status import FINGERPRINT_METADATA, code_of, retry_hint
+from quire.cluster.resume import repeatable
+from quire.cluster.status import answer_metadata, code_of, retry_hint
 from quire.protos.quire.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
+from quire.replicas.admission import check_caller, check_prompt, check_sampling, check_token_ids
 from quire.replicas.errors import InvalidRequest, QueueFull, QuireError, Status, UnknownModel
 from quire.replicas.wire import sampling_from_proto
 
 _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Asked = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
-MAX_PRIORITY = 100
 _DEADLINE_SLACK_S = 0.1
 """A client's clock began when it asked: its deadline comes before ours. A cancel so near to ours is that."""
 
@@ -54,20 +54,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._relays: dict[str, Relay] = {}
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
-        async with (
-            self._answering(context, "Generate") as watch,
-            self._admitted(),
-            self._named(request, context) as relay,
-        ):
-            await relay.run(partial(_generate, request), _Caller(context, watch.watched(context.write)))
+        await self._answer("Generate", request, context)
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> None:
-        async with (
-            self._answering(context, "Chat") as watch,
-            self._admitted(),
-            self._named(request, context) as relay,
-        ):
-            await relay.run(partial(_chat, request), _Caller(context, watch.watched(context.write)))
+        await self._answer("Chat", request, context)
 
     async def Cancel(
         self, request: inference_pb2.CancelRequest, context: Context
@@ -83,9 +73,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         async with self._answering(context, "Tokenize"):
             link = await self._serving(request.model)
             if request.messages:
-                token_ids = await link.prompts.encode_chat(request.messages)
+                token_ids = await _chat_ids(request, link)
             else:
-                token_ids = await link.prompts.encode(request.text)
+                token_ids = await link.prompts.encode(request.text, link.info.max_model_tokens)
             return inference_pb2.TokenizeResponse(token_ids=token_ids)
 
     async def Detokenize(
@@ -93,7 +83,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.DetokenizeResponse:
         async with self._answering(context, "Detokenize"):
             link = await self._serving(request.model)
-            _check_token_ids(request.token_ids, link.model)
+            check_token_ids(request.token_ids, link.info)
             return inference_pb2.DetokenizeResponse(text=await link.prompts.decode(request.token_ids))
 
     async def GetModel(self, request: inference_pb2.GetModelRequest, context: Context) -> inference_pb2.Model:
@@ -119,6 +109,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             outcomes=dict(self._meter.outcomes),
             routing=self._fleet.routes.numbers(),
         )
+
+    async def _answer(self, method: str, request: Asked, context: Context) -> None:
+        async with (
+            self._answering(context, method) as watch,
+            self._admitted(),
+            self._named(request, context) as relay,
+        ):
+            call = _Call(request, context, watch.watched(context.write))
+            await relay.run(call.submit_for, call)
 
     @asynccontextmanager
     async def _answering(self, context: Context, method: str) -> AsyncIterator[Watch]:
@@ -162,6 +161,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     @asynccontextmanager
     async def _named(self, request: Asked, context: Context) -> AsyncIterator[Relay]:
         """The request's relay, to be found by its id from the first moment on."""
+        check_caller(request.priority, request.tenant, request.request_id)
         if request.request_id in self._relays:
             raise InvalidRequest(
                 f"request_id {request.request_id!r} is in use; ids of open requests are unique"
@@ -179,77 +179,59 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 del self._relays[request.request_id]
 
 
-@dataclass(frozen=True, slots=True)
-class _Caller:
-    """Who asked."""
+class _Call:
+    """One request and whoever waits for its answer."""
 
-    context: Context
-    write: Send
+    def __init__(self, request: Asked, context: Context, write: Send) -> None:
+        self._request, self._context, self._write = request, context, write
+        self._repeatable = False
+
+    async def submit_for(self, link: ReplicaLink) -> engine_pb2.Submit:
+        """The request as the replica's model reads it: with its tokens, and with its defaults of sampling.
+
+        Raises what it raises for a request that no replica could answer.
+        """
+        request = self._request
+        _check_name(request.model, link.model)
+        sampling = inference_pb2.Sampling()
+        sampling.CopyFrom(link.model.sampling)
+        sampling.MergeFrom(request.sampling)
+        params = sampling_from_proto(sampling)
+        token_ids = await _prompt_ids(request, link)
+        check_prompt(token_ids, link.info)
+        check_sampling(params, link.info, len(token_ids))
+        self._repeatable = repeatable(sampling)
+        return engine_pb2.Submit(
+            token_ids=token_ids, sampling=sampling, priority=request.priority, tenant=request.tenant
+        )
 
     async def begin(self, fingerprint: str) -> None:
-        await self.context.send_initial_metadata(((FINGERPRINT_METADATA, fingerprint),))
+        await self._context.send_initial_metadata(answer_metadata(fingerprint, self._repeatable))
 
     async def send(self, delta: inference_pb2.Delta) -> None:
-        await self.write(delta)
+        await self._write(delta)
 
 
-async def _generate(request: inference_pb2.GenerateRequest, link: ReplicaLink) -> engine_pb2.Submit:
-    """The request as the replica's model reads it."""
-    _check_name(request.model, link.model)
+async def _prompt_ids(request: Asked, link: ReplicaLink) -> Sequence[int]:
+    if isinstance(request, inference_pb2.ChatRequest):
+        return await _chat_ids(request, link)
     match request.WhichOneof("prompt"):
         case "text":
-            token_ids: Sequence[int] = await link.prompts.encode(request.text)
+            return await link.prompts.encode(request.text, link.info.max_model_tokens)
         case "token_ids":
-            token_ids = request.token_ids.ids
+            return request.token_ids.ids
         case _:
             raise InvalidRequest("the request has no prompt; set text or token_ids")
-    return _submit_of(request, token_ids, link.model)
 
 
-async def _chat(request: inference_pb2.ChatRequest, link: ReplicaLink) -> engine_pb2.Submit:
-    _check_name(request.model, link.model)
-    return _submit_of(request, await link.prompts.encode_chat(request.messages), link.model)
+async def _chat_ids(
+    request: inference_pb2.ChatRequest | inference_pb2.TokenizeRequest, link: ReplicaLink
+) -> list[int]:
+    return await link.prompts.encode_chat(request.messages, link.info.max_model_tokens, request.ByteSize())
 
 
 def _check_name(name: str, model: inference_pb2.Model) -> None:
     if name not in ("", model.name):
         raise UnknownModel(
-            f"no model {name!r} is served here; {model.name!r} is. Leave the name empty for it"
+            f"no model {shown(name)} is served here; {model.name!r} is. Leave the name empty for it"
         )
-
-
-def _submit_of(request: Asked, token_ids: Sequence[int], model: inference_pb2.Model) -> engine_pb2.Submit:
-    """What a replica is asked. Raises InvalidRequest for what none could answer."""
-    _check_prompt(token_ids, model)
-    _check_request(request, model)
-    return engine_pb2.Submit(
-        token_ids=token_ids, sampling=request.sampling, priority=request.priority, tenant=request.tenant
-    )
-
-
-def _check_prompt(token_ids: Sequence[int], model: inference_pb2.Model) -> None:
-    if not token_ids:
-        raise InvalidRequest("the prompt is empty; send at least one token")
-    if len(token_ids) >= model.max_model_tokens:
-        raise InvalidRequest(
-            f"the prompt has {len(token_ids)} tokens; prompt and output together may have "
-            f"{model.max_model_tokens}. Shorten the prompt"
-        )
-    _check_token_ids(token_ids, model)
-
-
-def _check_token_ids(token_ids: Sequence[int], model: inference_pb2.Model) -> None:
-    if token_ids and max(token_ids) >= model.vocab_size:
-        raise InvalidRequest(
-            f"token id {max(token_ids)} is outside the vocabulary; ids lie in 0..{model.vocab_size - 1}"
-        )
-
-
-def _check_request(request: Asked, model: inference_pb2.Model) -> None:
-    sampling = sampling_from_proto(request.sampling)
-    if any(token >= model.vocab_size for token in sampling.stop_token_ids):
-        raise InvalidRequest(
-            f"stop_token_ids {sampling.stop_token_ids} leave the vocabulary, 0..{model.vocab_size - 1}"
-        )
-    if abs(request.priority) > MAX_PRIORITY:
-        raise InvalidRequest(f"priority lies in -{MAX_PRIORITY}..{MAX_PRIORITY}, got {request.priority}")

@@ -14,8 +14,9 @@ from quire.kvstore.keys import KeySpace
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from quire.replicas.errors import ReplicaDied, Status
 from quire.replicas.load_report import LoadReport
+from quire.replicas.request import ModelInfo
 from quire.replicas.service import INTERNAL_CHANNEL, SECRET_METADATA
-from quire.replicas.wire import keys_from_proto, load_from_proto
+from quire.replicas.wire import keys_from_proto, load_from_proto, model_from_proto
 
 Heard = Callable[[str, LoadReport, int], None]
 """Which replica, how busy it is, and up to which call on the link it knows of them."""
@@ -80,6 +81,7 @@ class ReplicaLink:
         self.replica_id: str = hello.replica_id
         self.peer_id: str = hello.peer_id
         self.model: inference_pb2.Model = hello.model
+        self.info: ModelInfo = model_from_proto(hello.model)
         self.keys: KeySpace = keys_from_proto(hello.keys)
         self.fingerprint = self.keys.fingerprint.hex()
         """Of the model as it is served here: equal where answers are."""

@@ -6,8 +6,13 @@ So no decoding step waits for a long prompt. Whatever fails here, the decoding r
 from __future__ import annotations
 
 from quire.cluster.gateway.fleet import Fleet
-from quire.protos.quire.v1 import engine_pb2, inference_pb2
+from quire.protos.quire.v1 import engine_pb2
 from quire.replicas.errors import ReplicaDied, Status
+from quire.replicas.request import ResolvedSampling
+from quire.replicas.wire import sampling_to_proto
+
+_ONE_TOKEN = sampling_to_proto(ResolvedSampling(max_tokens=1, ignore_eos=True))
+"""Greedy whatever the model's defaults are: nobody reads the token."""
 
 
 class PrefillFirst:
@@ -24,7 +29,7 @@ class PrefillFirst:
             return
         prompt = engine_pb2.Submit()
         prompt.CopyFrom(submit)
-        prompt.sampling.CopyFrom(inference_pb2.Sampling(max_tokens=1, ignore_eos=True))
+        prompt.sampling.CopyFrom(_ONE_TOKEN)
         try:
             async with self._fleet.reserve(submit.token_ids, submit.tenant) as place:
                 call = place.link.submit(prompt)

@@ -1,4 +1,4 @@
-"""Text and chats to token ids and back, by the model's own tokenizer; of several models during an upgrade."""
+"""Prompts of the gateway's requests, by the model's own tokenizer; of several models during an upgrade."""
 
 from __future__ import annotations
 
@@ -7,78 +7,70 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
+from quire.cluster.gateway.tokenizing import Tokenizing
 from quire.protos.quire.v1 import inference_pb2
-from quire.replicas.errors import ConfigError, InvalidRequest
-
-_INLINE_SIZE = 2_000
-"""Characters or tokens. More is worked on in a thread, or it would hold up everyone else's tokens."""
+from quire.replicas.errors import ConfigError
+from quire.replicas.prompt import as_messages
+from quire.replicas.tokenize import PromptTokenizer
 
 _KEPT = 4
-
-T = TypeVar("T")
+_BYTES_PER_TOKEN = 4
+"""About what a token id costs to turn into text."""
 
 
 class Prompts:
     """Safe to use from several tasks; the tokenizer is only read."""
 
-    def __init__(self, files: Mapping[str, bytes]) -> None:
+    def __init__(self, files: Mapping[str, bytes], tokenizing: Tokenizing) -> None:
         """Raises ConfigError if no tokenizer can be read from the files, which have names."""
+        self._tokenizing = tokenizing
         with TemporaryDirectory(prefix="quire-tokenizer-") as folder:
             for name, content in files.items():
                 Path(folder, Path(name).name).write_bytes(content)
             try:
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+                self._tokenizer = PromptTokenizer(AutoTokenizer.from_pretrained(folder))
             except (OSError, ValueError) as error:
                 raise ConfigError(
                     f"no tokenizer could be read from {', '.join(files) or 'no file at all'}: {error}. "
                     "Gateways need tokenizer.json and tokenizer_config.json beside the model's weights"
                 ) from error
 
-    async def encode(self, text: str) -> list[int]:
-        """With the special tokens the tokenizer puts in front."""
-        return await self._encode(text, special=True)
-
-    async def encode_chat(self, messages: Sequence[inference_pb2.ChatMessage]) -> list[int]:
-        """The prompt of the assistant's next turn. Raises InvalidRequest if the template refuses the chat."""
-        if not messages:
-            raise InvalidRequest("the chat has no messages; send at least one")
-        if self._tokenizer.chat_template is None:
-            raise InvalidRequest("this model has no chat template; use Generate with a prompt of your own")
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        size = sum(len(turn["content"]) for turn in turns) + len(turns)
-        return await _in_its_place(size, lambda: self._encode_chat_now(turns))
-
-    async def decode(self, token_ids: Sequence[int]) -> str:
-        """Without special tokens."""
-        ids = list(token_ids)
-        return await _in_its_place(
-            len(ids), lambda: str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    async def encode(self, text: str, most_tokens: int) -> list[int]:
+        """The prompt that a text is. Raises InvalidRequest, also for too many tokens, and QueueFull."""
+        self._tokenizer.check_length(len(text), most_tokens)
+        return await self._tokenizing.run(
+            len(text.encode()), lambda stopped: self._tokenizer.encode(text, most_tokens, stopped)
         )
 
-    async def _encode(self, text: str, *, special: bool) -> list[int]:
-        return await _in_its_place(len(text), lambda: self._encode_now(text, special))
+    async def encode_chat(
+        self, messages: Sequence[inference_pb2.ChatMessage], most_tokens: int, size_bytes: int
+    ) -> list[int]:
+        """The prompt of the assistant's next turn. Raises as `encode`. `size_bytes`: of all messages."""
+        self._tokenizer.check_messages(len(messages), most_tokens)
 
-    def _encode_chat_now(self, turns: list[dict[str, str]]) -> list[int]:
-        try:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
-        return self._encode_now(text, special=False)
+        def encode(stopped: Callable[[], bool]) -> list[int]:
+            turns = as_messages([(message.role, message.content) for message in messages])
+            return self._tokenizer.encode_chat(turns, most_tokens, stopped)
 
-    def _encode_now(self, text: str, special: bool) -> list[int]:
-        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
-        return token_ids
+        return await self._tokenizing.run(size_bytes, encode)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """Without special tokens. Raises QueueFull."""
+        ids = list(token_ids)
+        return await self._tokenizing.run(
+            _BYTES_PER_TOKEN * len(ids), lambda stopped: self._tokenizer.decode(ids)
+        )
 
 
 class Tokenizers:
     """The prompts of every tokenizer there is among the replicas, each made once."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizing: Tokenizing | None = None) -> None:
+        """`tokenizing`: where all of them do their work."""
+        self._tokenizing = tokenizing or Tokenizing()
         self._prompts: OrderedDict[bytes, Prompts] = OrderedDict()
         self._making = asyncio.Lock()
 
@@ -87,12 +79,8 @@ class Tokenizers:
         async with self._making:
             if digest not in self._prompts:
                 files = await fetch()
-                self._prompts[digest] = await asyncio.to_thread(Prompts, files)
+                self._prompts[digest] = await asyncio.to_thread(Prompts, files, self._tokenizing)
             self._prompts.move_to_end(digest)
             while len(self._prompts) > _KEPT:
                 self._prompts.popitem(last=False)
             return self._prompts[digest]
-
-
-async def _in_its_place(size: int, work: Callable[[], T]) -> T:
-    return work() if size <= _INLINE_SIZE else await asyncio.to_thread(work)

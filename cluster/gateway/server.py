@@ -14,6 +14,18 @@ from quire.cluster.gateway.grpc_service import InferenceService
 from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from quire.replicas.errors import ConfigError
 
+_KEEPALIVE = (
+    # A client whose machine is gone sends no FIN, and load balancers end what is quiet for a minute.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),  # no bound: a stream may be quiet for as long as it waits
+    # Clients and load balancers look for dead gateways as well, once a second if they like, with a call open
+    # or without. Pings that come faster than this, three in a row, are an attack: "too many pings".
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 250),
+    ("grpc.http2.max_ping_strikes", 2),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Listener:
@@ -56,9 +68,7 @@ async def listen(service: InferenceService, config: GatewayConfig, *, shared: bo
         options=(
             ("grpc.so_reuseport", int(config.port != 0)),  # for the gateway that will replace this one
             ("grpc.max_receive_message_length", config.max_message_bytes),
-            ("grpc.keepalive_time_ms", 30_000),  # a client whose machine is gone sends no FIN
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients look for dead gateways, too
+            *_KEEPALIVE,
         )
     )
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)

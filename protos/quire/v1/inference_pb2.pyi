@@ -237,7 +237,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "architecture", "vocab_size", "max_model_tokens", "eos_token_ids", "tp", "page_tokens", "kv_formats", "bytes_per_token", "bf16_bytes_per_token")
+    __slots__ = ("name", "architecture", "vocab_size", "max_model_tokens", "eos_token_ids", "tp", "page_tokens", "kv_formats", "bytes_per_token", "bf16_bytes_per_token", "sampling")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +248,7 @@ class Model(_message.Message):
     KV_FORMATS_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BF16_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     vocab_size: int
@@ -258,7 +259,8 @@ class Model(_message.Message):
     kv_formats: _containers.RepeatedCompositeFieldContainer[LayerFormat]
     bytes_per_token: float
     bf16_bytes_per_token: float
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., tp: _Optional[int] = ..., page_tokens: _Optional[int] = ..., kv_formats: _Optional[_Iterable[_Union[LayerFormat, _Mapping]]] = ..., bytes_per_token: _Optional[float] = ..., bf16_bytes_per_token: _Optional[float] = ...) -> None: ...
+    sampling: Sampling
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., tp: _Optional[int] = ..., page_tokens: _Optional[int] = ..., kv_formats: _Optional[_Iterable[_Union[LayerFormat, _Mapping]]] = ..., bytes_per_token: _Optional[float] = ..., bf16_bytes_per_token: _Optional[float] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
 
 class LayerFormat(_message.Message):
     __slots__ = ("k", "v")
