@@ -42,8 +42,7 @@ INTERNAL_CHANNEL = (
     ("grpc.keepalive_timeout_ms", 4_000),
     ("grpc.http2.ping_timeout_ms", 4_000),  # without it a stopped process is waited for a minute
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),  # more often would be taken for an attack
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),  # more often would be taken for an attack
 )
 """Options of both ends of the stream between a gateway and a replica."""
 _QUIET_S = 0.25

@@ -21,7 +21,7 @@ _KEEPALIVE = (
     ("grpc.http2.max_pings_without_data", 0),  # no bound: a stream may be quiet for as long as it waits
     # Clients and load balancers look for dead gateways as well, once a second if they like, with a call open
     # or without. Pings that come faster than this, three in a row, are an attack: "too many pings".
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 250),
+    ("grpc.http2.min_ping_interval_without_data_ms", 250),  # of those received
     ("grpc.http2.max_ping_strikes", 2),
     ("grpc.keepalive_permit_without_calls", 1),
 )

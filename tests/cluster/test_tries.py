@@ -9,7 +9,7 @@ import pytest
 from serving import KEYS, ScriptedEngine, staged
 
 from quire.cluster.client import AsyncClient, CallOptions, Client, SamplingParams, collect_async
-from quire.cluster.status import FINGERPRINT_METADATA, RETRY_METADATA
+from quire.cluster.status import FINGERPRINT_METADATA, REPEATABLE_METADATA, RETRY_METADATA
 from quire.cluster.tries import Tries
 from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from quire.replicas.errors import ConfigError, DeadlinePassed, QueueFull, ReplicaDied, Status
@@ -139,8 +139,8 @@ def test_only_unavailable_is_tried_again():
 
 
 def test_an_answer_of_another_model_is_not_carried_on():
-    tries = Tries(2, 0, patience_s=0.0, sampling=inference_pb2.Sampling())
-    tries.began({FINGERPRINT_METADATA: "aa"})
+    tries = Tries(2, 0, patience_s=0.0)
+    tries.began({FINGERPRINT_METADATA: "aa", REPEATABLE_METADATA: "1"})
     assert tries.rest(inference_pb2.Delta(text="ab", token_ids=[1])) is not None
     tries.failed(ReplicaDied("gone"))
     with pytest.raises(ReplicaDied, match="another model"):

@@ -20,7 +20,7 @@ async def test_deltas_arrive_one_by_one_with_text_tokens_and_usage():
         first = asyncio.ensure_future(anext(stream))
         request = await engine.requests.get()
         assert request.prompt == (5, 6, 7)
-        assert request.sampling == SamplingParams(max_tokens=3)
+        assert request.sampling.max_tokens == 3
         engine.say(request, "a", 10)
         assert ((await first).text, list((await first).token_ids)) == ("a", [10])
         engine.say(request, "b", 11, 12, last=True)
@@ -158,7 +158,7 @@ async def test_a_greedy_answer_goes_on_where_it_stopped():
         assert [(d.text, list(d.token_ids)) for d in rest] == [("cd", [3])]
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=0.5)])
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SamplingParams(temperature=0.5)])
 async def test_an_answer_that_cannot_be_carried_on_is_unavailable(sampling):
     """Greedy, but the other replica's tokens differ; or drawn at random."""
     first, second = ScriptedEngine(), ScriptedEngine()
