@@ -42,6 +42,14 @@ def test_a_tree_becomes_frozen_dataclasses_with_defaults():
         ({}, "the configuration lacks .*engine"),
         ({"engine": {"model": "demo"}, "gateway": {"port": 70000}}, r"gateway\.port lies in"),
         ({"engine": {"model": "demo"}, "gateway": {"resources": {"a": 0}}}, r"gateway\.resources\.a must be"),
+        (
+            {"engine": {"model": "demo"}, "gateway": {"max_tokenizing_bytes": 1000}},
+            r"gateway\.max_tokenizing_bytes=1000 would never take",
+        ),
+        (
+            {"engine": {"model": "demo", "generation_defaults": True}},
+            r"engine\.generation_defaults must be one of 'model', 'none'",
+        ),
         ({"engine": {"model": "demo"}, "replicas": {"count": 0}}, r"replicas\.count must be at least 1"),
         (
             {"engine": {"model": "demo", "pool": {"host_bytes": -1}}},

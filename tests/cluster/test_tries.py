@@ -3,17 +3,18 @@
 import asyncio
 import socket
 from contextlib import closing
+from dataclasses import replace
 
 import grpc
 import pytest
-from serving import KEYS, ScriptedEngine, staged
+from serving import INFO, KEYS, ScriptedEngine, staged
 
 from quire.cluster.client import AsyncClient, CallOptions, Client, SamplingParams, collect_async
 from quire.cluster.status import FINGERPRINT_METADATA, REPEATABLE_METADATA, RETRY_METADATA
 from quire.cluster.tries import Tries
 from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from quire.replicas.errors import ConfigError, DeadlinePassed, QueueFull, ReplicaDied, Status
-from quire.replicas.request import Failure
+from quire.replicas.request import Failure, ResolvedSampling
 
 PROMPT = [5, 6, 7]
 GREEDY, SEEDED, DRAWN = (
@@ -75,6 +76,29 @@ async def test_an_answer_drawn_at_random_ends_with_a_hint():
         answer = asyncio.ensure_future(collect_async(stage.client.generate(PROMPT, DRAWN)))
         engine.say(await next_request(engine), "fine", 4, last=True)
         assert (await answer).text == "fine"
+
+
+@pytest.mark.parametrize(
+    ("asked", "carried_on"), [(SamplingParams(), False), (SamplingParams(temperature=0), True)]
+)
+async def test_whether_an_answer_can_be_carried_on_is_the_models_to_say(asked, carried_on):
+    """A client does not know with which temperature a model answers where it said nothing."""
+    engine = ScriptedEngine(replace(INFO, sampling=ResolvedSampling(temperature=0.7)))
+    async with staged(engine, gateways=2) as stage:
+        stream = stage.client.generate(PROMPT, asked)
+        first = asyncio.ensure_future(anext(stream))
+        request = await next_request(engine)
+        assert request.sampling.temperature == (0.0 if carried_on else 0.7)
+        engine.say(request, "ab", 1, 2)
+        await first
+        rest = asyncio.ensure_future(_all(stream))
+        await stage.kill_gateway(stage.address.split(",").index(stage.client.gateway))
+        if carried_on:
+            engine.say(await next_request(engine), "abc", 1, 2, 3, last=True)
+            assert [d.text for d in await rest] == ["c"]
+        else:
+            with pytest.raises(ReplicaDied):
+                await rest
 
 
 async def test_the_server_says_who_answers_and_when_to_come_back():

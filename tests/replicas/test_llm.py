@@ -1,6 +1,8 @@
 """Offline batches through the public door."""
 
+import numpy as np
 import pytest
+from tiny_models import make_model
 
 from quire.replicas import LLM, SamplingParams, SchedulerConfig
 from quire.replicas.errors import ConfigError, InvalidRequest, UnknownModel
@@ -43,6 +45,77 @@ def test_one_bad_prompt_costs_nobody_anything(llm):
     with pytest.raises(InvalidRequest, match="empty"):
         llm.generate(["The king", []])
     assert llm.stats() == before
+
+
+def test_a_single_prompt_needs_no_list(llm):
+    one = SamplingParams(max_tokens=2)
+    by_text = llm.generate("Once upon a time", one)
+    by_ids = llm.generate(by_text[0].prompt, one)
+    by_array = llm.generate(np.array(by_text[0].prompt), one)
+    assert len(by_text) == len(by_ids) == len(by_array) == 1
+    assert by_text[0].outputs == by_ids[0].outputs == by_array[0].outputs
+
+
+def test_a_seed_of_numpy_draws_what_the_same_seed_draws(llm):
+    for seed in (5, 2**64 - 1):
+        a, b = llm.generate(
+            ["The", "The"],
+            [SamplingParams(max_tokens=4, temperature=1, seed=s) for s in (seed, np.uint64(seed))],
+        )
+        assert a.outputs == b.outputs
+
+
+def test_parts_of_a_message_are_its_text(llm):
+    parts = [{"type": "text", "text": "The pass key "}, {"type": "text", "text": "is 71432."}]
+    one = SamplingParams(max_tokens=1)
+    chats = [
+        [{"role": "user", "content": parts}],
+        [{"role": "user", "content": "The pass key is 71432."}],
+        [("user", "The pass key is 71432.")],
+    ]
+    assert len({llm.chat(chat, one).prompt for chat in chats}) == 1
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda llm: llm.generate([5, "a"]), r"prompts\[0\]"),
+        (lambda llm: llm.generate({"prompt": "a"}), "prompts"),
+        (lambda llm: llm.generate(["a"], {"max_tokens": 3}), "sampling"),
+        (lambda llm: llm.generate(["a"], [{"max_tokens": 3}]), r"sampling\[0\]"),
+        (lambda llm: llm.generate(["a"], tenant=None), "tenant"),
+        (lambda llm: llm.generate("half of \ud83e"), "surrogate"),
+        (lambda llm: llm.generate("word " * 1_000_000), "tokens.*Shorten"),
+        (lambda llm: llm.chat([]), "no messages"),
+        (lambda llm: llm.chat("Hello!"), "messages"),
+        (lambda llm: llm.chat([{"role": "user", "content": 5}]), r"messages\[0\]\.content"),
+    ],
+)
+def test_what_is_no_request_is_refused_by_name(llm, ask, said):
+    with pytest.raises(InvalidRequest, match=said):
+        ask(llm)
+
+
+def test_a_models_defaults_are_used_where_a_request_says_nothing(tmp_path):
+    """Very hot: every draw is another token."""
+    folder = make_model("llama", tmp_path)
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 100, "top_k": 40}')
+    greedy, unsaid, seeded = (
+        SamplingParams(max_tokens=12, ignore_eos=True, **said)
+        for said in ({"temperature": 0}, {}, {"seed": 3})
+    )
+
+    def answers(llm, sampling):
+        return {c.outputs[0].token_ids for c in llm.generate([[5, 6, 7]] * 6, sampling)}
+
+    with LLM(str(folder), kv="fp32", threads_per_shard=1) as llm:
+        assert (llm.info.sampling.temperature, llm.info.sampling.top_k) == (100.0, 40)
+        assert len(answers(llm, greedy)) == len(answers(llm, seeded)) == 1
+        assert len(answers(llm, unsaid)) == 6
+        assert answers(llm, seeded) != answers(llm, greedy)
+        best = answers(llm, greedy)
+    with LLM(str(folder), kv="fp32", threads_per_shard=1, generation_defaults="none") as llm:
+        assert answers(llm, unsaid) == best
 
 
 def test_more_prompts_than_may_wait_are_fed_in_turn():

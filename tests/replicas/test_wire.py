@@ -1,8 +1,9 @@
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import get_type_hints
 
 import pytest
+from serving import INFO
 
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
 from quire.replicas.errors import InvalidRequest, Status
@@ -12,6 +13,7 @@ from quire.replicas.request import (
     FinishReason,
     Output,
     RequestId,
+    ResolvedSampling,
     SamplingParams,
     Timings,
     TokenLogprob,
@@ -22,6 +24,8 @@ from quire.replicas.wire import (
     sampling_from_proto,
     sampling_to_proto,
     stats_to_proto,
+    model_from_proto,
+    model_to_proto,
     write_event,
 )
 
@@ -60,6 +64,20 @@ def test_an_unset_sampling_is_the_default_and_an_impossible_one_is_refused():
     assert sampling_from_proto(inference_pb2.Sampling()) == SamplingParams()
     with pytest.raises(InvalidRequest, match="max_tokens"):
         sampling_from_proto(inference_pb2.Sampling(max_tokens=0))
+
+
+def test_an_explicit_zero_is_not_the_same_as_nothing():
+    zeros = SamplingParams(temperature=0, top_k=0, min_p=0)
+    data = sampling_to_proto(zeros).SerializeToString()
+    assert sampling_from_proto(inference_pb2.Sampling.FromString(data)) == zeros
+    assert zeros != SamplingParams()
+
+
+def test_a_gateway_knows_the_model_as_the_replica_does():
+    sampling = ResolvedSampling(temperature=0.7, top_k=20, top_p=0.9, min_p=0.25, repetition_penalty=1.5)
+    info = replace(INFO, sampling=sampling)
+    assert model_from_proto(model_to_proto(info)) == info
+    assert model_to_proto(info).sampling.temperature == 0.7
 
 
 def test_a_deadline_travels_as_what_remains():

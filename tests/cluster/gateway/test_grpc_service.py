@@ -142,6 +142,49 @@ async def test_a_request_without_a_prompt_or_with_an_unfit_priority_is_refused(s
     assert "priority must lie in" in (await _status_of(stage, request))[1]
 
 
+@pytest.mark.parametrize(
+    ("request_of", "said"),
+    [
+        (lambda: inference_pb2.GenerateRequest(text="a", tenant="x" * 1_000_000), "tenant has 1000000"),
+        (lambda: inference_pb2.GenerateRequest(text="a", request_id="x" * 257), "request_id has 257"),
+        (lambda: inference_pb2.GenerateRequest(text="a", model="x" * 1_000_000), "no model"),
+        (lambda: inference_pb2.GenerateRequest(text="word " * 3_000_000), "Shorten the prompt"),
+        (
+            lambda: inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[9] * 3_000_000)),
+            "has 3000000 tokens",
+        ),
+    ],
+)
+async def test_what_is_too_much_of_anything_is_refused_in_few_words(stage: Stage, request_of, said):
+    code, details = await _status_of(stage, request_of())
+    assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+    assert said in details
+    assert len(details) < 400
+
+
+async def test_every_rpc_refuses_a_long_text_or_many_ids(stage: Stage):
+    client, text = stage.client, "word " * 500_000
+    with pytest.raises(InvalidRequest, match="Shorten the prompt"):
+        await client.tokenize(text)
+    for messages in ([("user", text)], [("user", "a")] * (MAX_TOKENS + 1)):
+        with pytest.raises(InvalidRequest, match=f"{MAX_TOKENS} tokens"):
+            await client.tokenize(messages=messages)
+        with pytest.raises(InvalidRequest, match=f"{MAX_TOKENS} tokens"):
+            await collect_async(client.chat(messages))
+    with pytest.raises(InvalidRequest, match=f"serves {MAX_TOKENS} at most"):
+        await client.detokenize([9] * 1_000_000)
+    with pytest.raises(InvalidRequest, match="4096 is not in the model's vocabulary"):
+        await client.detokenize([4096])
+    assert len(await client.tokenize("word " * 150)) > 150
+
+
+async def test_tokens_in_front_are_there_once_and_mappings_are_messages(stage: Stage):
+    ids = await stage.client.tokenize("Once")
+    assert await stage.client.tokenize("<|bos|>Once") == ids
+    pairs = await stage.client.tokenize(messages=[("user", "Hello!")])
+    assert await stage.client.tokenize(messages=[{"role": "user", "content": "Hello!"}]) == pairs
+
+
 async def test_a_chat_without_messages_is_refused(stage: Stage):
     with pytest.raises(InvalidRequest, match="no messages"):
         await collect_async(stage.client.chat([]))
@@ -212,6 +255,7 @@ async def test_every_page_comes_back_after_cancellations(stage: Stage):
 async def test_model_and_stats_say_what_is_stored_how(stage: Stage):
     model = await stage.client.model()
     assert (model.name, model.max_model_tokens, model.tp, len(model.kv_formats)) == ("demo", MAX_TOKENS, 1, 6)
+    assert model.sampling.HasField("temperature")
     assert model.bytes_per_token < 0.6 * model.bf16_bytes_per_token
     stats = await stage.client.stats()
     (replica,) = stats.replicas

@@ -1,14 +1,15 @@
 """What a client sees of a replica that dies, is full, or answers slowly."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
-from serving import ScriptedEngine, output, staged
+from serving import INFO, ScriptedEngine, output, staged
 
 from quire.cluster.client import CallOptions, SamplingParams, collect_async
 from quire.cluster.status import Cancelled
 from quire.replicas.errors import DeadlinePassed, QueueFull, QuireError, ReplicaDied, Status
-from quire.replicas.request import Failure, FinishReason, Output, Usage
+from quire.replicas.request import Failure, FinishReason, Output, ResolvedSampling, Usage
 
 PROMPT = [5, 6, 7]
 
@@ -173,6 +174,22 @@ async def test_an_answer_that_cannot_be_carried_on_is_unavailable(sampling):
             lives.say(await asyncio.wait_for(lives.requests.get(), 5), "ax", 1, 9)
         with pytest.raises(ReplicaDied, match=r"try again|shard 1"):
             await anext(stream)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+async def test_what_a_model_draws_by_default_is_not_carried_on(temperature):
+    hot = replace(INFO, sampling=ResolvedSampling(temperature=0.7))
+    first, second = ScriptedEngine(hot), ScriptedEngine(hot)
+    async with staged(first, second) as stage:
+        stream = stage.client.generate(PROMPT, SamplingParams(temperature=temperature))
+        delta = asyncio.ensure_future(anext(stream))
+        (request, died), lives, _ = await _first_of(first, second, with_request=True)
+        died.say(request, "ab", 1, 2)
+        await delta
+        died.send(Failure(request.id, Status.UNAVAILABLE, "shard 1 is gone"))
+        with pytest.raises(ReplicaDied, match="shard 1"):
+            await anext(stream)
+        assert lives.requests.empty()
 
 
 async def test_without_a_replica_a_request_waits_and_then_says_so():
