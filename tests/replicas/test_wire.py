@@ -20,12 +20,12 @@ from quire.replicas.request import (
     Usage,
 )
 from quire.replicas.wire import (
+    model_from_proto,
+    model_to_proto,
     request_from_proto,
     sampling_from_proto,
     sampling_to_proto,
     stats_to_proto,
-    model_from_proto,
-    model_to_proto,
     write_event,
 )
 

@@ -1,4 +1,4 @@
-"""Work on texts beside the event loop: bounded, the short before the long, nothing for those who have left."""
+"""Work on texts beside the event loop: bounded, short ones before long ones, none for nobody."""
 
 import asyncio
 import threading
