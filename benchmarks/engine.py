@@ -118,7 +118,7 @@ def against_our_bf16(rounds: int, context: int, requests: int) -> list[Row]:
         pool = PoolConfig(bytes=1 << 30)
         engines = {kv: LLM(model, kv=kv, dtype=DTYPE, pool=pool) for kv in FORMATS}
         for llm in engines.values():
-            llm.generate(contexts, SamplingParams(max_tokens=1))
+            llm.generate(contexts, SamplingParams(temperature=0, max_tokens=1))
         calls: dict[str, Callable[[int], float]] = {
             kv: lambda r, llm=llm: our_speed(llm, prompts, "", 64) for kv, llm in engines.items()
         }

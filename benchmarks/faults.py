@@ -79,7 +79,9 @@ class Stream:
     begun: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
-        sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0 if self.greedy else 1)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0 if self.greedy else 1
+        )
         try:
             async for delta in self.client.generate(self.prompt, sampling):
                 self.gateway = self.gateway or self.client.gateway
@@ -177,7 +179,7 @@ def node_of(raylets: Mapping[str, int]) -> Victims:
 async def right_answers() -> dict[str, list[int]]:
     """Of every prompt, greedily."""
     async with AsyncClient(",".join(addresses(APP))) as client:
-        sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+        sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
         answers = await asyncio.gather(*(collect_async(client.generate(p, sampling)) for p in PROMPTS))
     return {p: answer.outputs[0].token_ids for p, answer in zip(PROMPTS, answers, strict=True)}
 
@@ -271,7 +273,7 @@ async def all_answer() -> bool:
     for address in found:
         async with AsyncClient(address) as client:
             try:
-                await collect_async(client.generate(PROMPTS[0], SamplingParams(max_tokens=1)))
+                await collect_async(client.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=1)))
             except ReplicaDied:
                 return False
     return True

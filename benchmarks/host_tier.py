@@ -58,7 +58,7 @@ class Served:
         self._requests += 1
         request_id = RequestId(str(self._requests))
         self._events[request_id] = []
-        sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
         self.engine.submit(Request(id=request_id, prompt=tuple(prompt), sampling=sampling, tenant=tenant))
         return request_id
 

@@ -16,7 +16,7 @@ from quire.replicas import LLM, SamplingParams
 
 PROMPT_TOKENS, CACHED_TOKENS = 1000, 960
 FORMATS = ("bf16", "int8", "int4")
-FIRST_TOKEN = SamplingParams(max_tokens=1)
+FIRST_TOKEN = SamplingParams(temperature=0, max_tokens=1)
 
 
 def first_token_s(llm: LLM, prompt: list[int], tenant: str, cached_tokens: int) -> float:

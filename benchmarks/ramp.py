@@ -72,7 +72,7 @@ START_WITHIN_S = 90.0
 """How long all users wait at most for the last replica; it takes a busy machine long to start one."""
 THINK_S = 0.2
 BIN_S = 4.0
-SAMPLING = SamplingParams(max_tokens=160, ignore_eos=True)
+SAMPLING = SamplingParams(temperature=0, max_tokens=160, ignore_eos=True)
 
 
 @dataclass(frozen=True, slots=True)

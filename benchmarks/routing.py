@@ -149,7 +149,7 @@ async def play(address: str, arrivals: Sequence[Arrival], seen: Seen) -> None:
 
         async def ask(arrival: Arrival) -> None:
             await asyncio.sleep(start_s + arrival.at_s - time.perf_counter())
-            sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+            sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
             due_s, first_s = start_s + arrival.at_s, None
             async for delta in client.generate(
                 arrival.prompt, sampling, CallOptions(explain_routing=True, deadline_s=120)

@@ -252,7 +252,7 @@ class Traffic:
 async def load(address: str, prompts: list[list[int]], new_tokens: int, leave: dict[int, float]) -> Traffic:
     """All prompts at once; stream n in `leave` is dropped after so many seconds."""
     seen = Traffic()
-    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     async with AsyncClient(address) as client:
         await client.model()
         started = time.perf_counter()
@@ -301,7 +301,7 @@ def prompts_of(count: int, seed: int) -> list[list[int]]:
 
 def served(config: EngineConfig, rounds: int) -> list[Row]:
     """64 streams against the same 64 requests without service, in turn; then the cancellations."""
-    sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     seen: list[Traffic] = []
     with (
         child(replica_process, config) as (replica, address),

@@ -73,7 +73,7 @@ async def play(address: str, seed: int) -> tuple[list[float], list[float]]:
     async with AsyncClient(address) as client:
 
         async def stream() -> None:
-            sampling = SamplingParams(max_tokens=STREAM_TOKENS, ignore_eos=True)
+            sampling = SamplingParams(temperature=0, max_tokens=STREAM_TOKENS, ignore_eos=True)
             times = []
             async for delta in client.generate(words(16), sampling):
                 if delta.token_ids and busy:
@@ -84,7 +84,7 @@ async def play(address: str, seed: int) -> tuple[list[float], list[float]]:
         await asyncio.sleep(0.5)
         for _ in range(PROMPTS):
             began_s = time.perf_counter()
-            async for _ in client.generate(words(PROMPT_TOKENS), SamplingParams(max_tokens=1)):
+            async for _ in client.generate(words(PROMPT_TOKENS), SamplingParams(temperature=0, max_tokens=1)):
                 pass
             firsts.append(time.perf_counter() - began_s)
             await asyncio.sleep(PAUSE_S)

@@ -161,7 +161,7 @@ class Replica:
         before, explored = self._engine.stats().bytes_received, self._cost.stats.explorations
         self._cost.told = told
         self._number += 1
-        sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True, logprobs=0)
+        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=0)
         self._engine.submit(Request(id=RequestId(str(self._number)), prompt=tuple(prompt), sampling=sampling))
         outputs = self._answer()
         last = outputs[-1]

@@ -40,7 +40,7 @@ from quire.replicas.model.checkpoint import find_model
 CLIENTS, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 12, 260, 24
 CALM_S, LOOK_S = 4.0, 0.1
 PORT = 18100
-SAMPLING = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+SAMPLING = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 Answer = tuple[int, ...]
 
 

@@ -134,7 +134,9 @@ def _prompts(load: Load, requests: int, seed: int = 0) -> list[list[int]]:
 
 
 def _generate(llm: LLM, prompts: list[list[int]], new_tokens: int, tenant: str = "") -> list[Completion]:
-    return llm.generate(prompts, SamplingParams(max_tokens=new_tokens, ignore_eos=True), tenant=tenant)
+    return llm.generate(
+        prompts, SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True), tenant=tenant
+    )
 
 
 def engine_rows(policy: str, load: Load, speed: Speed, bf16: Speed, ceilings: Ceilings) -> list[Row]:
