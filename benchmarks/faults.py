@@ -79,9 +79,7 @@ class Stream:
     begun: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
-        sampling = SamplingParams(
-            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0 if self.greedy else 1
-        )
+        sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0 if self.greedy else 1)
         try:
             async for delta in self.client.generate(self.prompt, sampling):
                 self.gateway = self.gateway or self.client.gateway

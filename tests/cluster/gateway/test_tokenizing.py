@@ -1,4 +1,4 @@
-"""Work on texts beside the event loop: bounded, short texts before long ones, none for those who have left."""
+"""Work on texts beside the event loop: bounded, short texts before long ones, none for those who left."""
 
 import asyncio
 import threading
