@@ -26,6 +26,7 @@ import grpc
 from quire.cluster.requests import (
     Asked,
     CallOptions,
+    cancel_request,
     chat_request,
     detokenize_request,
     generate_request,
@@ -122,19 +123,19 @@ class Client:
         self, prompt: Prompt, sampling: SamplingParams | None = None, options: CallOptions | None = None
     ) -> Iterator[inference_pb2.Delta]:
         """Continue a text or token ids."""
-        options = options or CallOptions()
+        options = CallOptions() if options is None else options
         return self._stream("Generate", generate_request(prompt, sampling, options), options)
 
     def chat(
         self, messages: Messages, sampling: SamplingParams | None = None, options: CallOptions | None = None
     ) -> Iterator[inference_pb2.Delta]:
         """The assistant's next turn."""
-        options = options or CallOptions()
+        options = CallOptions() if options is None else options
         return self._stream("Chat", chat_request(messages, sampling, options), options)
 
     def cancel(self, request_id: str) -> bool:
         """Whether such a request was open."""
-        request = inference_pb2.CancelRequest(request_id=request_id)
+        request = cancel_request(request_id)
         return any(self._cancel_at(gateway, request) for gateway in range(len(self._stubs)))
 
     def tokenize(self, text: str = "", *, messages: Messages = ()) -> list[int]:
@@ -229,19 +230,19 @@ class AsyncClient:
         self, prompt: Prompt, sampling: SamplingParams | None = None, options: CallOptions | None = None
     ) -> AsyncIterator[inference_pb2.Delta]:
         """Continue a text or token ids."""
-        options = options or CallOptions()
+        options = CallOptions() if options is None else options
         return self._stream("Generate", generate_request(prompt, sampling, options), options)
 
     def chat(
         self, messages: Messages, sampling: SamplingParams | None = None, options: CallOptions | None = None
     ) -> AsyncIterator[inference_pb2.Delta]:
         """The assistant's next turn."""
-        options = options or CallOptions()
+        options = CallOptions() if options is None else options
         return self._stream("Chat", chat_request(messages, sampling, options), options)
 
     async def cancel(self, request_id: str) -> bool:
         """Whether such a request was open on this gateway."""
-        request = inference_pb2.CancelRequest(request_id=request_id)
+        request = cancel_request(request_id)
         return any([await self._cancel_at(gateway, request) for gateway in range(len(self._stubs))])
 
     async def tokenize(self, text: str = "", *, messages: Messages = ()) -> list[int]:

@@ -18,6 +18,11 @@ def stats_lines(stats: inference_pb2.Stats) -> Iterator[str]:
         f"model      {model.name} ({model.architecture}), {model.tp} shards, "
         f"up to {model.max_model_tokens} tokens"
     )
+    says = model.sampling
+    yield (
+        f"defaults   temperature {says.temperature:g}, top_k {says.top_k}, top_p {says.top_p:g}, "
+        f"min_p {says.min_p:g}, repetition_penalty {says.repetition_penalty:g}"
+    )
     yield f"KV cache   {stored}"
     yield (
         f"           {model.bytes_per_token:,.0f} bytes per token, bf16 {model.bf16_bytes_per_token:,.0f}: "

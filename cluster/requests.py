@@ -85,6 +85,11 @@ def chat_request(
     return inference_pb2.ChatRequest(messages=_turns(messages), **_common(sampling, options))
 
 
+def cancel_request(request_id: str) -> inference_pb2.CancelRequest:
+    """Raises InvalidRequest for what cannot be the id of a request."""
+    return inference_pb2.CancelRequest(request_id=values.text("request_id", request_id, MAX_NAME_CHARACTERS))
+
+
 def tokenize_request(text: str, messages: Messages) -> inference_pb2.TokenizeRequest:
     """Raises InvalidRequest for what is no text or are no messages."""
     return inference_pb2.TokenizeRequest(text=values.text("text", text), messages=_turns(messages))

@@ -116,8 +116,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._admitted(),
             self._named(request, context) as relay,
         ):
-            call = _Call(request, context, watch.watched(context.write))
-            await relay.run(call.submit_for, call)
+            caller = _Caller(request, context, watch.watched(context.write))
+            await relay.run(caller.submit_for, caller)
 
     @asynccontextmanager
     async def _answering(self, context: Context, method: str) -> AsyncIterator[Watch]:
@@ -179,7 +179,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 del self._relays[request.request_id]
 
 
-class _Call:
+class _Caller:
     """One request and whoever waits for its answer."""
 
     def __init__(self, request: Asked, context: Context, write: Send) -> None:

@@ -87,3 +87,7 @@ def test_a_clients_methods_refuse_without_a_gateway():
             client.chat(["Hello!"])
         with pytest.raises(InvalidRequest, match="text must be"):
             client.tokenize(5)
+        with pytest.raises(InvalidRequest, match="request_id must be"):
+            client.cancel(5)
+        with pytest.raises(InvalidRequest, match="options must be CallOptions"):
+            client.generate("a", options={})
