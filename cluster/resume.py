@@ -17,7 +17,10 @@ class Differs(ReplicaDied):
 
 
 def repeatable(sampling: inference_pb2.Sampling) -> bool:
-    """Whether the same model would draw the same tokens again; they are compared all the same."""
+    """Whether the same model would draw the same tokens again; they are compared all the same.
+
+    `sampling`: with the model's defaults filled in.
+    """
     return sampling.temperature == 0 or sampling.HasField("seed")
 
 
