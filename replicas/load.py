@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from quire.kvstore.exchange import Exchange, ExchangeConfig
 from quire.kvstore.keys import KeySpace
@@ -14,12 +13,11 @@ from quire.kvstore.links import LinkConfig
 from quire.kvstore.pool import PagePool
 from quire.replicas.config import EngineConfig
 from quire.replicas.engine import Engine
-from quire.replicas.errors import ModelNotServable
 from quire.replicas.executor import Executor, ShardLauncher
 from quire.replicas.model.checkpoint import find_model
 from quire.replicas.shard import Shard, shard_device
 from quire.replicas.sharing import BlockSharing, Neighbours
-from quire.replicas.tokenizer_files import has_tokenizer
+from quire.replicas.tokenizer_files import fast_tokenizer, open_tokenizer
 
 
 def load_engine(
@@ -53,7 +51,7 @@ def load_engine(
         keys=keys,
         scheduler=config.scheduler,
         max_step_tokens=executor.shard.max_step_tokens,
-        tokenizer=None if tokenizer is None else _fast(tokenizer),
+        tokenizer=None if tokenizer is None else fast_tokenizer(tokenizer),
         share=share if neighbours else None,
     )
     return executor, engine
@@ -89,21 +87,11 @@ def _sharing(
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model's weights; None if there is none, as with test models."""
-    folder = find_model(model)
-    if not has_tokenizer(folder):
-        return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return tokenizer
+    """The tokenizer beside a model's weights; None if there is none, as with test models.
 
-
-def _fast(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise ModelNotServable(
-            f"{type(tokenizer).__name__} has no tokenizer.json form; convert it with convert_slow_tokenizer"
-        )
-    return backend
+    Raises: UnknownModel, ModelNotServable.
+    """
+    return open_tokenizer(find_model(model))
 
 
 def _key_space(shard: Shard) -> KeySpace:

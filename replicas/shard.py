@@ -28,24 +28,27 @@ from quire.replicas.config import EngineConfig
 from quire.replicas.decode_graphs import DecodeGraphs
 from quire.replicas.errors import ConfigError
 from quire.replicas.model.checkpoint import (
-    Checkpoint,
     WeightSource,
     eos_token_ids,
     find_model,
+    generation_values,
     load_config,
 )
 from quire.replicas.model.compiled import LEAST_TOKENS
+from quire.replicas.model.context import context_length
 from quire.replicas.model.forward import ForwardPass
 from quire.replicas.model.generation_defaults import generation_defaults
 from quire.replicas.model.invariance import padded
 from quire.replicas.model.key_bias import with_safe_keys
 from quire.replicas.model.loading import LoadedModel, Progress, check_servable, load_model
 from quire.replicas.model.magnitudes import log_scales, measured_transforms
+from quire.replicas.model.named_weights import NamedWeights
 from quire.replicas.model.random_weights import RandomWeights
 from quire.replicas.model.step import StepBuilder
 from quire.replicas.model.tensor_parallel import shard_config
 from quire.replicas.plan import PROMPT_ROWS, StepBatch
 from quire.replicas.request import ModelInfo, ResolvedSampling
+from quire.replicas.tokenizer_files import open_tokenizer
 
 _LOG = logging.getLogger(__name__)
 
@@ -81,11 +84,11 @@ class Shard:
             raise ValueError(f"tp={config.tp} needs {'no' if config.tp == 1 else 'a'} group")
         self.device = shard_device(config, rank)
         self._rank, self._group = rank, group
-        folder, model_config = check_config(config)
+        folder, model_config = _model(config)
         self.dtype = _dtype(config, model_config, self.device)
-        with _weights(config, folder, model_config, self.dtype, self.device) as checkpoint:
+        with _weights(config, folder, model_config, self.dtype, self.device) as weights:
             loaded = load_model(
-                checkpoint,
+                weights,
                 model_config,
                 rank=rank,
                 tp=config.tp,
@@ -94,8 +97,8 @@ class Shard:
                 device=self.device,
                 progress=progress,
             )
-            self.layout = _layout(config, checkpoint, loaded)
-            self.weights_fingerprint = checkpoint.fingerprint
+            self.layout = _layout(config, model_config, weights, loaded)
+            self.weights_fingerprint = weights.fingerprint
         # Configs of models that cannot be sharded may lack the number.
         self.kv_heads = self.layout.kv_heads if config.tp == 1 else model_config.num_key_value_heads
         self.max_step_tokens = config.scheduler.step_tokens(self.device.type)
@@ -211,10 +214,20 @@ class Shard:
 
 
 def check_config(config: EngineConfig) -> tuple[Path, PreTrainedConfig]:
-    """The model's folder and configuration, once all that can be refused without its weights has been.
+    """The model's folder and configuration, once all that can be refused without computing has been.
 
+    Files are opened and their names and shapes compared with the model's; no weights are read.
     Raises UnknownModel, ModelNotServable, ConfigError.
     """
+    folder, model = _model(config)
+    generation_values(folder)
+    open_tokenizer(folder)
+    with _weights(config, folder, model, torch.float32, torch.device("cpu")):
+        return folder, model
+
+
+def _model(config: EngineConfig) -> tuple[Path, PreTrainedConfig]:
+    """What can be refused by the model's configuration is."""
     folder = find_model(config.model)
     model = load_config(folder)
     check_servable(model, _max_model_tokens(config, model))
@@ -248,28 +261,29 @@ def _weights(
 ) -> AbstractContextManager[WeightSource]:
     if config.weights == "random":
         return nullcontext(RandomWeights.of(folder, model, dtype, device))
-    return Checkpoint.open(folder)
+    return NamedWeights.open(folder, model)
 
 
 def _max_model_tokens(config: EngineConfig, model: PreTrainedConfig) -> int:
-    allowed: int | None = getattr(model, "max_position_embeddings", None)
-    if config.max_model_tokens is None and allowed is None:
+    length, asked = context_length(model), config.max_model_tokens
+    if asked is None and length.usual is None:
         raise ConfigError("the model's config gives no max_position_embeddings; set max_model_tokens")
-    if allowed is not None and config.max_model_tokens is not None and config.max_model_tokens > allowed:
+    if asked is not None and length.most is not None and asked > length.most:
         raise ConfigError(
-            f"max_model_tokens is {config.max_model_tokens}, the model allows {allowed}; lower it to that or "
-            "less"
+            f"max_model_tokens is {asked}, the model allows {length.most}; lower it to that or less"
         )
-    return config.max_model_tokens or allowed or 0
+    return asked or length.usual or 0
 
 
 def _sampling_defaults(config: EngineConfig, folder: Path) -> ResolvedSampling:
     return generation_defaults(folder) if config.generation_defaults == "model" else ResolvedSampling()
 
 
-def _layout(config: EngineConfig, checkpoint: WeightSource, loaded: LoadedModel) -> PageLayout:
-    heads = loaded.layers[0]
-    formats = with_safe_keys(checkpoint, _formats(config, len(loaded.layers)), heads.k_dim)
+def _layout(
+    config: EngineConfig, model: PreTrainedConfig, weights: WeightSource, loaded: LoadedModel
+) -> PageLayout:
+    heads, formats = loaded.layers[0], _formats(config, len(loaded.layers))
+    formats = with_safe_keys(formats, loaded.calls, model, weights, config.tp)
     try:
         return PageLayout(formats, heads.kv_heads, heads.k_dim, config.pool.page_tokens)
     except FormatError as error:

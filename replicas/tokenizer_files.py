@@ -10,25 +10,122 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from quire.replicas.errors import ConfigError
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-_ONE_OF = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_KINDS = ("*.json", "*.jinja", "*.model", "*.txt")
+from quire.replicas.errors import ConfigError, ModelNotServable
+from quire.replicas.model.checkpoint import read_json
+
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tiktoken.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Any one of them is a tokenizer, as a rule."""
+
+_BESIDE = (
+    "tokenizer.*.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "config.json",
+)
+"""What transformers reads with a vocabulary; config.json says which tokenizer goes with the model."""
+
+_MOST_BYTES = 60 << 20
+"""Of all files: gateways get them in one message, of 64 MiB at most (`service.py`)."""
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _ONE_OF)
+    return bool(_matching(folder, _VOCABULARIES))
 
 
 def read_tokenizer(folder: Path) -> dict[str, bytes]:
-    """All that a tokenizer may be read from, by file name. Raises ConfigError if there is none."""
+    """The files of a tokenizer, by their paths in the folder, and no others that lie there.
+
+    Raises: ConfigError if there is none or it is too large, ModelNotServable if a file cannot be read.
+    """
     if not has_tokenizer(folder):
         raise ConfigError(
             f"{folder} holds no tokenizer. Gateways need tokenizer.json and tokenizer_config.json beside the "
             "model's weights"
         )
-    paths = sorted(path for kind in _KINDS for path in folder.glob(kind))
-    return {path.name: path.read_bytes() for path in paths if not path.name.endswith(".index.json")}
+    paths = _matching(folder, (*_VOCABULARIES, *_BESIDE))
+    sizes = {path: path.stat().st_size for path in paths}
+    if sum(sizes.values()) > _MOST_BYTES:
+        largest = max(paths, key=lambda path: sizes[path])
+        raise ConfigError(
+            f"the tokenizer in {folder} has {sum(sizes.values()):,} bytes, {sizes[largest]:,} of them in "
+            f"{largest.name}; gateways take {_MOST_BYTES:,}. Keep tokenizer.json and tokenizer_config.json, "
+            "and remove what the tokenizer does not need"
+        )
+    try:
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    except OSError as error:
+        raise ModelNotServable(f"a file of the tokenizer cannot be read: {error}") from error
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a model's folder; None if there is none, as with test models.
+
+    Raises ModelNotServable where it cannot be read or has no `tokenizer.json` form, which text needs.
+    """
+    if not has_tokenizer(folder):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library knows no narrower one
+        raise ModelNotServable(_damage(folder, error)) from error
+    fast_tokenizer(tokenizer)
+    return tokenizer
+
+
+def fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ModelNotServable(
+            f"{type(tokenizer).__name__} has no tokenizer.json form; convert it with convert_slow_tokenizer"
+        )
+    return backend
+
+
+def _damage(folder: Path, error: Exception) -> str:
+    """Which file is to blame for an error of transformers', which seldom says."""
+    paths = _matching(folder, (*_VOCABULARIES, *_BESIDE))
+    for path in paths:
+        try:
+            if path.suffix == ".json":
+                read_json(path)
+            elif path.suffix in (".jinja", ".txt"):
+                path.read_text(encoding="utf-8")
+        except ModelNotServable as damaged:
+            return str(damaged)
+        except (OSError, UnicodeDecodeError) as damaged:
+            return f"{path} is damaged or cannot be read ({damaged}); copy or download it again"
+    whole = folder / "tokenizer.json"
+    if whole in paths:
+        try:
+            Tokenizer.from_file(str(whole))
+        except Exception as damaged:  # likewise
+            return f"{whole} is no tokenizer ({damaged}); copy or download it again"
+    names = ", ".join(path.relative_to(folder).as_posix() for path in paths)
+    return f"transformers cannot make a tokenizer of {names} in {folder}: {error}"
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file())
 
 
 def digest_of(files: Mapping[str, bytes]) -> bytes:

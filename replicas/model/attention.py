@@ -19,7 +19,7 @@ from quire.replicas.errors import ModelNotServable
 ATTENTION = "quire"
 """The name under which transformers finds `paged_attention`. It has no mask function: no mask is built."""
 
-_IGNORED = frozenset({"dropout", "position_ids", "is_causal"})
+_IGNORED = frozenset({"dropout", "position_ids"})
 """Arguments of other attention functions that do not change what causal attention means."""
 
 
@@ -43,6 +43,7 @@ def paged_attention(
     step: AttentionStep | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    is_causal: bool | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query [1, Q, T, D], key and value [1, H, T, D] → [1, T, Q, D].
@@ -60,6 +61,8 @@ def paged_attention(
             f"{type(module).__name__} uses {', '.join(unknown) or 'an attention mask of its own'}, which "
             "paged attention does not implement; this architecture is not servable"
         )
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ModelNotServable(f"the attention of {type(module).__name__} is not causal; it is not servable")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q_TQD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     spec = AttentionSpec(scale, sliding_window, softcap)

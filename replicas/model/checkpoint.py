@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,9 +22,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from quire.replicas.errors import ModelNotServable, UnknownModel
+
+_LOG = logging.getLogger(__name__)
+
+GENERATION_CONFIG = "generation_config.json"
+
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What transformers raises where a file of a model says something that it does not expect."""
 
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
 """Files of a hub repository: configuration, weights, tokenizer. No pickles, no code."""
@@ -52,22 +62,54 @@ def find_model(source: str) -> Path:
 
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration. Raises ModelNotServable where transformers cannot read it."""
+    read_json(folder / "config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+    except (*UNREADABLE, StrictDataclassError) as error:
         raise ModelNotServable(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     return config
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a model's JSON file. Raises ModelNotServable where it holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: JSON and UTF-8
+        raise ModelNotServable(
+            f"{path} is damaged or cannot be read ({error}); copy or download it again"
+        ) from error
+    if not isinstance(values, dict):
+        raise ModelNotServable(f"{path} holds no JSON object; copy or download it again")
+    return values
+
+
+def generation_values(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says; empty without one. Raises ModelNotServable for a damaged one."""
+    path = folder / GENERATION_CONFIG
+    return read_json(path) if path.is_file() else {}
+
+
 def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
-    """Tokens that end an output: those of generation_config.json, else of config.json."""
-    ids: Any = config.eos_token_id
-    if (folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(folder)
-        ids = generation.eos_token_id if generation.eos_token_id is not None else ids
-    if ids is None:
+    """Tokens that end an output: those of generation_config.json, else of config.json.
+
+    Whatever is no token of the model's vocabulary is left out, and the log says so.
+    """
+    said, file = generation_values(folder).get("eos_token_id"), GENERATION_CONFIG
+    if said is None:
+        said, file = config.eos_token_id, "config.json"
+    if said is None:
         return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+    given = said if isinstance(said, list | tuple) else [said]
+    tokens = [t for t in given if type(t) is int and 0 <= t < config.vocab_size]
+    if len(tokens) < len(given):
+        _LOG.warning(
+            "%s: eos_token_id is %s, of which %s are used: the others are no tokens of a vocabulary of %d",
+            folder / file,
+            said,
+            tokens or "none",
+            config.vocab_size,
+        )
+    return tuple(tokens)
 
 
 class WeightSource(Protocol):
@@ -91,13 +133,16 @@ class WeightSource(Protocol):
 
 def config_digest(folder: Path) -> hashlib.blake2b:
     """A digest of 32 bytes, begun with what config.json says."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     return hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=32)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of all safetensors files of a folder. A context: files stay open inside it."""
+    """The tensors of a folder's safetensors files, as they are named there.
+
+    A context: files stay open inside it.
+    """
 
     folder: Path
     slices: Mapping[str, Any]
@@ -105,19 +150,22 @@ class Checkpoint:
     files: ExitStack
 
     @staticmethod
-    def open(folder: Path) -> Checkpoint:
-        """Raises ModelNotServable for missing, damaged or incomplete files."""
-        files = ExitStack()
+    def open(folder: Path, named: object = None) -> Checkpoint:
+        """`named`: the file that the config asks for (`transformers_weights`), if any.
+
+        Raises ModelNotServable for missing, damaged or incomplete files.
+        """
         slices: dict[str, Any] = {}
-        for path in _weight_files(folder):
-            try:
-                handle = files.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ModelNotServable(
-                    f"{path} is damaged or incomplete ({error}); copy or download it again"
-                ) from error
-            slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-        return Checkpoint(folder, slices, files)
+        with ExitStack() as files:
+            for path in _weight_files(folder, named):
+                try:
+                    handle = files.enter_context(safe_open(path, framework="pt"))
+                except (SafetensorError, OSError) as error:
+                    raise ModelNotServable(
+                        f"{path} is damaged or incomplete ({error}); copy or download it again"
+                    ) from error
+                slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            return Checkpoint(folder, slices, files.pop_all())
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -132,6 +180,11 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.slices[name].get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        tensor = self.slices[name]
+        none_of_it: Tensor = tensor[:0] if tensor.get_shape() else tensor[...]
+        return none_of_it.dtype
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
         """The tensor's part at `index` (all of it by default), on the CPU in the checkpoint's type."""
@@ -156,17 +209,40 @@ class Checkpoint:
         return digest.digest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+def _weight_files(folder: Path, named: object) -> list[Path]:
+    """The files that transformers reads: what the config names (`transformers_weights`), else the one of the
+    usual name, else those of the index. Others beside them are none of the model's.
+    """
+    if named is not None:
+        first = _inside(folder, named, folder / "config.json")
     else:
-        paths = sorted(folder.glob("*.safetensors"))
+        first = folder / SAFE_WEIGHTS_NAME
+        if not first.is_file():
+            first = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not first.is_file():
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        raise ModelNotServable(
+            f"{folder} holds no {first.name if named else f'{SAFE_WEIGHTS_NAME} and no {first.name}'}"
+            + (f" (of {', '.join(others)} transformers reads none)" if others else "")
+            + "; convert the weights with save_pretrained()"
+        )
+    if not first.name.endswith(".index.json"):
+        return [first]
+    files = read_json(first).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ModelNotServable(f"{first} holds no weight_map of tensors and files; download it again")
+    paths = [_inside(folder, name, first) for name in sorted(set(map(str, files.values())))]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise ModelNotServable(
-            f"{folder} lacks {', '.join(missing)}, which its index names; download it again"
+            f"{folder} lacks {', '.join(missing)}, which {first.name} names; download it again"
         )
-    if not paths:
-        raise ModelNotServable(f"{folder} holds no *.safetensors; convert the weights with save_pretrained()")
     return paths
+
+
+def _inside(folder: Path, name: object, said_by: Path) -> Path:
+    """The file that another one names. Raises ModelNotServable for one elsewhere than in the folder."""
+    base, path = os.path.abspath(folder), os.path.abspath(folder / str(name))
+    if os.path.commonpath([base, path]) != base:
+        raise ModelNotServable(f"{said_by} names the file {name}, which lies outside {folder}; correct it")
+    return Path(path)

@@ -6,12 +6,12 @@ for nothing. Other keys (lengths, beams, tokens) are not defaults of a request h
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from quire.replicas.errors import InvalidRequest, ModelNotServable
+from quire.replicas.errors import InvalidRequest
+from quire.replicas.model.checkpoint import GENERATION_CONFIG, generation_values
 from quire.replicas.request import DEFAULTED, ResolvedSampling
 
 _LOG = logging.getLogger(__name__)
@@ -23,12 +23,9 @@ _OF_TRANSFORMERS = {"temperature": 1.0}
 def generation_defaults(folder: Path) -> ResolvedSampling:
     """Of the model in `folder`; greedy where there is no such file.
 
-    A value that cannot be is left out with a warning. Raises ModelNotServable for a file that is no JSON.
+    A value that cannot be is left out with a warning. Raises ModelNotServable for a damaged file.
     """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return ResolvedSampling()
-    said = _read(path)
+    path, said = folder / GENERATION_CONFIG, generation_values(folder)
     values = {name: said[name] for name in DEFAULTED if said.get(name) is not None}
     if said.get("do_sample") is True:
         values = _OF_TRANSFORMERS | values
@@ -44,13 +41,3 @@ def _may_be(name: str, value: Any, path: Path) -> bool:
         _LOG.warning("%s: %s; the value is ignored", path, error)
         return False
     return True
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelNotServable(f"{path} is not JSON ({error}); copy or download it again") from error
-    if not isinstance(said, dict):
-        raise ModelNotServable(f"{path} holds no mapping of keys to values; copy or download it again")
-    return said

@@ -1,19 +1,32 @@
-"""Finds the layers whose keys a large bias would drown in a low-bit format.
+"""Finds the layers whose keys a constant part would drown in a low-bit format.
 
 Models of the Qwen2 family add a bias to K that is many times what the weights produce, on some layers. One
 scale per token then resolves the bias and rounds the rest away. RoPE turns the bias with the position, so
 no static shift removes it; such layers keep K in bf16.
+
+What a bias comes to is measured, by no module's name: a layer's attention gets random inputs of the size that
+its norm gives them, all at position 0, where RoPE turns nothing. The mean of the keys is their constant part.
+Names: N inputs, H kv heads, D head_dim.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.kernels.formats import Codes, LayerFormat, named_format
+from quire.kernels.paged import AttentionSpec
+from quire.replicas.model.attention import ATTENTION, layer_index
 from quire.replicas.model.checkpoint import WeightSource
+from quire.replicas.model.meta import meta_model
 
 _LOG = logging.getLogger(__name__)
 
@@ -21,42 +34,156 @@ _LIMITS = {Codes.INT8: 8.0, Codes.FP8: 8.0, Codes.INT4: 2.0}
 """How many times a typical key's norm the bias may reach. Rounding noise is about 0.026 (int8) and 0.12
 (int4, rotated) of the norm of what is stored, at head_dim 128: the limits keep it near a fifth of the key."""
 
+_INPUTS = 64
+"""Their mean is an eighth of their size by chance."""
 
-def bias_ratio(checkpoint: WeightSource, layer: int, head_dim: int) -> float:
-    """Largest norm of a kv head's K bias over the norm that its weights give a typical key; 0 without bias.
 
-    Looks at the whole model's tensors, so that every rank comes to the same result. A typical input is one
-    whose elements have the size of the layer's norm weights.
+@dataclass(frozen=True)
+class AttentionCall:
+    """How the model calls a layer's attention for a token at position 0."""
+
+    name: str
+    """Of the attention module."""
+    attention: nn.Module
+    norm: nn.Module | None
+    """What makes its input; None where that is no norm."""
+    x: Tensor
+    """Its input, [1, 1, hidden size]."""
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    biased: bool
+    """Whether anything may be added on the way to K."""
+
+    def keys(self, attention: nn.Module, x_1NI: Tensor) -> Tensor:
+        """[N, H, D]: what `attention` makes of inputs, called as this call was."""
+
+        def instead(given: Tensor) -> Tensor:
+            return x_1NI if given is self.x else given.to(x_1NI.device)
+
+        args, kwargs = tree_map_only(Tensor, instead, (self.args, dict(self.kwargs)))
+        try:
+            attention(*args, **{**kwargs, "step": _KeysOnly()})
+        except _Keys as keys:
+            return keys.k_NHD
+        raise AssertionError("an attention that called ours when it was probed now does not")
+
+
+class _Keys(Exception):  # no error: ends a call once K is known
+    def __init__(self, k_NHD: Tensor) -> None:
+        self.k_NHD = k_NHD
+
+
+class _KeysOnly:
+    """A step that takes the keys, and ends the call before it multiplies or sums anything more."""
+
+    def attend(
+        self, module: nn.Module, q_NQD: Tensor, k_NHD: Tensor, v_NHD: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        raise _Keys(k_NHD)
+
+
+class _Watch:
+    """A step that computes nothing and notes the calls of attention that lead to it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.calls: dict[int, AttentionCall] = {}
+        self._names = {module: name for name, module in model.named_modules()}
+        self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._made: list[tuple[Tensor, nn.Module]] = []
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._given[module] = (args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], out: object) -> None:
+        if isinstance(out, Tensor) and not list(module.children()):
+            self._made.append((out, module))
+
+    def attend(
+        self, module: nn.Module, q_NQD: Tensor, k_NHD: Tensor, v_NHD: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        args, kwargs = self._given[module]
+        x = next(given for given in (*args, *kwargs.values()) if isinstance(given, Tensor))
+        maker = next((maker for made, maker in self._made if made is x), None)
+        norm = maker if maker and all(p.dim() == 1 for p in maker.parameters()) else None
+        biased = _has_bias(module) or (norm is not None and _has_bias(norm))
+        self.calls[layer_index(module)] = AttentionCall(
+            self._names[module], module, norm, x, args, kwargs, biased
+        )
+        return q_NQD.new_zeros(*q_NQD.shape[:2], v_NHD.shape[2])
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return any(name.rpartition(".")[2] == "bias" for name, _ in module.named_parameters())
+
+
+@torch.inference_mode()
+def attention_calls(model: PreTrainedModel) -> tuple[AttentionCall, ...]:
+    """Every layer's, learned from a forward of one token; none of a model without any bias.
+
+    Before products are merged, which hides biases, and before shards are joined: every rank learns it alone.
     """
-    prefix = f"model.layers.{layer}."
-    name = f"{prefix}self_attn.k_proj."
-    if name + "bias" not in checkpoint:
+    if not _has_bias(model):
+        return ()
+    watch = _Watch(model)
+    handles = [m.register_forward_pre_hook(watch.before, with_kwargs=True) for m in model.modules()]
+    handles += [m.register_forward_hook(watch.after) for m in model.modules()]
+    zero = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    model(input_ids=zero, position_ids=zero, use_cache=False, step=watch, logits_to_keep=zero[0])
+    for handle in handles:
+        handle.remove()
+    return tuple(watch.calls[layer] for layer in sorted(watch.calls))
+
+
+def key_offset(call: AttentionCall, config: PreTrainedConfig, weights: WeightSource, tp: int) -> float:
+    """Largest norm of a kv head's constant part of K over the norm of what its inputs add; 0 without bias.
+
+    Of the whole model's heads, so that every rank comes to the same result. `config`: the whole model's.
+    """
+    if not call.biased:
         return 0.0
-    weight_KI, bias_K = checkpoint.read(name + "weight").float(), checkpoint.read(name + "bias").float()
-    norm = prefix + "input_layernorm.weight"
-    gain_I = checkpoint.read(norm).float() if norm in checkpoint else torch.ones(weight_KI.shape[1])
-    typical_H = (weight_KI * gain_I).view(-1, head_dim * gain_I.numel()).norm(dim=1)
-    bias_H = bias_K.view(-1, head_dim).norm(dim=1)
-    return float((bias_H / typical_H.clamp_min(1e-12)).max())
+    noise = torch.randn(1, _INPUTS, call.x.shape[-1], generator=torch.Generator().manual_seed(0))
+    attention = call.attention if tp == 1 else _whole_attention(call, config, weights)
+    with torch.inference_mode():
+        x_1NI = noise.to(call.x)
+        k_NHD = call.keys(attention, call.norm(x_1NI) if call.norm else x_1NI).float()
+    mean_HD = k_NHD.mean(0)
+    spread_H = (k_NHD - mean_HD).norm(dim=-1).pow(2).mean(0).sqrt()
+    return float((mean_HD.norm(dim=-1) / spread_H.clamp_min(1e-12)).max())
 
 
-def risky_key_layers(
-    checkpoint: WeightSource, formats: tuple[LayerFormat, ...], head_dim: int
-) -> dict[int, float]:
-    """Layers whose K format is too coarse for their bias, with `bias_ratio`."""
-    ratios = {i: bias_ratio(checkpoint, i, head_dim) for i, f in enumerate(formats) if f.k.codes in _LIMITS}
-    return {i: ratio for i, ratio in ratios.items() if ratio > _LIMITS[formats[i].k.codes]}
+def _whole_attention(call: AttentionCall, config: PreTrainedConfig, weights: WeightSource) -> nn.Module:
+    """The call's attention module with the K heads of all ranks. Weights that do not reach K stay unread."""
+    whole = copy.deepcopy(config)
+    whole._attn_implementation = ATTENTION
+    attention = meta_model(whole).get_submodule(call.name)
+    names, parameters = zip(*attention.named_parameters(), strict=True)
+    keys = call.keys(attention, call.x.to("meta").expand(1, 2, -1))
+    reaching = torch.autograd.grad(keys.sum(), parameters, allow_unused=True)
+    for name, parameter, gradient in zip(names, parameters, reaching, strict=True):
+        value = torch.zeros(parameter.shape) if gradient is None else weights.read(f"{call.name}.{name}")
+        path, _, leaf = name.rpartition(".")
+        setattr(attention.get_submodule(path), leaf, nn.Parameter(value.to(call.x), False))
+    return attention
 
 
 def with_safe_keys(
-    checkpoint: WeightSource, formats: tuple[LayerFormat, ...], head_dim: int
+    formats: tuple[LayerFormat, ...],
+    calls: tuple[AttentionCall, ...],
+    config: PreTrainedConfig,
+    weights: WeightSource,
+    tp: int,
 ) -> tuple[LayerFormat, ...]:
-    """The formats with bf16 keys on the risky layers; says so in the log."""
-    risky = risky_key_layers(checkpoint, formats, head_dim)
+    """The formats with bf16 keys on the layers whose K format is too coarse; says so in the log."""
+    offsets = {
+        i: key_offset(call, config, weights, tp)
+        for i, (call, f) in enumerate(zip(calls, formats, strict=False))
+        if f.k.codes in _LIMITS
+    }
+    risky = {i: ratio for i, ratio in offsets.items() if ratio > _LIMITS[formats[i].k.codes]}
     if risky:
         _LOG.warning(
-            "layers %s keep K in bf16: their k_proj bias is %.0f times a typical key and more, which %s "
-            "would not resolve",
+            "layers %s keep K in bf16: its constant part (a bias) is %.0f times a typical key and more, "
+            "which %s would not resolve",
             ", ".join(map(str, risky)),
             min(risky.values()),
             "/".join(sorted({formats[i].k.codes for i in risky})),

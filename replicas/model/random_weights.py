@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from quire.replicas.model.checkpoint import config_digest
-from quire.replicas.model.loading import meta_model
+from quire.replicas.model.meta import meta_model
 
 _STD = 0.02
 """As models are initialized; activations and logits stay finite at any width and depth we serve."""
@@ -34,7 +34,9 @@ class RandomWeights:
     @staticmethod
     def of(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> RandomWeights:
         """Raises ModelNotServable where transformers cannot build the model."""
-        shapes = {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items()}
+        model = meta_model(config)
+        own = {n: t for n, t in model.state_dict().items() if n not in model.all_tied_weights_keys}
+        shapes = {name: tuple(t.shape) for name, t in own.items()}
         return RandomWeights(folder, shapes, dtype, device)
 
     def __contains__(self, name: str) -> bool:

@@ -75,8 +75,8 @@ def shard_config(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
     return shard
 
 
-def fused_sizes(module: str, config: PreTrainedConfig) -> tuple[int, ...] | None:
-    """Sizes of what a fused projection holds one after the other; None for one that is not fused."""
+def fused_sizes(module: str, config: PreTrainedConfig, size: int) -> tuple[int, ...]:
+    """Sizes of what a projection of `size` outputs holds one after the other: several if it is fused."""
     leaf = module.rpartition(".")[2]
     if leaf == "qkv_proj":
         d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -86,9 +86,8 @@ def fused_sizes(module: str, config: PreTrainedConfig) -> tuple[int, ...] | None
             config.num_key_value_heads * d,
         )
     if leaf == "gate_up_proj":
-        moe = getattr(config, "moe_intermediate_size", None) if ".experts." in module else None
-        return (moe or config.intermediate_size,) * 2
-    return None
+        return (size // 2,) * 2
+    return (size,)
 
 
 @dataclass(frozen=True)
@@ -118,11 +117,10 @@ class ShardPlan:
         return parameter if self.style(parameter) else parameter.rpartition(".")[0]
 
     def ranges(
-        self, parameter: str, whole: Sequence[int], local: Sequence[int], *, fused: bool = True
+        self, parameter: str, whole: Sequence[int], local: Sequence[int]
     ) -> tuple[int, tuple[slice, ...]]:
         """The dimension along which `parameter` is cut, and the ranges of `whole` that join to `local`.
 
-        `fused=False`: the checkpoint holds the parts of a fused parameter one by one.
         Raises: ModelNotServable where the shapes fit no cut.
         """
         name = self.module_of(parameter)
@@ -131,9 +129,8 @@ class ShardPlan:
         if tuple(whole) == tuple(local) and not summed:
             return 0, (slice(0, local[0]),)
         dim = len(local) - (1 if style in _ROW or len(local) == 1 else 2)
-        sizes, local_sizes = fused_sizes(name, self.config), fused_sizes(name, self.shard)
-        if not fused or sizes is None or local_sizes is None:
-            sizes, local_sizes = (whole[dim],), (local[dim],)
+        sizes = fused_sizes(name, self.config, whole[dim])
+        local_sizes = fused_sizes(name, self.shard, local[dim])
         fits = style in _COLUMN | _ROW and len(whole) == len(local)
         fits = fits and all(w == n for i, (w, n) in enumerate(zip(whole, local, strict=True)) if i != dim)
         fits = fits and (sum(sizes), sum(local_sizes)) == (whole[dim], local[dim])
@@ -142,8 +139,7 @@ class ShardPlan:
         if not fits or not all(_divides(w, n, self.tp) for w, n in zip(sizes, local_sizes, strict=True)):
             raise ModelNotServable(
                 f"{parameter} has shape {tuple(whole)} in the checkpoint and {tuple(local)} on one of "
-                f"{self.tp} shards, which its tensor-parallel style ({style}) does not explain; "
-                + ("set tp to 1" if self.tp > 1 else "the weights do not belong to this config.json")
+                f"{self.tp} shards, which its tensor-parallel style ({style}) does not explain; set tp to 1"
             )
         ranges, at = [], 0
         for size, part in zip(sizes, local_sizes, strict=True):

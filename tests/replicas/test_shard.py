@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from tiny_models import Chunk, Ranks, make_model, step_of, tiny_config
+from tiny_models import Chunk, Ranks, make_model, reference_logits, some_tokens, step_of, tiny_config
 
 from quire.replicas.config import EngineConfig, PoolConfig
-from quire.replicas.errors import ConfigError
-from quire.replicas.shard import Shard
+from quire.replicas.errors import ConfigError, ModelNotServable
+from quire.replicas.model.checkpoint import Checkpoint, find_model
+from quire.replicas.shard import Shard, check_config
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +122,64 @@ def test_a_policy_per_layer_is_kept(llama):
 def test_head_sizes_that_pages_cannot_hold_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="head_dim 24 is not a multiple of 16"):
         Shard(tiny_config(make_model("llama", tmp_path, head_dim=24)))
+
+
+def yarn(folder: Path) -> Path:
+    """A model of 64 tokens whose RoPE is scaled by four, as people add it to a config."""
+    make_model("qwen2", folder, max_position_embeddings=64)
+    values = json.loads((folder / "config.json").read_text())
+    values.pop("rope_parameters")
+    values["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_a_model_is_served_as_far_as_its_rope_reaches(tmp_path):
+    folder = yarn(tmp_path)
+    assert Shard(tiny_config(folder)).info.max_model_tokens == 256
+    assert Shard(tiny_config(folder, max_model_tokens=200)).info.max_model_tokens == 200
+    with pytest.raises(ConfigError, match="max_model_tokens is 257, the model allows 256"):
+        Shard(tiny_config(folder, max_model_tokens=257))
+    ids = some_tokens(200)
+    with Ranks(tiny_config(folder)) as ranks:
+        got = ranks.run(ids, [200], range(13))
+    torch.testing.assert_close(got, reference_logits(folder, ids), atol=1e-4, rtol=0)
+
+
+def test_end_tokens_outside_the_vocabulary_are_none_of_the_models(tmp_path):
+    folder = make_model("llama", tmp_path, eos_token_id=[2, 5000])
+    assert Shard(tiny_config(folder)).info.eos_token_ids == (2,)
+
+
+def damaged_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model_old.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("harm", "file"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "tokenizer_config.json"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 100), "model.safetensors"),
+        (damaged_index, "model.safetensors.index.json"),
+    ],
+)
+def test_a_damaged_file_is_found_before_any_weights_are_read(harm, file, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(find_model("demo"), tmp_path / "model"))
+    monkeypatch.delattr(Checkpoint, "read")
+    check_config(EngineConfig(model=str(folder)))
+    harm(folder)
+    with pytest.raises(ModelNotServable, match=f"{folder / file} is damaged"):
+        check_config(EngineConfig(model=str(folder)))
+
+
+def test_weights_of_another_model_are_found_before_they_are_read(tmp_path, monkeypatch):
+    folder = make_model("llama", tmp_path)
+    make_model("llama", tmp_path / "other", intermediate_size=96)
+    shutil.copy(tmp_path / "other" / "config.json", folder)
+    monkeypatch.delattr(Checkpoint, "read")
+    with pytest.raises(ModelNotServable, match=r"has shape .* in the checkpoint and .* by .*config\.json"):
+        check_config(tiny_config(folder))

@@ -116,3 +116,13 @@ def test_arguments_that_change_nothing_are_accepted():
     )
     assert out.shape == (1, 3, 4, 16)
     assert (probe.layers[0].query_heads, probe.layers[0].kv_heads, probe.layers[0].spec.scale) == (4, 2, 0.5)
+
+
+@pytest.mark.parametrize("said", ["by the module", "by the call"])
+def test_attention_that_is_not_causal_is_refused(said):
+    module, x = nn.Identity(), torch.zeros(1, 2, 3, 16)
+    module.is_causal = said == "by the call"
+    with pytest.raises(ModelNotServable, match="the attention of Identity is not causal"):
+        paged_attention(
+            module, x, x, x, None, step=Probe(), is_causal=None if module.is_causal is False else False
+        )

@@ -1,53 +1,137 @@
-"""Layers whose K bias a low-bit format could not hold keep K in bf16, on every rank alike."""
+"""Layers whose K bias a low-bit format could not hold keep K in bf16, in any family and on any rank."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import Ranks, make_model, reference_logits, some_tokens, tiny_config
 
-from quire.kernels.formats import Codes, layer_formats
-from quire.replicas.model.checkpoint import Checkpoint
-from quire.replicas.model.key_bias import bias_ratio, risky_key_layers
+from quire.kernels.formats import Codes
+from quire.replicas.model.checkpoint import load_config
+from quire.replicas.model.key_bias import AttentionCall, attention_calls, key_offset
+from quire.replicas.model.loading import load_model
+from quire.replicas.model.merged import merge_products
+from quire.replicas.model.named_weights import NamedWeights
+
+K_BIASES = {
+    "qwen2": ("model.layers.1.self_attn.k_proj.bias", slice(None)),
+    "llama_tied_bias": ("model.layers.1.self_attn.k_proj.bias", slice(None)),
+    "starcoder2": ("model.layers.1.self_attn.k_proj.bias", slice(None)),
+    "phi": ("model.layers.1.self_attn.k_proj.bias", slice(None)),
+    "opt": ("model.decoder.layers.1.self_attn.k_proj.bias", slice(None)),
+    "gpt2": ("transformer.h.1.attn.c_attn.bias", slice(128, 256)),  # Q, K and V in one, weights transposed
+    "gpt_neox": ("gpt_neox.layers.1.attention.query_key_value.bias", slice(32, 64)),  # of the first head
+}
+"""Where a family keeps the bias of K, and K's rows of it."""
 
 
-@pytest.fixture
-def biased(tmp_path):
-    """A model whose second layer adds a bias of 200 to two channels of one kv head's keys."""
-    folder = make_model("qwen2", tmp_path)
+def with_k_bias(name: str, folder: Path, size: float = 200.0) -> Path:
+    """A model whose second layer adds `size` to two channels of K heads, one up and one down."""
+    make_model(name, folder)
     tensors = load_file(folder / "model.safetensors")
-    bias = tensors["model.layers.1.self_attn.k_proj.bias"]
-    bias[40], bias[41] = 200.0, -200.0
+    tensor, rows = K_BIASES[name]
+    bias = tensors[tensor][rows]
+    bias[8], bias[9] = size, -size
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def test_the_ratio_is_the_bias_over_a_typical_key(biased):
-    with Checkpoint.open(biased) as checkpoint:
-        assert bias_ratio(checkpoint, 0, 32) < 1
-        assert 10 < bias_ratio(checkpoint, 1, 32) < 1000
+def offsets(folder: Path) -> list[float]:
+    config = load_config(folder)
+    with NamedWeights.open(folder, config) as weights:
+        calls = calls_of(weights, config)
+        return [key_offset(call, config, weights, 1) for call in calls]
 
 
-@pytest.mark.parametrize(("kv", "layers"), [("int8", {1}), ("int4", {1}), ("fp8", {1}), ("bf16", set())])
-def test_only_low_bit_keys_are_at_risk(biased, kv, layers):
-    with Checkpoint.open(biased) as checkpoint:
-        assert set(risky_key_layers(checkpoint, layer_formats(kv, 2), 32)) == layers
+def calls_of(weights, config) -> tuple[AttentionCall, ...]:
+    loaded = load_model(
+        weights, config, rank=0, tp=1, group=None, dtype=torch.float32, device=torch.device("cpu")
+    )
+    return loaded.calls
 
 
-def test_models_without_bias_are_not_at_risk(tmp_path):
-    with Checkpoint.open(make_model("llama", tmp_path)) as checkpoint:
-        assert risky_key_layers(checkpoint, layer_formats("int4", 2), 32) == {}
+@pytest.mark.parametrize("name", K_BIASES)
+def test_the_offset_is_the_bias_over_what_inputs_add(name, tmp_path):
+    first, second = offsets(with_k_bias(name, tmp_path))
+    assert first < 1
+    assert 8 < second < 1000
 
 
-def test_the_layout_changes_on_all_ranks_and_the_log_says_so(biased, caplog):
-    ids = some_tokens(40)
-    with caplog.at_level(logging.WARNING), Ranks(tiny_config(biased, "int8", tp=2)) as ranks:
-        got = ranks.run(ids, [40], [1, 2, 3])
+@pytest.mark.parametrize("name", K_BIASES)
+@pytest.mark.parametrize(("kv", "keys"), [("int8", Codes.BF16), ("int4", Codes.BF16), ("fp32", Codes.FP32)])
+def test_a_layer_that_a_format_would_not_resolve_keeps_its_keys(name, kv, keys, tmp_path):
+    folder, ids = with_k_bias(name, tmp_path), some_tokens(40)
+    with Ranks(tiny_config(folder, kv)) as ranks:
+        got = ranks.run(ids, [40], [1, 2, 3]).log_softmax(-1)
+        first, second = ranks.shards[0].layout.layers
+    assert (first.k.codes.value, second.k.codes, second.v.codes.value) == (kv, keys, kv)
+    want = reference_logits(folder, ids).log_softmax(-1)
+    assert (got - want).abs().mean() < {"int8": 0.1, "int4": 0.5, "fp32": 1e-4}[kv]
+
+
+def test_small_biases_leave_the_format_alone(tmp_path):
+    for name in K_BIASES:
+        assert max(offsets(make_model(name, tmp_path / name))) < 1
+
+
+def test_models_without_bias_are_not_even_probed(tmp_path):
+    folder = make_model("llama", tmp_path)
+    config = load_config(folder)
+    with NamedWeights.open(folder, config) as weights:
+        assert calls_of(weights, config) == ()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "starcoder2", "llama_tied_bias"])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_every_rank_comes_to_the_same_layout_as_one_shard_alone(name, tp, tmp_path, caplog):
+    folder, ids = with_k_bias(name, tmp_path), some_tokens(40)
+    with caplog.at_level(logging.WARNING), Ranks(tiny_config(folder, "int8", tp=tp)) as ranks:
+        ranks.run(ids, [40], [1, 2, 3])
         for shard in ranks.shards:
             assert [f.k.codes for f in shard.layout.layers] == [Codes.INT8, Codes.BF16]
             assert [f.v.codes for f in shard.layout.layers] == [Codes.INT8, Codes.INT8]
         assert ranks.shards[0].info.kv_formats[1] == ("bf16", "int8")
     assert "layers 1 keep K in bf16" in caplog.text
-    assert (got - reference_logits(biased, ids)).abs().mean() < 0.1
+
+
+def test_a_rank_of_several_reads_only_what_reaches_the_keys(tmp_path, monkeypatch):
+    folder = with_k_bias("qwen2", tmp_path)
+    config = load_config(folder)
+    with NamedWeights.open(folder, config) as weights:
+        loaded = load_model(
+            weights, config, rank=1, tp=2, group=None, dtype=torch.float32, device=torch.device("cpu")
+        )
+        read: list[str] = []
+        whole = NamedWeights.read
+        monkeypatch.setattr(
+            NamedWeights, "read", lambda self, name, *index: read.append(name) or whole(self, name, *index)
+        )
+        assert key_offset(loaded.calls[1], config, weights, 2) > 8
+    assert sorted(read) == [f"model.layers.1.self_attn.k_proj.{leaf}" for leaf in ("bias", "weight")]
+
+
+def test_the_probe_leaves_no_hooks(tmp_path):
+    folder = make_model("opt", tmp_path)
+    config = load_config(folder)
+    with NamedWeights.open(folder, config) as weights:
+        model = load_model(
+            weights, config, rank=0, tp=1, group=None, dtype=torch.float32, device=torch.device("cpu")
+        ).model
+    assert attention_calls(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_merged_products_have_the_same_offset(tmp_path):
+    folder = with_k_bias("qwen2", tmp_path)
+    config = load_config(folder)
+    with NamedWeights.open(folder, config) as weights:
+        loaded = load_model(
+            weights, config, rank=0, tp=1, group=None, dtype=torch.float32, device=torch.device("cpu")
+        )
+        before = key_offset(loaded.calls[1], config, weights, 1)
+        merge_products(loaded.model)
+        assert key_offset(loaded.calls[1], config, weights, 1) == pytest.approx(before, rel=1e-3)

@@ -133,7 +133,10 @@ def transpose_tensor(folder: Path) -> None:
         (truncate, "model.safetensors is damaged or incomplete .* download it again"),
         (drop_tensor, "has no tensor model.layers.1.mlp.up_proj.weight"),
         (transpose_tensor, r"up_proj.weight has shape \(48, 80\) in the checkpoint and \(80, 48\)"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "holds no .*safetensors; convert"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "holds no model.safetensors and no .*index.json; convert",
+        ),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "nope"}'), "cannot read"),
     ],
 )

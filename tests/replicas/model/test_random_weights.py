@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from quire.replicas.errors import ModelNotServable
 from quire.replicas.llm import LLM
 from quire.replicas.model.checkpoint import load_config
+from quire.replicas.model.loading import load_model
 from quire.replicas.model.random_weights import RandomWeights
 from quire.replicas.request import SamplingParams
 
@@ -69,6 +70,22 @@ def test_norms_stand_around_one_and_the_rest_around_zero(tmp_path):
         assert weights.read(name).std() < 0.03
 
 
+def test_a_tied_head_is_the_table(tmp_path):
+    folder = only_config("llama_tied_bias", tmp_path)
+    weights = random_weights(folder)
+    assert "lm_head.weight" not in weights
+    model = load_model(
+        weights,
+        load_config(folder),
+        rank=0,
+        tp=1,
+        group=None,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    ).model
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
 def test_the_fingerprint_is_the_configs(tmp_path):
     folder = only_config("llama", tmp_path)
     before = random_weights(folder).fingerprint
@@ -89,5 +106,5 @@ def test_an_llm_of_random_weights_needs_no_tokenizer(tmp_path):
 
 
 def test_weights_come_from_files_unless_asked_otherwise(tmp_path):
-    with pytest.raises(ModelNotServable, match=r"holds no \*\.safetensors"):
+    with pytest.raises(ModelNotServable, match=r"holds no model\.safetensors"):
         LLM(str(only_config("llama", tmp_path)), device="cpu")

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quire.replicas.errors import ConfigError, ModelNotServable
 from quire.replicas.model.checkpoint import Checkpoint
 from quire.replicas.model.loading import load_model
+from quire.replicas.model.named_weights import NamedWeights
 from quire.replicas.model.tensor_parallel import ShardPlan, shard_config
 
 IDS = some_tokens(61)
@@ -76,9 +77,9 @@ def test_a_model_that_cannot_be_divided_is_refused(name, reason, tmp_path):
 
 def load(folder, rank, tp):
     config = AutoConfig.from_pretrained(folder)
-    with Checkpoint.open(folder) as checkpoint:
+    with NamedWeights.open(folder, config) as weights:
         return load_model(
-            checkpoint,
+            weights,
             config,
             rank=rank,
             tp=tp,
