@@ -214,4 +214,4 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def _replaces_spaces(step: dict[str, Any]) -> bool:
     """By the character that SentencePiece writes for them, which has more bytes."""
-    return step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁"
+    return (step["type"], step.get("pattern"), step.get("content")) == ("Replace", {"String": " "}, "▁")

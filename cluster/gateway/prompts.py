@@ -8,13 +8,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from transformers import AutoTokenizer
-
 from quire.cluster.gateway.tokenizing import Tokenizing
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.errors import ConfigError
 from quire.replicas.prompt import as_messages
 from quire.replicas.tokenize import PromptTokenizer
+from quire.replicas.tokenizer_files import open_tokenizer
 
 _KEPT = 4
 _BYTES_PER_TOKEN = 4
@@ -25,18 +24,21 @@ class Prompts:
     """Safe to use from several tasks; the tokenizer is only read."""
 
     def __init__(self, files: Mapping[str, bytes], tokenizing: Tokenizing) -> None:
-        """Raises ConfigError if no tokenizer can be read from the files, which have names."""
+        """`files` by their paths in the model's folder. Raises ConfigError or ModelNotServable if they make
+        no tokenizer.
+        """
         self._tokenizing = tokenizing
-        with TemporaryDirectory(prefix="quire-tokenizer-") as folder:
-            for name, content in files.items():
-                Path(folder, Path(name).name).write_bytes(content)
-            try:
-                self._tokenizer = PromptTokenizer(AutoTokenizer.from_pretrained(folder))
-            except (OSError, ValueError) as error:
+        with TemporaryDirectory(prefix="quire-tokenizer-") as name:
+            folder = Path(name).resolve()
+            for path, content in files.items():
+                _write(folder, path, content)
+            tokenizer = open_tokenizer(folder)
+            if tokenizer is None:
                 raise ConfigError(
-                    f"no tokenizer could be read from {', '.join(files) or 'no file at all'}: {error}. "
-                    "Gateways need tokenizer.json and tokenizer_config.json beside the model's weights"
-                ) from error
+                    f"no tokenizer could be read from {', '.join(files) or 'no file at all'}. Gateways need "
+                    "tokenizer.json and tokenizer_config.json beside the model's weights"
+                )
+            self._tokenizer = PromptTokenizer(tokenizer)
 
     async def encode(self, text: str, most_tokens: int) -> list[int]:
         """The prompt that a text is. Raises InvalidRequest, also for too many tokens, and QueueFull."""
@@ -84,3 +86,11 @@ class Tokenizers:
             while len(self._prompts) > _KEPT:
                 self._prompts.popitem(last=False)
             return self._prompts[digest]
+
+
+def _write(folder: Path, path: str, content: bytes) -> None:
+    target = (folder / path).resolve()
+    if not target.is_relative_to(folder):
+        raise ConfigError(f"a tokenizer's file is called {path!r}, which leads out of its folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
