@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from quire.replicas.config import EngineConfig, GpuConfig, PoolConfig, SchedulerConfig
-    from quire.replicas.llm import LLM, Completion
+    from quire.replicas.llm import LLM, Completion, PromptsFailed
     from quire.replicas.request import SamplingParams
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "EngineConfig",
     "GpuConfig",
     "PoolConfig",
+    "PromptsFailed",
     "SamplingParams",
     "SchedulerConfig",
 ]
@@ -25,6 +26,7 @@ __all__ = [
 _HOMES = {
     "LLM": "llm",
     "Completion": "llm",
+    "PromptsFailed": "llm",
     "EngineConfig": "config",
     "GpuConfig": "config",
     "PoolConfig": "config",

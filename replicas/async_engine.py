@@ -64,6 +64,8 @@ class AsyncEngine:
         self._stepping = threading.Lock()
         self._closing = False
         self._death: ReplicaDied | None = None
+        self._verdict: tuple[Status, str] | None = None
+        """For the requests that were being computed when the engine died."""
         self._thread: threading.Thread | None = None
 
     @property
@@ -177,6 +179,8 @@ class AsyncEngine:
             except Exception as error:  # the thread's outermost frame: whatever it was, no client may hang
                 self._die(error)
                 break
+        if self._verdict:
+            self._engine.fail_running(*self._verdict)
         self._engine.fail_all(Status.UNAVAILABLE, self._last_words())
         self._take_inbox()
         deliver(self._take_late() + self._engine.take_events())
@@ -210,8 +214,8 @@ class AsyncEngine:
                     self._engine.add(message)
                 except QuireError as error:  # the queue has grown since `submit`: by outputs, by preemption
                     self._late.append(Failure(message.id, error.status, str(error)))
-                except Exception:
-                    self._late.append(Failure(message.id, Status.UNAVAILABLE, "the engine failed; try again"))
+                except Exception as error:
+                    self._late.append(Failure(message.id, Status.INTERNAL, _failed(error), begun=True))
                     raise
 
     def _take_late(self) -> tuple[Event, ...]:
@@ -219,11 +223,21 @@ class AsyncEngine:
         return late
 
     def _die(self, error: Exception) -> None:
+        """A lost shard says nothing of the requests. Any other error may be the fault of one of them, which
+        must not go on to end the next engine."""
         log.error("the engine stops: %s", error, exc_info=not isinstance(error, QuireError))
-        expected = isinstance(error, QuireError)
-        said = str(error) if expected else f"the engine failed ({type(error).__name__}); its log says where"
+        lost = isinstance(error, ReplicaDied)
+        self._verdict = (Status.UNAVAILABLE, str(error)) if lost else (Status.INTERNAL, _failed(error))
+        said = str(error) if lost else f"the engine failed ({type(error).__name__}); its log says where"
         with self._arrived:
             self._death = ReplicaDied(said)
 
     def _last_words(self) -> str:
         return str(self._death) if self._death else "the replica is shutting down; try again"
+
+
+def _failed(error: Exception) -> str:
+    return (
+        f"the engine failed while it computed this request ({type(error).__name__}: {error}); the fault may "
+        "lie in the request, so no other replica was asked"
+    )

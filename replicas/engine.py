@@ -10,25 +10,28 @@ executes in order; a sequence that turns out to have ended wastes its row of one
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol
 
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from quire.kvstore.keys import KeySpace
 from quire.kvstore.pool import PagePool
 from quire.replicas.admission import check_request
-from quire.replicas.blocks import BlockStore, Copier
+from quire.replicas.blame import Blame
+from quire.replicas.blocks import BlockStore
 from quire.replicas.config import SchedulerConfig
 from quire.replicas.detokenize import Detokenizer, special_tokens
 from quire.replicas.errors import QueueFull, Status
-from quire.replicas.jobs import Job, LaunchedStep, last_rows, lay_out, note_prompt_logprobs, prompt_part
+from quire.replicas.jobs import Job, LaunchedStep
+from quire.replicas.launch import StepExecutor, launch
 from quire.replicas.load_report import LoadReport
 from quire.replicas.meter import Meter
-from quire.replicas.plan import PROMPT_ROWS, StepBatch
+from quire.replicas.plan import PROMPT_ROWS
 from quire.replicas.pressure import Pressure
 from quire.replicas.request import (
     EngineStats,
@@ -41,26 +44,14 @@ from quire.replicas.request import (
     RequestId,
     resolved,
 )
-from quire.replicas.sampler import Sampled, needs_tokens, start_sampling
+from quire.replicas.sampler import Sampled, needs_tokens
 from quire.replicas.scheduler import SchedulerState, SeqId, StepPlan, candidates, plan_step
 from quire.replicas.sequence import Progress, Sequence
 from quire.replicas.sharing import Alone, BlockSharing
 from quire.replicas.step_clock import Part
 from quire.replicas.stopping import StopRules
 
-
-class StepExecutor(Copier, Protocol):
-    """Runs a step on all shards."""
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether `run` returns before the step is computed, so that the next can be planned meanwhile."""
-
-    def run(self, batch: StepBatch, drawn: Tensor | None = None) -> Tensor:
-        """fp32 logits [R, V] of the batch's wanted rows, good until the next call. Raises ReplicaDied.
-
-        `drawn`: int64 tokens that the step before drew, for the batch's negative token ids.
-        """
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -97,6 +88,7 @@ class Engine:
         """Whether the last step found nothing to compute: what waits, waits for pages or for news."""
         self._next_id = 0
         self._events: list[Event] = []
+        self._blame = Blame()
         self._special = special_tokens(tokenizer) if tokenizer else {}
         self._stop_rules = StopRules(info.eos_token_ids, self._special)
 
@@ -148,18 +140,21 @@ class Engine:
                 f"{self.queued} requests are waiting already, the bound is scheduler.max_queued="
                 f"{self._limits.max_queued}; try again later or add replicas"
             )
-        sampling = resolved(request.sampling, self.info.sampling)
-        end_tokens = self._stop_rules.end_tokens(sampling)
-        self._enqueue(Progress.begin(request, sampling, end_tokens, self._clock()), 0)
+        with self._alone(request.id):
+            sampling = resolved(request.sampling, self.info.sampling)
+            end_tokens = self._stop_rules.end_tokens(sampling)
+            self._enqueue(Progress.begin(request, sampling, end_tokens, self._clock()), 0)
 
     def cancel(self, request_id: RequestId) -> None:
         """End a request; its pages are free before the next step. Unknown ids are ignored.
 
         Each output that was still open says so, with the text that was held back.
         """
-        ours = self._let_go(request_id)
-        if not ours:
-            return
+        if ours := self._let_go(request_id):
+            with self._alone(request_id):
+                self._say_cancelled(ours)
+
+    def _say_cancelled(self, ours: list[Sequence]) -> None:
         progress = ours[0].progress
         texts = {seq.index: seq.detokenizer.finish() if seq.detokenizer else "" for seq in ours}
         if progress.first_token_s is None:  # the other outputs have not begun
@@ -168,7 +163,7 @@ class Engine:
             last = index == max(texts)
             self._events.append(
                 Output(
-                    request_id=request_id,
+                    request_id=progress.request.id,
                     index=index,
                     text=text,
                     finish_reason=FinishReason.CANCELLED,
@@ -178,6 +173,11 @@ class Engine:
             )
         self._meter.counts["requests_cancelled"] += 1
 
+    def fail_running(self, status: Status, message: str) -> None:
+        """What is being computed ends with a Failure that says so."""
+        for request_id in {seq.request.id for seq in self._running.values()}:
+            self._fail(request_id, status, message, begun=True)
+
     def fail_all(self, status: Status, message: str) -> None:
         """Every open request ends with a Failure."""
         for request_id in {seq.request.id for seq in self._sequences()}:
@@ -186,7 +186,8 @@ class Engine:
     def step(self) -> tuple[Event, ...]:
         """Launch one step, if there is anything to do, and return all events since the last call.
 
-        Raises ReplicaDied; the caller then decides about the open requests (`fail_all`).
+        What goes wrong with one request ends that request. Raises ReplicaDied, or whatever else ends the
+        engine; the caller then decides about the open requests (`fail_running`, `fail_all`).
         """
         self._meter.time.start()
         self._expire()
@@ -202,10 +203,11 @@ class Engine:
         self.stalled = not (before or launched)
         if before:
             self._absorb(before)
-        if launched and self._executor.overlaps:
-            self._launched = launched
-        elif launched:
-            self._absorb(launched)
+        if len(launched) == 1 and self._executor.overlaps:
+            self._launched = launched[0]
+        else:
+            for step in launched:
+                self._absorb(step)
         self._meter.stepped(self._running.values(), self._waiting.values(), self._clock())
         return self.take_events()
 
@@ -266,26 +268,41 @@ class Engine:
 
     # ---- the step
 
-    def _launch(self, plan: StepPlan, before: LaunchedStep | None) -> LaunchedStep | None:
+    def _launch(self, plan: StepPlan, before: LaunchedStep | None) -> list[LaunchedStep]:
         """Start the planned step, and advance the books as if it were done. `before` is still under way."""
         jobs = self._carry_out(plan)
         self._meter.time.ended(Part.PLAN)
+        return self._start(jobs, before)
+
+    def _start(self, jobs: Seq[Job], before: LaunchedStep | None) -> list[LaunchedStep]:
+        """One step, as a rule. If it raises, its halves, and so on until the job at fault stands alone."""
+        jobs = [job for job in jobs if job.seq.id in self._running]  # another one's fault may have ended it
         if not jobs:
-            return None
-        launched_s = self._clock()
-        drawn_R = before.samples.tokens_R if before and before.samples else None
-        logits_RV = self._executor.run(lay_out(jobs, self.info.page_tokens, before), drawn_R)
-        note_prompt_logprobs(jobs, logits_RV)
-        for job in jobs:
+            return []
+        if len(jobs) == 1:
+            with self._alone(jobs[0].seq.request.id):
+                return [self._start_together(jobs, before)]
+            return []
+        try:
+            return [self._start_together(jobs, before)]
+        except Exception as error:
+            self._blame.not_ours(error, can_go_on=self._executor.can_go_on())
+        half = len(jobs) // 2
+        return [*self._start(jobs[:half], before), *self._start(jobs[half:], before)]
+
+    def _start_together(self, jobs: Seq[Job], before: LaunchedStep | None) -> LaunchedStep:
+        step, learned = launch(
+            self._executor,
+            jobs,
+            before,
+            page_tokens=self.info.page_tokens,
+            time=self._meter.time,
+            now_s=self._clock(),
+        )
+        for job, logprobs in zip(jobs, learned, strict=True):
             job.seq.computed += job.tokens
-        due = [job.seq for job in jobs if job.due]
-        self._meter.time.ended(Part.FORWARD)
-        samples = start_sampling(last_rows(jobs, logits_RV), due) if due else None
-        for seq in due:
-            seq.in_flight += 1
-        row_of = {seq.id: row for row, seq in enumerate(due)}
-        self._meter.time.ended(Part.SAMPLE)
-        step = LaunchedStep(jobs, samples, row_of, *prompt_part(jobs), launched_s)
+            job.seq.prompt_logprobs += logprobs
+            job.seq.in_flight += job.due
         self._meter.launched(step)
         return step
 
@@ -301,17 +318,24 @@ class Engine:
                 seq.in_flight -= 1
             if seq.id not in self._running and seq.id not in self._waiting:
                 continue  # ended while the step was under way
-            kept = seq.evictions == job.evictions
-            if job.due and drawn is None:
-                self._blocks.withdraw(seq, seq.pages if kept else [])
-                self._meter.counts["nonfinite_outputs"] += 1
-                self._fail(seq.request.id, Status.INTERNAL, _NOT_FINITE)
-                continue
-            if kept:
-                self._blocks.publish(list(seq.complete_blocks(job.end)))
-            if drawn is not None:
-                self._append(seq, drawn)
+            with self._alone(seq.request.id):
+                self._take_in(job, drawn)
         self._meter.time.ended(Part.EMIT)
+
+    def _take_in(self, job: Job, drawn: Sampled | None) -> None:
+        """What a step has done for one sequence. `drawn`: None where nothing was due, or no number came."""
+        seq = job.seq
+        kept = seq.evictions == job.evictions
+        if job.due and drawn is None:
+            self._blocks.withdraw(seq, seq.pages if kept else [])
+            self._meter.counts["nonfinite_outputs"] += 1
+            self._fail(seq.request.id, Status.INTERNAL, _NOT_FINITE)
+            return
+        if kept:
+            self._blocks.publish(list(seq.complete_blocks(job.end)))
+        if drawn is not None:
+            self._append(seq, drawn)
+            self._blame.token_came()
 
     def _append(self, seq: Sequence, drawn: Sampled) -> None:
         """The sequence grows by one token: say so, and end it if this was its last."""
@@ -387,10 +411,27 @@ class Engine:
             self._leave(seq)
         return ours
 
-    def _fail(self, request_id: RequestId, status: Status, message: str) -> None:
+    def _fail(self, request_id: RequestId, status: Status, message: str, *, begun: bool = False) -> None:
         if self._let_go(request_id):
-            self._events.append(Failure(request_id, status, message))
-            self._meter.counts["requests_failed"] += 1
+            self._say_failed(Failure(request_id, status, message, begun))
+
+    @contextmanager
+    def _alone(self, request_id: RequestId) -> Iterator[None]:
+        """Around all that is done for one request: an error inside ends this request and nobody else.
+
+        Its pages go back. Blocks that it published are right: they were when their step was done.
+        """
+        try:
+            yield
+        except Exception as error:
+            message = self._blame.request(error, can_go_on=self._executor.can_go_on())
+            log.exception("request %s fails, and the engine goes on", request_id)
+            self._let_go(request_id)
+            self._say_failed(Failure(request_id, Status.INTERNAL, message))
+
+    def _say_failed(self, failure: Failure) -> None:
+        self._events.append(failure)
+        self._meter.counts["requests_failed"] += 1
 
     def _expire(self) -> None:
         """Requests that never ran and whose deadline is over need not run any more."""

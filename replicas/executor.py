@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from quire.kvstore.groups import host_store
@@ -195,9 +196,9 @@ class Executor:
         `drawn`: what the step before drew, where this one overlaps it.
         Raises ReplicaDied as soon as a shard's death is known, at the latest after `shard_timeout_s`.
         """
+        self.check()
         if self._thread is None:
             return self.shard.forward(batch, drawn)
-        self.check()
         job = _Job(Kind.STEP, batch)
         self._jobs.put(job)
         while True:
@@ -245,23 +246,41 @@ class Executor:
         else:
             self._jobs.put(_Job(Kind.SUM, complete))
 
+    def can_go_on(self) -> bool:
+        """Whether another step can be computed, now that one has raised.
+
+        Not once shards may be at different operations, nor after an error of the GPU itself, which stays.
+        """
+        if self._failure is not None:
+            return False
+        if self.shard.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.shard.device)
+            except RuntimeError:
+                return False
+        return True
+
     def check(self) -> None:
-        """Raises ReplicaDied when a shard is known to be dead or to hang."""
+        """Raises ReplicaDied when a shard is known to be dead or to hang, and when all are closed."""
         if self._failure is None and self._thread and (text := self._launcher.failure()):
             self._failure = ReplicaDied(text)
         if self._failure is not None:
             raise ReplicaDied(str(self._failure))
 
     def close(self) -> None:
-        """Stop all shards; no process is left behind. Transfers under way fail. May be called twice."""
+        """Stop all shards, and give their memory back; no process is left behind. May be called twice.
+
+        Transfers under way fail.
+        """
         if self._thread is not None:
             if self._failure is None:
                 self._jobs.put(_Job(Kind.STOP))
                 self._thread.join(_HEARTBEAT_S)
-                self._failure = ReplicaDied("the replica is closed")
             self._launcher.stop()
             self._reports.close()
+        self._failure = self._failure or ReplicaDied("the replica is closed")
         self._pages.close()
+        self.shard.close()
 
     def _serve(self, config: EngineConfig, group: TensorParallelGroup) -> None:
         """The thread that talks to the group: a wait for a dead peer blocks it, and no caller."""

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from quire.replicas.plan import StepBatch
+from quire.replicas.request import TokenLogprob
 from quire.replicas.sampler import Samples, token_logprobs
 from quire.replicas.scheduler import SeqId
 from quire.replicas.sequence import Sequence
@@ -104,24 +105,23 @@ def last_rows(jobs: Seq[Job], logits_RV: Tensor) -> Tensor:
     return logits_RV if len(rows) == ends[-1] else logits_RV[rows]
 
 
-def note_prompt_logprobs(jobs: Seq[Job], logits_RV: Tensor) -> None:
-    """Of the sequences that want them, from the step's logits."""
-    row = 0
-    for job in jobs:
-        if job.rows and job.seq.wants_prompt_logprobs:
-            _note_prompt_logprobs(job, logits_RV[row : row + len(job.rows)])
-        row += len(job.rows)
+def prompt_logprobs(jobs: Seq[Job], logits_RV: Tensor) -> list[list[TokenLogprob]]:
+    """From the step's logits, for every job what its sequence learns of its prompt, if it wants to."""
+    ends = list(accumulate(len(job.rows) for job in jobs))
+    return [
+        _of_prompt(job, logits_RV[end - len(job.rows) : end]) for job, end in zip(jobs, ends, strict=True)
+    ]
 
 
-def _note_prompt_logprobs(job: Job, rows_RV: Tensor) -> None:
+def _of_prompt(job: Job, rows_RV: Tensor) -> list[TokenLogprob]:
     """Rows at position p speak of token p + 1; the prompt's last row speaks of the output."""
     seq = job.seq
     first = job.start + job.rows.start
     of_prompt = min(job.start + job.rows.stop, seq.prompt_tokens - 1) - first
-    if of_prompt > 0:
-        tokens = seq.tokens[first + 1 : first + 1 + of_prompt]
-        count = seq.request.sampling.prompt_logprobs or 0
-        seq.prompt_logprobs += token_logprobs(rows_RV[:of_prompt], tokens, count)
+    if not (seq.wants_prompt_logprobs and job.rows and of_prompt > 0):
+        return []
+    tokens = seq.tokens[first + 1 : first + 1 + of_prompt]
+    return token_logprobs(rows_RV[:of_prompt], tokens, seq.request.sampling.prompt_logprobs or 0)
 
 
 def _tokens(job: Job, before: LaunchedStep | None) -> list[int]:

@@ -1,7 +1,9 @@
-"""Offline batches without Ray: `LLM(model, kv=..., tp=...).generate(prompts)`."""
+"""Offline batches without Ray: `LLM(model, kv=..., tp=...).generate(prompts)`. Any thread may call."""
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
@@ -16,6 +18,7 @@ from quire.replicas.load import load_engine, load_tokenizer
 from quire.replicas.prompt import Messages, Prompt, as_messages, as_prompts
 from quire.replicas.request import (
     EngineStats,
+    Event,
     Failure,
     FinishReason,
     ModelInfo,
@@ -57,8 +60,26 @@ class Completion:
         return self.outputs[0].text
 
 
+class PromptsFailed(QuireError):
+    """Some prompts of a call failed while they were computed; all the others are done."""
+
+    def __init__(self, results: Seq[Completion | Failure]) -> None:
+        failed = [(at, result) for at, result in enumerate(results) if isinstance(result, Failure)]
+        at, first = failed[0]
+        super().__init__(
+            f"{len(failed)} of {len(results)} prompts failed; prompt {at}: {first.message}. The exception's "
+            "`results` has every prompt's Completion or Failure"
+        )
+        self.results = tuple(results)
+        """In the prompts' order: a Completion, or a Failure with `status` and `message`."""
+
+
 class LLM:
-    """A model in this process (and `tp` - 1 others). A context manager; `close` ends its shards."""
+    """A model in this process (and `tp` - 1 others). A context manager; `close` ends its shards.
+
+    May be used from several threads: calls are computed one after the other. Prompts are batched within a
+    call, so many prompts in one call are faster than many calls.
+    """
 
     def __init__(
         self,
@@ -96,7 +117,10 @@ class LLM:
         self._max_queued = config.scheduler.max_queued
         self._executor, self._engine = load_engine(config, progress=progress)
         self._prompts = None if self.tokenizer is None else PromptTokenizer(self.tokenizer)
-        self._requests = 0
+        self._numbers = itertools.count(1)
+        self._stepping = threading.Lock()
+        """The engine has one user at a time."""
+        self._closed = False
 
     @property
     def info(self) -> ModelInfo:
@@ -107,7 +131,8 @@ class LLM:
 
     def check(self) -> None:
         """The pool's integrity check. Raises IntegrityError."""
-        self._engine.check()
+        with self._stepping:
+            self._engine.check()
 
     def generate(
         self,
@@ -120,15 +145,15 @@ class LLM:
 
         A single prompt gives a list of one.
 
-        Raises: InvalidRequest before anything is computed; ReplicaDied if a shard dies.
+        Raises: InvalidRequest before anything is computed; PromptsFailed once all is computed, if a prompt
+        failed, with the results of the others; ReplicaDied if a shard dies.
         """
         given = as_prompts(prompts)
         params = _params_for(len(given), sampling)
         requests = [self._request(prompt, p, tenant) for prompt, p in zip(given, params, strict=True)]
         for request in requests:
             self._engine.validate(request)
-        outputs = self._run(requests)
-        return [_completion(request, outputs[request.id]) for request in requests]
+        return self._run(requests)
 
     def chat(
         self, messages: Messages, sampling: SamplingParams | None = None, *, tenant: str = ""
@@ -139,7 +164,10 @@ class LLM:
         return self.generate([prompt], sampling, tenant=tenant)[0]
 
     def close(self) -> None:
-        self._executor.close()
+        """End the shards and free weights and pages, once calls of other threads are done."""
+        with self._stepping:
+            self._closed = True
+            self._executor.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -152,8 +180,7 @@ class LLM:
     def _request(self, prompt: str | tuple[int, ...], sampling: SamplingParams, tenant: str) -> Request:
         if isinstance(prompt, str):
             prompt = tuple(self._tokenizing().encode(prompt, self.info.max_model_tokens))
-        self._requests += 1
-        request_id = RequestId(str(self._requests))
+        request_id = RequestId(str(next(self._numbers)))
         return Request(id=request_id, prompt=prompt, sampling=sampling, tenant=tenant)
 
     def _tokenizing(self) -> PromptTokenizer:
@@ -161,22 +188,36 @@ class LLM:
             raise InvalidRequest("this model has no tokenizer; give token ids")
         return self._prompts
 
-    def _run(self, requests: list[Request]) -> dict[RequestId, list[Output]]:
-        outputs: dict[RequestId, list[Output]] = {request.id: [] for request in requests}
+    def _run(self, requests: list[Request]) -> list[Completion]:
+        with self._stepping:
+            if self._closed:
+                raise QuireError("this LLM is closed; make another one")
+            events = self._events_of(requests)
+        results = [_result(request, events[request.id]) for request in requests]
+        completions = [result for result in results if isinstance(result, Completion)]
+        if len(completions) < len(results):
+            raise PromptsFailed(results)
+        return completions
+
+    def _events_of(self, requests: list[Request]) -> dict[RequestId, list[Event]]:
+        events: dict[RequestId, list[Event]] = {request.id: [] for request in requests}
         left = deque(requests)
         try:
             while left or self._engine.has_work:
                 while left and self._engine.queued < self._max_queued:
                     self._engine.add(left.popleft())
                 for event in self._engine.step():
-                    if isinstance(event, Failure):
-                        raise QuireError(event.message)
-                    outputs[event.request_id].append(event)
+                    events[event.request_id].append(event)
         finally:  # after an error or Ctrl-C nothing may go on in the next call
             for request in requests:
                 self._engine.cancel(request.id)
             self._engine.take_events()
-        return outputs
+        return events
+
+
+def _result(request: Request, events: list[Event]) -> Completion | Failure:
+    outputs = [event for event in events if isinstance(event, Output)]
+    return events[-1] if isinstance(events[-1], Failure) else _completion(request, outputs)
 
 
 def _params_for(prompts: int, sampling: SamplingParams | Seq[SamplingParams] | None) -> Seq[SamplingParams]:

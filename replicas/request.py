@@ -236,6 +236,8 @@ class Failure:
     request_id: RequestId
     status: Status
     message: str
+    begun: bool = False
+    """Whether it was being computed when the engine ended: what ended the engine may lie in it."""
 
 
 Event = Output | Failure

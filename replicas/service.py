@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ import grpc
 from quire.kvstore.keys import KeySpace
 from quire.kvstore.messages import Message, ReplicaId, from_bytes
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
-from quire.replicas.errors import QuireError, ReplicaDied
+from quire.replicas.errors import QuireError, ReplicaDied, Status
 from quire.replicas.load_report import LoadReport
 from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Output, Request, RequestId
 from quire.replicas.tokenizer_files import digest_of
@@ -49,6 +50,11 @@ _QUIET_S = 0.25
 """So often a gateway that gets no steps hears of the replica's load, if it has changed."""
 _SILENT_S = 1.0
 """And so often in any case: a gateway takes an older report for no report."""
+
+
+_UNSAYABLE = "the replica cannot read this request or say its answer; the others go on"
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -94,7 +100,12 @@ class _Lease:
         large = isinstance(event, Output) and event.prompt_logprobs
         if large or not self.outbox or self.outbox[-1].WhichOneof("message") != "step":
             self.post(engine_pb2.ReplicaMessage(step=engine_pb2.Step()))
-        write_event(self.outbox[-1].step.events.add(), call, event)
+        events = self.outbox[-1].step.events
+        try:
+            write_event(events.add(), call, event)
+        except Exception:
+            del events[-1]  # half an event
+            raise
 
 
 class EngineService(engine_pb2_grpc.EngineServicer):
@@ -215,12 +226,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         request_id = RequestId(f"{lease.number}.{submit.call}")
         self._owners[request_id] = (lease, submit.call)
         lease.open[submit.call] = request_id
-        try:
+        with self._alone(request_id):
             self._engine.submit(request_from_proto(submit, request_id))
             self._submitted += 1
             lease.unseen.append((self._submitted, submit.call))
-        except QuireError as error:
-            self._dispatch((Failure(request_id, error.status, str(error)),))
 
     def _tell_load(self, lease: _Lease) -> None:
         """With the step that goes out anyhow, or alone."""
@@ -247,14 +256,31 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     def _dispatch(self, events: tuple[Event, ...]) -> None:
         """Sorts a step's events by stream; an event of a request that is over has no owner and ends here."""
         for event in events:
-            owner = self._owners.get(event.request_id)
-            if owner is None:
-                continue
-            lease, call = owner
-            if isinstance(event, Failure) or event.usage is not None:
-                del self._owners[event.request_id], lease.open[call]
-            if not lease.ended:
-                lease.post_event(call, event)
+            with self._alone(event.request_id):
+                self._post(event)
+
+    def _post(self, event: Event) -> None:
+        owner = self._owners.get(event.request_id)
+        if owner is None:
+            return
+        lease, call = owner
+        if not lease.ended:
+            lease.post_event(call, event)
+        if isinstance(event, Failure) or event.usage is not None:
+            del self._owners[event.request_id], lease.open[call]
+
+    @contextmanager
+    def _alone(self, request_id: RequestId) -> Iterator[None]:
+        """Around all that is done for one request: an error inside ends this request and nobody else."""
+        try:
+            yield
+        except QuireError as error:
+            self._post(Failure(request_id, error.status, str(error)))
+        except Exception as error:
+            log.exception("request %s fails, and the service goes on", request_id)
+            self._engine.cancel(request_id)
+            message = f"{_UNSAYABLE} ({type(error).__name__}: {error})"
+            self._post(Failure(request_id, Status.INTERNAL, message))
 
 
 def bind(host: str) -> tuple[grpc.aio.Server, str]:

@@ -159,6 +159,12 @@ class Shard:
             inputs = self._builder.build(batch, drawn, tokens=LEAST_TOKENS)
         return self._forward(inputs)[:rows]
 
+    def close(self) -> None:
+        """Give weights and pages back at once. Only what it says of itself is of use afterwards."""
+        self._graphs = None
+        self._builder.close()
+        self._forward.close()
+
     @property
     def _on_one_gpu(self) -> bool:
         """Sums over shards are neither compiled nor captured."""

@@ -81,10 +81,11 @@ class ShardStore:
         self._mover.sum_ahead(complete)
 
     def close(self) -> None:
-        """End all transfers and listen no more. May be called twice."""
+        """End all transfers, listen no more, and let go of the pages. May be called twice."""
         if self._transport is not None:
             self._transport.close()
         self._transport = self._mover = None  # whose last user closes the socket
+        self._host_pages = None
 
 
 def _host_pages(config: EngineConfig, shard: Shard, slots: int) -> HostPages | None:

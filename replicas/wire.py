@@ -94,6 +94,7 @@ def write_event(into: engine_pb2.Event, call: int, event: Event) -> None:
     if isinstance(event, Failure):
         into.failure.status = event.status
         into.failure.message = event.message
+        into.failure.begun = event.begun
     else:
         _write_delta(into.delta, event)
 

@@ -92,6 +92,8 @@ class ReplicaLink:
         self._calls: dict[int, Call] = {}
         self._queries: dict[int, asyncio.Future[inference_pb2.ReplicaStats]] = {}
         self._numbers = 0
+        self._seen = 0
+        """The latest call that its engine is known to have taken in."""
         self._heard = heard
         self._reader = asyncio.create_task(self._read())
 
@@ -140,7 +142,7 @@ class ReplicaLink:
         if self.alive:
             self.send(engine_pb2.GatewayMessage(submit=submit))
         else:
-            call.feed(_lost(self._numbers))
+            call.feed(_lost(self._numbers, begun=False))
         return call
 
     def tell_place(self, name: str, *, held: bool) -> None:
@@ -196,12 +198,13 @@ class ReplicaLink:
             self._fail_all()
 
     def _hear(self, load: engine_pb2.Load) -> None:
+        self._seen = load.seen_call
         self._heard(self.replica_id, load_from_proto(load), load.seen_call)
 
     def _fail_all(self) -> None:
         self.alive = False
         for number, call in self._calls.items():
-            call.feed(_lost(number))
+            call.feed(_lost(number, begun=number <= self._seen))
         self._calls.clear()
         for answer in self._queries.values():
             if not answer.done():
@@ -232,11 +235,10 @@ def _append(delta: inference_pb2.Delta, more: inference_pb2.Delta) -> None:
     delta.text = text
 
 
-def _lost(number: int) -> engine_pb2.Event:
+def _lost(number: int, *, begun: bool) -> engine_pb2.Event:
     message = "the replica serving this request died; try again"
-    return engine_pb2.Event(
-        call=number, failure=engine_pb2.Failure(status=Status.UNAVAILABLE, message=message)
-    )
+    failure = engine_pb2.Failure(status=Status.UNAVAILABLE, message=message, begun=begun)
+    return engine_pb2.Event(call=number, failure=failure)
 
 
 def _reason(error: grpc.aio.AioRpcError | TimeoutError) -> str:

@@ -1,11 +1,13 @@
 """Long prompts are computed first by replicas that do nothing else; those that decode fetch the blocks.
 
-So no decoding step waits for a long prompt. Whatever fails here, the decoding replica computes the prompt.
+So no decoding step waits for a long prompt. Where no prefill replica can take it, the decoding replica computes
+the prompt; a prompt that one has failed at goes no further, for the fault may lie in it.
 """
 
 from __future__ import annotations
 
 from quire.cluster.gateway.fleet import Fleet
+from quire.cluster.status import error_of
 from quire.protos.quire.v1 import engine_pb2
 from quire.replicas.errors import ReplicaDied, Status
 from quire.replicas.request import ResolvedSampling
@@ -23,10 +25,13 @@ class PrefillFirst:
         self._fleet = fleet
         self._least_tokens = least_tokens
 
-    async def compute(self, submit: engine_pb2.Submit) -> None:
-        """Where the prompt is long, have it computed, and note in `submit` by whom."""
+    async def compute(self, submit: engine_pb2.Submit) -> bool:
+        """Where the prompt is long, have it computed, and note in `submit` by whom.
+
+        Returns whether a replica died while it computed the prompt. Raises QuireError if one failed at it.
+        """
         if len(submit.token_ids) < self._least_tokens:
-            return
+            return False
         prompt = engine_pb2.Submit()
         prompt.CopyFrom(submit)
         prompt.sampling.CopyFrom(_ONE_TOKEN)
@@ -41,12 +46,15 @@ class PrefillFirst:
                 finally:
                     call.close()
                     place.route.answered()
-                if event.failure.status == Status.UNAVAILABLE:
-                    await self._fleet.report_lost(place.link)
-                elif not event.HasField("failure"):
+                if not event.HasField("failure"):
                     submit.computed_by = place.link.peer_id
+                elif event.failure.status == Status.UNAVAILABLE:
+                    await self._fleet.report_lost(place.link)
+                elif event.failure.status == Status.INTERNAL:
+                    raise error_of(event.failure.status, event.failure.message)
+                return event.failure.begun
         except ReplicaDied:
-            return  # none is ready
+            return False  # none is ready
 
     async def close(self) -> None:
         await self._fleet.close()

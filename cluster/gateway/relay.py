@@ -19,7 +19,8 @@ SubmitFor = Callable[[ReplicaLink], Awaitable[engine_pb2.Submit]]
 """The request as the replica's model reads it. Raises InvalidRequest if that model cannot."""
 
 _MOST_RETRIES = 3
-"""A request that kills whoever takes it does not kill everybody."""
+_MOST_DEATHS = 2
+"""Replicas that may die while they compute a request: one that kills whoever takes it goes no further."""
 
 
 class Client(Protocol):
@@ -50,6 +51,7 @@ class Relay:
         self._call: Call | None = None
         self._cancelled = False
         self._delivered = Delivered()
+        self._deaths = 0
         self.retries = 0
 
     def cancel(self) -> None:
@@ -62,7 +64,7 @@ class Relay:
         """Raises the QuireError that the replica failed the request with."""
         request = await _Request.of(submit_for, self._fleet)
         if self._prefill is not None:
-            await self._prefill.compute(request.submit)
+            self._deaths += await self._prefill.compute(request.submit)
         while True:
             try:
                 await self._attempt(request, client)
@@ -130,10 +132,16 @@ class Relay:
             self._delivered.add(rest)
 
     async def _fail(self, place: Place, failure: engine_pb2.Failure) -> None:
-        if failure.status == Status.UNAVAILABLE:
-            await self._fleet.report_lost(place.link)
-            raise ReplicaDied(failure.message)
-        raise error_of(failure.status, failure.message)
+        if failure.status != Status.UNAVAILABLE:  # the fault may lie in the request: nobody else is asked
+            raise error_of(failure.status, failure.message)
+        await self._fleet.report_lost(place.link)
+        self._deaths += failure.begun
+        if failure.begun and self._deaths >= _MOST_DEATHS:
+            raise QuireError(
+                f"{self._deaths} replicas died while they computed this request, so it is given to no other: "
+                f"{failure.message}"
+            )
+        raise ReplicaDied(failure.message)
 
 
 class _Request:

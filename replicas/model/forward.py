@@ -36,3 +36,9 @@ class ForwardPass:
                 logits_to_keep=inputs.logit_rows_R,
             ).logits
         return logits_1RV[0].float()
+
+    def close(self) -> None:
+        """Give the weights back at once, also where modules refer to themselves, as compiled ones do."""
+        for module in self.model.modules():
+            module._parameters.clear()
+            module._buffers.clear()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -93,7 +92,7 @@ class StepBuilder:
     ) -> None:
         self.caches, self.device = caches, device
         self._layers = layers
-        self.kinds = lru_cache(maxsize=_DECODE_TOKENS)(self._kinds)
+        self._kinds: dict[int, tuple[DecodeKind, ...]] = {}
 
     def build(
         self, batch: StepBatch, drawn: Tensor | None = None, *, tokens: int = 0, rows: int = 0
@@ -137,15 +136,21 @@ class StepBuilder:
             staged["rows"],
         )
 
-    def _kinds(self, new_tokens: int) -> tuple[DecodeKind, ...]:
+    def close(self) -> None:
+        """Give the pages back."""
+        self.caches = ()
+
+    def kinds(self, new_tokens: int) -> tuple[DecodeKind, ...]:
         """Every layer's kind for sequences of up to so many new tokens; empty where nothing is planned."""
         if self.device.type != "cuda":
             return ()
-        multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        return tuple(
-            decode_kind(cache, heads.query_heads, heads.spec, new_tokens, multiprocessors)
-            for cache, heads in zip(self.caches, self._layers, strict=True)
-        )
+        if new_tokens not in self._kinds:
+            multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+            self._kinds[new_tokens] = tuple(
+                decode_kind(cache, heads.query_heads, heads.spec, new_tokens, multiprocessors)
+                for cache, heads in zip(self.caches, self._layers, strict=True)
+            )
+        return self._kinds[new_tokens]
 
 
 def known_tokens(token_ids_T: Tensor, drawn: Tensor | None) -> Tensor:

@@ -177,12 +177,14 @@ class Event(_message.Message):
     def __init__(self, call: _Optional[int] = ..., delta: _Optional[_Union[_inference_pb2.Delta, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("status", "message")
+    __slots__ = ("status", "message", "begun")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
     status: str
     message: str
-    def __init__(self, status: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    begun: bool
+    def __init__(self, status: _Optional[str] = ..., message: _Optional[str] = ..., begun: _Optional[bool] = ...) -> None: ...
 
 class StatsAnswer(_message.Message):
     __slots__ = ("query", "stats")
