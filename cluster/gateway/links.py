@@ -92,8 +92,6 @@ class ReplicaLink:
         self._calls: dict[int, Call] = {}
         self._queries: dict[int, asyncio.Future[inference_pb2.ReplicaStats]] = {}
         self._numbers = 0
-        self._seen = 0
-        """The latest call that its engine is known to have taken in."""
         self._heard = heard
         self._reader = asyncio.create_task(self._read())
 
@@ -198,13 +196,12 @@ class ReplicaLink:
             self._fail_all()
 
     def _hear(self, load: engine_pb2.Load) -> None:
-        self._seen = load.seen_call
         self._heard(self.replica_id, load_from_proto(load), load.seen_call)
 
     def _fail_all(self) -> None:
         self.alive = False
         for number, call in self._calls.items():
-            call.feed(_lost(number, begun=number <= self._seen))
+            call.feed(_lost(number, begun=True))
         self._calls.clear()
         for answer in self._queries.values():
             if not answer.done():
@@ -236,6 +233,7 @@ def _append(delta: inference_pb2.Delta, more: inference_pb2.Delta) -> None:
 
 
 def _lost(number: int, *, begun: bool) -> engine_pb2.Event:
+    """`begun`: whether it may have been computed there when the replica died."""
     message = "the replica serving this request died; try again"
     failure = engine_pb2.Failure(status=Status.UNAVAILABLE, message=message, begun=begun)
     return engine_pb2.Event(call=number, failure=failure)

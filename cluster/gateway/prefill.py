@@ -1,7 +1,7 @@
 """Long prompts are computed first by replicas that do nothing else; those that decode fetch the blocks.
 
-So no decoding step waits for a long prompt. Where no prefill replica can take it, the decoding replica computes
-the prompt; a prompt that one has failed at goes no further, for the fault may lie in it.
+So no decoding step waits for a long prompt. Where no prefill replica can take it, the decoding replica
+computes the prompt; a prompt that one has failed at goes no further, for the fault may lie in it.
 """
 
 from __future__ import annotations

@@ -154,7 +154,9 @@ def test_a_dead_shard_fails_all_requests_and_the_health_check(start, events):
     (child,) = engine._executor._launcher._children.values()
     os.kill(child.pid, signal.SIGKILL)
     found = events.until_last(4)
-    assert {outputs[-1].status for outputs in found.values()} == {Status.UNAVAILABLE}
+    assert {(outputs[-1].status, outputs[-1].begun) for outputs in found.values()} == {
+        (Status.UNAVAILABLE, True)
+    }
     # Whichever is noticed first: the process is gone, or its connections are.
     says = re.compile("was killed by signal 9|lost another one")
     assert all(says.search(outputs[-1].message) for outputs in found.values())
@@ -162,3 +164,39 @@ def test_a_dead_shard_fails_all_requests_and_the_health_check(start, events):
         engine.check_health()
     with pytest.raises(ReplicaDied):
         engine.submit(_request("e"))
+
+
+class Broken:
+    """An executor whose tenth step raises, after which it computes no other."""
+
+    def __init__(self, executor):
+        self._executor, self._steps = executor, 0
+
+    def __getattr__(self, name):
+        return getattr(self._executor, name)
+
+    def run(self, batch, drawn=None):
+        self._steps += 1
+        if self._steps >= 10:
+            raise RuntimeError("an illegal memory access")
+        return self._executor.run(batch, drawn)
+
+    def can_go_on(self):
+        return self._steps < 10
+
+
+def test_what_an_engine_computed_when_it_failed_is_for_nobody_else_and_what_waited_is(events):
+    scheduler = SchedulerConfig(max_running=1)
+    engine = AsyncEngine(EngineConfig(model="demo", threads_per_shard=1, scheduler=scheduler))
+    engine._engine._executor = Broken(engine._executor)
+    engine.submit(_request("computed", 3000))
+    engine.submit(_request("waits", 3000))
+    engine.start(events.deliver)
+    found = events.until_last(2)
+    failures = {name: outputs[-1] for name, outputs in found.items()}
+    assert (failures["computed"].status, failures["computed"].begun) == (Status.INTERNAL, True)
+    assert "RuntimeError: an illegal memory access" in failures["computed"].message
+    assert (failures["waits"].status, failures["waits"].begun) == (Status.UNAVAILABLE, False)
+    with pytest.raises(ReplicaDied, match="RuntimeError"):
+        engine.check_health()
+    engine.close()

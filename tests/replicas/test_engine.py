@@ -4,40 +4,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from overlapping import Overlapping
 from recall import mixed_prompts, recall_prompt
 
 from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig
 from quire.replicas.engine import Engine
 from quire.replicas.errors import InvalidRequest, QueueFull, Status
-from quire.replicas.executor import Executor
 from quire.replicas.load import load_engine, load_tokenizer
-from quire.replicas.plan import StepBatch
 from quire.replicas.request import Failure, FinishReason, Output, Request, RequestId, SamplingParams
 
 TOKENIZER = load_tokenizer("demo")
 STORY = tuple(mixed_prompts(TOKENIZER, [150])[0])
 _TURNS = [{"role": "user", "content": "Hello"}]
 HELLO = tuple(TOKENIZER.apply_chat_template(_TURNS, add_generation_prompt=True, return_dict=False))
-
-
-class _Overlapping:
-    """What an executor on a GPU promises: `run` comes back early, and tokens are handed on by their place.
-
-    The step is computed at once all the same; that nobody reads results before their time shows in `drawn`.
-    """
-
-    overlaps = True
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self.handed_on = 0
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._executor, name)
-
-    def run(self, batch: StepBatch, drawn: torch.Tensor | None = None) -> torch.Tensor:
-        self.handed_on += int((batch.token_ids_T < 0).sum())
-        return self._executor.run(batch, drawn)
 
 
 @pytest.fixture(params=["in turn", "overlapped"])
@@ -55,7 +34,7 @@ def make_engine(request) -> Callable[..., Engine]:
         )
         executor, engine = load_engine(config)
         if request.param == "overlapped":
-            engine._executor = _Overlapping(executor)
+            engine._executor = Overlapping(executor)
         return engine
 
     return make
@@ -370,7 +349,7 @@ def _answers(engine: Engine) -> dict[str, list[tuple[list[int], str, FinishReaso
 def test_overlapped_steps_give_the_answers_of_steps_in_turn(pages):
     config = EngineConfig(model="demo", kv="bf16", threads_per_shard=1, pool=PoolConfig(bytes=pages * 196608))
     in_turn, (executor, overlapped) = load_engine(config)[1], load_engine(config)
-    overlapped._executor = overlapping = _Overlapping(executor)
+    overlapped._executor = overlapping = Overlapping(executor)
     assert _answers(overlapped) == _answers(in_turn)
     assert overlapping.handed_on > 100
     assert (overlapped.stats().preemptions > 0) == (pages == 11)

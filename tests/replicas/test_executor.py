@@ -56,6 +56,8 @@ def test_one_shard_needs_no_launcher(llama):
     assert executor.num_pages == executor.shard.num_pages
     executor.check()
     executor.close()
+    with pytest.raises(ReplicaDied, match="the replica is closed"):
+        executor.run(STEP)
 
 
 def test_shards_compute_as_one_and_stop_when_told(llama):
@@ -136,8 +138,20 @@ def test_an_error_in_a_step_reaches_the_caller_and_ends_the_replica(llama):
     outside = step_of([Chunk(IDS, 0, [10_000, 1, 2])], 16)
     with pytest.raises((IndexError, ReplicaDied)):
         executor.run(outside)
+    assert not executor.can_go_on()
     with pytest.raises(ReplicaDied):
         executor.run(STEP)
+    executor.close()
+
+
+def test_one_shard_goes_on_after_an_error_in_a_step(llama):
+    executor = Executor(tiny_config(llama, threads_per_shard=1))
+    before = executor.run(STEP).clone()
+    outside = step_of([Chunk([*IDS[:-1], 99_999], 0, [3, 1, 2])], 16)
+    with pytest.raises(IndexError):
+        executor.run(outside)
+    assert executor.can_go_on()
+    assert torch.equal(executor.run(STEP), before)
     executor.close()
 
 

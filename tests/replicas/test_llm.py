@@ -1,12 +1,19 @@
 """Offline batches through the public door."""
 
+import gc
+import threading
+import weakref
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
-from quire.replicas import LLM, SamplingParams, SchedulerConfig
-from quire.replicas.errors import ConfigError, InvalidRequest, UnknownModel
-from quire.replicas.request import FinishReason
+from quire.replicas import LLM, Completion, PromptsFailed, SamplingParams, SchedulerConfig
+from quire.replicas.errors import ConfigError, InvalidRequest, QuireError, Status, UnknownModel
+from quire.replicas.request import Failure, FinishReason
 
 CHAT = [
     {"role": "user", "content": "The pass key is 71432. The code of the river is 555."},
@@ -147,3 +154,116 @@ def test_two_shards_say_what_one_says():
 def test_impossible_options_are_refused_with_what_to_change(options, error, message):
     with pytest.raises(error, match=message):
         LLM(**({"model": "demo"} | options))
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A checkpoint whose embedding of token 77 is no number."""
+    folder = make_model("llama", tmp_path_factory.mktemp("damaged"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][77] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_a_prompt_that_fails_costs_the_others_of_its_call_nothing(damaged):
+    prompts, sampling = [[5, 6, 7], [5, 77, 7], [8, 9, 10, 11]], SamplingParams(max_tokens=9, ignore_eos=True)
+    with LLM(damaged, kv="fp32", threads_per_shard=1) as llm:
+        with pytest.raises(PromptsFailed, match="1 of 3 prompts failed; prompt 1: .*not finite") as caught:
+            llm.generate(prompts, sampling)
+        first, second, third = caught.value.results
+        assert isinstance(second, Failure)
+        assert second.status is Status.INTERNAL
+        good = llm.generate([prompts[0], prompts[2]], sampling)
+        assert [first.outputs, third.outputs] == [completion.outputs for completion in good]
+        assert all(isinstance(result, Completion) for result in (first, third))
+        llm.check()
+
+
+def test_threads_take_turns(damaged):
+    prompts, sampling = [[5, 6, 7 + at] for at in range(6)], SamplingParams(max_tokens=20, ignore_eos=True)
+    with LLM(damaged, kv="fp32", threads_per_shard=1) as llm:
+        expected = [completion.outputs for completion in llm.generate(prompts, sampling)]
+        found = {}
+
+        def ask(at: int) -> None:
+            for _ in range(3):
+                found[at] = llm.generate([prompts[at], prompts[at - 1]], sampling)
+
+        threads = [threading.Thread(target=ask, args=(at,), daemon=True) for at in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
+        for at, (own, before) in found.items():
+            assert (own.outputs, before.outputs) == (expected[at], expected[at - 1])
+        assert len(found) == 6
+        llm.check()
+
+
+def test_a_closed_llm_says_so_and_may_be_closed_again(damaged):
+    with LLM(damaged, kv="fp32", threads_per_shard=1) as llm:
+        llm.generate([[5, 6]], SamplingParams(max_tokens=2))
+    llm.close()
+    with pytest.raises(QuireError, match="this LLM is closed"):
+        llm.generate([[5, 6]])
+    assert llm.info.architecture == "LlamaForCausalLM"
+
+
+@contextmanager
+def without_collection():
+    """What dies inside dies because nobody refers to it."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def large_tensors() -> list[weakref.ref]:
+    """Of 512 bytes and more: weights, tables, pools."""
+    found = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    return [weakref.ref(tensor) for tensor in found if tensor.nbytes >= 512]
+
+
+@pytest.mark.parametrize("end", ["close", "with"])
+@pytest.mark.parametrize("kv", ["fp32", "int4"])
+def test_closing_frees_weights_and_pages_at_once(damaged, kv, end):
+    with without_collection():
+        before = {id(tensor()) for tensor in large_tensors()}
+        llm = LLM(damaged, kv=kv, threads_per_shard=1)
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3))
+        made = [tensor for tensor in large_tensors() if id(tensor()) not in before]
+        pool = weakref.ref(llm._executor.shard.pool)
+        assert len(made) > 15
+        if end == "close":
+            llm.close()
+        else:
+            with llm:
+                pass
+        assert pool() is None
+        assert [tensor().shape for tensor in made if tensor() is not None] == []
+        del llm
+
+
+def test_a_load_that_fails_half_way_leaves_nothing(damaged):
+    made = []
+
+    class Enough(Exception):
+        pass
+
+    def progress(done: int, total: int) -> None:
+        if done == total // 2:
+            made.extend(tensor for tensor in large_tensors() if id(tensor()) not in before)
+            raise Enough
+
+    with without_collection():
+        before = {id(tensor()) for tensor in large_tensors()}
+        try:
+            LLM(damaged, threads_per_shard=1, progress=progress)
+        except Enough:
+            pass
+        assert len(made) > 5
+        assert [tensor().shape for tensor in made if tensor() is not None] == []

@@ -86,6 +86,42 @@ async def test_a_refused_request_fails_on_its_own_call():
         assert "9999" in event.failure.message
 
 
+async def test_a_request_that_cannot_be_read_costs_the_others_nothing():
+    engine = ScriptedEngine()
+    async with connected(engine) as stream:
+        await said(stream)
+        await stream.write(submit(1, 5))
+        request = await engine.requests.get()
+        engine.refusal = TypeError("not a number")
+        await stream.write(submit(2, 6))
+        (event,) = (await said(stream)).step.events
+        assert (event.call, event.failure.status) == (2, "INTERNAL")
+        assert "TypeError: not a number" in event.failure.message
+        engine.say(request, "x", 1)
+        assert (await said(stream)).step.events[0].delta.text == "x"
+
+
+async def test_an_answer_that_cannot_be_said_costs_the_others_of_its_step_nothing():
+    engine = ScriptedEngine()
+    async with connected(engine) as stream:
+        await said(stream)
+        for call in (4, 9, 7):
+            await stream.write(submit(call, call))
+        requests = [await engine.requests.get() for _ in range(3)]
+        texts = ["x", "\ud800", "y"]  # half a surrogate pair is no text
+        engine.send(*(output(r, text, 1) for r, text in zip(requests, texts, strict=True)))
+        step = (await said(stream)).step
+        assert [(e.call, e.failure.status or e.delta.text) for e in step.events] == [
+            (4, "x"),
+            (9, "INTERNAL"),
+            (7, "y"),
+        ]
+        assert await engine.cancelled.get() == requests[1].id
+        engine.say(requests[1], "z", 2)  # it is over
+        engine.say(requests[2], "z", 2)
+        assert [e.call for e in (await said(stream)).step.events] == [7]
+
+
 async def test_only_the_cancelled_call_is_cancelled():
     engine = ScriptedEngine()
     async with connected(engine) as stream:

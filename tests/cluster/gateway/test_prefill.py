@@ -10,7 +10,7 @@ from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.prefill import PrefillFirst
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
 from quire.replicas import service
-from quire.replicas.errors import QueueFull, Status
+from quire.replicas.errors import QueueFull, QuireError, Status
 from quire.replicas.request import Failure
 
 LONG, SHORT = list(range(10, 30)), [5, 6]
@@ -60,6 +60,25 @@ async def test_a_short_prompt_is_left_alone():
         await first.compute(submit)
     assert engine.requests.empty()
     assert submit.computed_by == ""
+
+
+async def test_a_prompt_that_a_prefill_replica_failed_at_goes_no_further():
+    engine, submit = ScriptedEngine(), submitted(LONG)
+    async with prefill_by(engine) as first:
+        computing = asyncio.ensure_future(first.compute(submit))
+        engine.send(Failure((await engine.requests.get()).id, Status.INTERNAL, "no such page"))
+        with pytest.raises(QuireError, match="no such page"):
+            await computing
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_prefill_replica_that_dies_with_a_prompt_is_counted(begun):
+    engine = ScriptedEngine()
+    async with prefill_by(engine) as first:
+        computing = asyncio.ensure_future(first.compute(submitted(LONG)))
+        request = await engine.requests.get()
+        engine.send(Failure(request.id, Status.UNAVAILABLE, "a shard died", begun))
+        assert await computing is begun
 
 
 @pytest.mark.parametrize("refusal", [QueueFull("as many as may be"), None])

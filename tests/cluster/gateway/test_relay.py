@@ -143,6 +143,48 @@ async def test_a_death_before_the_first_delta_is_not_noticed():
         assert died.requests.empty()
 
 
+async def test_what_an_engine_failed_at_is_asked_of_nobody_else():
+    first, second = ScriptedEngine(), ScriptedEngine()
+    async with staged(first, second) as stage:
+        answer = asyncio.ensure_future(collect_async(stage.client.generate(PROMPT)))
+        (request, failed), other, _ = await _first_of(first, second, with_request=True)
+        failed.send(Failure(request.id, Status.INTERNAL, "the engine failed (IndexError)", begun=True))
+        with pytest.raises(QuireError, match="IndexError") as caught:
+            await answer
+        assert caught.value.status is Status.INTERNAL
+        assert other.requests.empty()
+        assert (await stage.client.stats()).gateway_retries == 0
+
+
+async def test_a_request_that_kills_who_computes_it_is_given_to_two_at_most():
+    engines = [ScriptedEngine() for _ in range(4)]
+    async with staged(*engines) as stage:
+        answer = asyncio.ensure_future(collect_async(stage.client.generate(PROMPT)))
+        for _ in range(2):
+            await _until(lambda: any(not engine.requests.empty() for engine in engines))
+            number = next(n for n, engine in enumerate(engines) if not engine.requests.empty())
+            engines[number].requests.get_nowait()
+            await stage.kill_replica(number)
+        with pytest.raises(QuireError, match="2 replicas died while they computed this request") as caught:
+            await answer
+        assert caught.value.status is Status.INTERNAL
+        assert all(engine.requests.empty() for engine in engines)
+
+
+async def test_a_request_that_only_waited_where_replicas_died_is_asked_of_others():
+    engines = [ScriptedEngine() for _ in range(3)]
+    async with staged(*engines) as stage:
+        answer = asyncio.ensure_future(collect_async(stage.client.generate(PROMPT)))
+        for left in (2, 1, 0):
+            await _until(lambda: any(not engine.requests.empty() for engine in engines))
+            engine = next(engine for engine in engines if not engine.requests.empty())
+            request = engine.requests.get_nowait()
+            if left:
+                engine.send(Failure(request.id, Status.UNAVAILABLE, "the engine failed; its log says where"))
+        engine.say(request, "fine", 4, last=True)
+        assert (await answer).text == "fine"
+
+
 async def test_a_greedy_answer_goes_on_where_it_stopped():
     first, second = ScriptedEngine(), ScriptedEngine()
     async with staged(first, second) as stage:
