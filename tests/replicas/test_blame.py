@@ -1,4 +1,4 @@
-"""A fault of one request ends that request, in whatever part of a step it shows; a fault of the engine ends it."""
+"""A fault of one request ends that request, in whatever part of a step it shows."""
 
 from collections.abc import Callable
 from dataclasses import replace
