@@ -163,9 +163,11 @@ def deploy(config_file: Path, ray_address: str, app: str) -> None:
     CONFIG_FILE: as for `quire serve --config`, or as for `serve deploy`. The application stays up afterwards,
     until `serve delete` takes it down.
     """
+    from quire.cluster import preflight
     from quire.cluster.local import cluster, rolled_out
 
-    config = parse(_arguments(_read_tree(config_file), app))
+    config = preflight.located(parse(_arguments(_read_tree(config_file), app)))
+    preflight.check(config, here=False)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with cluster(config, ray_address):
         rolled_out(config, app, partial(click.echo, err=True))
@@ -318,15 +320,11 @@ def down(cluster_file: Path) -> None:
 @contextmanager
 def _running(config: ServeConfig, ray_address: str | None) -> Iterator[int]:
     """The application, up; gives the gateway's port. Ctrl-C and SIGTERM both take it down in order."""
-    from quire.cluster.gateway.server import check_port
-    from quire.cluster.layouts import policy_cost
+    from quire.cluster import preflight
     from quire.cluster.local import cluster, served
 
-    if ray_address is None:  # what can be found out in a second must not fail after a minute
-        check_port(config.gateway.host, config.gateway.port)
-        policy_cost(
-            config.engine.model, config.engine.kv, name="", page_tokens=config.engine.pool.page_tokens
-        )
+    config = preflight.located(config)
+    preflight.check(config, here=ray_address is None)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     signal.signal(signal.SIGTERM, _interrupt)
     click.echo("starting Ray", err=True)

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray import serve
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
-from quire.cluster.app import application
+from quire.cluster.app import application, gpus_per_shard
 from quire.cluster.config import ServeConfig
+from quire.cluster.room import Group, groups, lack
+from quire.kernels.formats import FormatError
 from quire.kvstore.directory_actor import end_directory
+from quire.replicas import errors
 from quire.replicas.deployment import loading_progress
-from quire.replicas.errors import ConfigError, ModelNotServable, QuireError, UnknownModel
+from quire.replicas.errors import ConfigError, QuireError, ReplicaDied
 
 APP = "quire"
 _POLL_S = 0.2
 _OBJECT_STORE_BYTES = 100 << 20  # nothing large travels through Ray
-_PERMANENT = {error.__name__: error for error in (ConfigError, ModelNotServable, UnknownModel)}
-"""What no second try mends."""
+_ERRORS = {name: error for name, error in vars(errors).items() if isinstance(error, type)}
+_SCALER_KEY = b"__autoscaling_status"
+"""Where Ray's monitor says what kinds of nodes it knows."""
 
 
 @contextmanager
@@ -88,36 +94,66 @@ def rolled_out(config: ServeConfig, app: str, on_progress: Callable[[str], None]
 
     Raises QuireError if something new does not start: then what it was to replace goes on.
     """
+    asked = groups(config, gpus_per_shard(config, ray.cluster_resources().get("GPU", 0)))
+    _missing(asked)
     (handle,) = serve.run_many(
         [serve.RunTarget(application(config), name=app, route_prefix=None)],
         wait_for_applications_running=False,
     )
-    _await_running(app, on_progress)
+    _await_running(app, asked, on_progress)
     return handle
 
 
-def _await_running(name: str, on_progress: Callable[[str], None]) -> None:
+def _await_running(name: str, asked: Sequence[Group], on_progress: Callable[[str], None]) -> None:
     said = ""
     while True:
         app = serve.status().applications[name]
         if app.status is ApplicationStatus.RUNNING:
             return
-        messages = [app.message, *(deployment.message for deployment in app.deployments.values())]
+        messages = [deployment.message for deployment in app.deployments.values() if deployment.message]
         failed = app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
-        _raise_failure("\n".join(messages), failed)
-        progress = loading_progress()
-        words = f"loading weights: {progress[0]}/{progress[1]} tensors" if progress else "starting processes"
+        _raise_failure("\n".join([app.message, *messages]), failed)
+        words = _missing(asked) or _progress(messages)
         if words != said:
             on_progress(said := words)
         time.sleep(_POLL_S)
 
 
+def _progress(messages: Sequence[str]) -> str:
+    if messages:  # Serve's own, on what takes long
+        return messages[0].strip().splitlines()[0]
+    progress = loading_progress()
+    return f"loading weights: {progress[0]}/{progress[1]} tensors" if progress else "starting processes"
+
+
+def _missing(asked: Sequence[Group]) -> str:
+    """What the cluster waits for if it may grow, else empty. Raises ConfigError if it can never hold all."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    reason = lack(asked, [node["Resources"] for node in nodes])
+    if reason is None:
+        return ""
+    if not _may_grow({node["NodeID"] for node in nodes}):
+        raise ConfigError(reason)
+    return f"waiting for nodes: {reason}"
+
+
+def _may_grow(nodes: Set[str]) -> bool:
+    """Whether somebody may add nodes. Without an autoscaler every node is the only one of its kind."""
+    status = json.loads(_internal_kv_get(_SCALER_KEY) or b"{}")
+    kinds = (status.get("autoscaler_report") or {}).get("active_nodes")
+    return not (kinds and all(kind.removeprefix("node_") in nodes for kind in kinds))
+
+
 def _raise_failure(messages: str, failed: bool) -> None:
-    """Finds our own error in what Serve says of a constructor that raised."""
-    for name, text in re.findall(r"quire\.replicas\.errors\.(\w+): (.+)", messages):
-        if name in _PERMANENT:
-            raise _PERMANENT[name](text)
-        if failed:
-            raise QuireError(f"{name}: {text}")
+    """Finds our own error in what Serve says of a constructor that raised.
+
+    Whatever it is, but for a process that died, no second try mends it.
+    """
+    named = rf"(?:{errors.__name__}|{FormatError.__module__})\.(\w+): (.+)"
+    for name, text in re.findall(named, messages):
+        error = _ERRORS.get(name, QuireError)
+        if failed or error is not ReplicaDied:
+            raise error(text)
     if failed:
-        raise QuireError(f"the application did not start: {messages.strip()}")
+        last = messages.strip().splitlines()[-1].strip()
+        raise QuireError(f"the application did not start: {last}. `serve status` has all of it")

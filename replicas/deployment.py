@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
@@ -25,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from quire.kvstore.directory_actor import RayDirectory
 from quire.kvstore.messages import ReplicaId
 from quire.replicas.config import EngineConfig, StoreConfig
+from quire.replicas.errors import UnknownModel
 from quire.replicas.neighbours import GrpcNeighbours, peer_name
 from quire.replicas.service import EngineService, bind
 from quire.replicas.service import serve as serve_on
@@ -124,9 +126,8 @@ class Replica:
         Raises UnknownModel, ModelNotServable, ConfigError, ReplicaDied.
         """
         from quire.replicas.async_engine import AsyncEngine
-        from quire.replicas.model.checkpoint import find_model
 
-        tokenizer = await asyncio.to_thread(lambda: read_tokenizer(find_model(config.model)))
+        tokenizer = await asyncio.to_thread(lambda: read_tokenizer(_folder(config.model)))
         bundles = get_current_placement_group()
         assert bundles is not None, "cluster/app.py deploys replicas in placement groups"
         launcher = RayShards(bundles, cpus=cpus_per_shard, gpus=gpus_per_shard)
@@ -179,6 +180,18 @@ class Replica:
         if self._neighbours is not None:
             self._neighbours.close()
         await self._server.stop(_SERVER_GRACE_S)
+
+
+def _folder(model: str) -> Path:
+    """Raises UnknownModel, which names this node."""
+    from quire.replicas.model.checkpoint import find_model
+
+    if Path(model).is_absolute() and not Path(model).is_dir():
+        raise UnknownModel(
+            f"node {_node_address()} has no folder {model}; a model's folder must have the same path on "
+            "every node that runs replicas"
+        )
+    return find_model(model)
 
 
 def _give_back(places: Iterable[str]) -> None:

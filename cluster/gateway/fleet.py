@@ -7,13 +7,13 @@ tests) only names a replica; requests and tokens travel on the link.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     ExitStack,
     asynccontextmanager,
-    suppress,
 )
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,7 +23,7 @@ from quire.cluster.gateway.links import Call, ReplicaLink
 from quire.cluster.gateway.prompts import Tokenizers
 from quire.cluster.routing.book import Route, Routes
 from quire.protos.quire.v1 import inference_pb2
-from quire.replicas.errors import ReplicaDied
+from quire.replicas.errors import QuireError, ReplicaDied
 
 _ANSWER_S = 5.0
 """How long a replica may take to say hello, or to tell its stats."""
@@ -64,6 +64,9 @@ class Place:
     route: Route
     call: Call | None
     """The request, where it was sent there already."""
+
+
+_NONE_UP = "none is up and has a place; it may still be loading"
 
 
 class NoReplicaReady(ReplicaDied):
@@ -110,14 +113,15 @@ class Fleet:
         `send` may be called before the place is sure, and again for another replica.
         Raises NoReplicaReady after `wait_s`.
         """
-        slot = AsyncExitStack()
+        slot, failures = AsyncExitStack(), deque[QuireError](maxlen=1)
         try:
             async with asyncio.timeout(self._wait_s):
-                place = await self._reserve(slot, token_ids, tenant, send)
+                place = await self._reserve(slot, token_ids, tenant, send, failures)
         except TimeoutError as error:
+            reason = failures[0] if failures else _NONE_UP
             raise NoReplicaReady(
-                f"no replica was ready within {self._wait_s:g} s; it may still be loading: try again, "
-                "or look at `quire stats` and the replica's log"
+                f"no replica was ready within {self._wait_s:g} s: {reason}; try again, or look at "
+                "`serve status` and the replica's log"
             ) from error
         try:
             self._meet_unknown()
@@ -171,9 +175,14 @@ class Fleet:
             await link.close()
 
     async def _reserve(
-        self, slot: AsyncExitStack, token_ids: Sequence[int], tenant: str, send: Send
+        self,
+        slot: AsyncExitStack,
+        token_ids: Sequence[int],
+        tenant: str,
+        send: Send,
+        failures: deque[QuireError],
     ) -> Place:
-        """`slot` gives the place back."""
+        """`slot` gives the place back. `failures` hears why it takes so long. Raises what no wait mends."""
         while True:
             early, attempt = Early(send, self._links), AsyncExitStack()
             route = self.routes.route(token_ids, tenant, early.ranked)
@@ -182,8 +191,12 @@ class Fleet:
                 unless_taken.callback(early.close)
                 chosen = await self._choose(attempt, route, early)
                 if chosen is not None and not self.routes.avoids(chosen.replica_id):
-                    with suppress(ReplicaDied):  # then another one, or this one a little later
+                    try:
                         link = await self._link(chosen)
+                    except QuireError as error:  # then another one, or this one a little later
+                        failures.append(error)
+                        self._give_up(chosen.replica_id, error)
+                    else:
                         route.reserved(chosen.replica_id)
                         link.tell_place(chosen.place, held=True)
                         slot.callback(link.tell_place, chosen.place, held=False)
@@ -194,6 +207,14 @@ class Fleet:
                             route.submitted(call.number)  # it may have been ranked elsewhere meanwhile
                         return Place(link, route, call)
             await asyncio.sleep(_PAUSE_S)
+
+    def _give_up(self, replica_id: str, error: QuireError) -> None:
+        """On a replica that no wait mends. Raises the error if it is the only one."""
+        if isinstance(error, ReplicaDied):
+            return
+        if not self.linked:
+            raise error
+        self.routes.left(replica_id, _AVOID_S)
 
     def _give_back(self, route: Route, slot: AsyncExitStack) -> None:
         """A machine that is gone does not answer this, and the request is to go elsewhere meanwhile."""
@@ -243,7 +264,7 @@ class Fleet:
     async def _meet(self, replica: ReplicaAddress) -> None:
         try:
             await self._link(replica)
-        except ReplicaDied:  # it is asked again later, beside a request
+        except QuireError:  # it is asked again later, beside a request
             self.routes.left(replica.replica_id, _AVOID_S)
 
     async def _link(self, chosen: ReplicaAddress) -> ReplicaLink:

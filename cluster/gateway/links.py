@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import grpc
 
 from quire.cluster.gateway.prompts import Prompts, Tokenizers
 from quire.kvstore.keys import KeySpace
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
-from quire.replicas.errors import ReplicaDied, Status
+from quire.replicas.errors import ConfigError, ReplicaDied, Status
 from quire.replicas.load_report import LoadReport
 from quire.replicas.request import ModelInfo
 from quire.replicas.service import INTERNAL_CHANNEL, SECRET_METADATA
@@ -101,7 +101,8 @@ class ReplicaLink:
     ) -> ReplicaLink:
         """`heard` is called with every report of the replica's load.
 
-        Raises ReplicaDied if the replica at `address` (host:port) does not say hello in time.
+        Raises ReplicaDied if the replica at `address` (host:port) does not say hello in time, ConfigError if
+        what it says can never be read.
         """
         channel = grpc.aio.insecure_channel(address, options=INTERNAL_CHANNEL)
         outbox: Outbox = asyncio.Queue()
@@ -124,6 +125,11 @@ class ReplicaLink:
             return ReplicaLink(channel, stream, outbox, first.hello, prompts, heard)
         except BaseException as error:  # also when the request that wanted the link is cancelled
             await channel.close()
+            if _too_large(error):
+                raise ConfigError(
+                    f"the replica at {address} has a model or tokenizer too large for one message: "
+                    f"{_reason(error)}"
+                ) from error
             if isinstance(error, grpc.aio.AioRpcError | TimeoutError):
                 raise ReplicaDied(f"the replica at {address} does not answer: {_reason(error)}") from error
             raise
@@ -241,3 +247,8 @@ def _lost(number: int, *, begun: bool) -> engine_pb2.Event:
 
 def _reason(error: grpc.aio.AioRpcError | TimeoutError) -> str:
     return f"{error.details()}" if isinstance(error, grpc.aio.AioRpcError) else "no hello in time"
+
+
+def _too_large(error: BaseException) -> TypeGuard[grpc.aio.AioRpcError]:
+    """Before its hello nothing else of a replica's is exhausted, so another try would end like this one."""
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -104,6 +104,16 @@ def test_an_error_of_a_shard_reaches_the_terminal(tmp_path):
 
 
 @pytest.mark.ray
+def test_a_cluster_without_what_is_asked_says_so(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("engine: {model: demo}\ngateway: {port: 0, resources: {moon: 1}}\n")
+    done = quire("serve", "--config", str(config))
+    assert done.returncode == 1
+    assert "quire: 1 gateway with 1 CPU and 1 moon: no node has that" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
 def test_generate_chat_and_stats_talk_to_a_gateway(served: Served):
     at = ("--address", served.address)
     said = quire("generate", "-", "--max-tokens", "8", *at, stdin="Long ago, a cat named")

@@ -15,7 +15,7 @@ from quire.cluster.client import AsyncClient, SamplingParams, collect_async
 from quire.cluster.config import parse
 from quire.cluster.gateways import addresses
 from quire.cluster.local import APP, cluster, rolled_out, served
-from quire.replicas.errors import ReplicaDied
+from quire.replicas.errors import ConfigError, ReplicaDied, UnknownModel
 
 pytestmark = pytest.mark.ray
 
@@ -72,6 +72,25 @@ async def test_without_a_change_nothing_is_replaced():
     before = actors()
     await roll_out(config())
     assert actors() == before
+
+
+async def test_what_the_cluster_can_never_hold_is_refused_and_replaces_nothing():
+    before, new = actors(), parse(TREE | {"replicas": TREE["replicas"] | {"cpus_per_shard": 500.0}})
+    with pytest.raises(
+        ConfigError, match=r"1 replica with 500 CPU: no node has that; the cluster has 1 node"
+    ):
+        await roll_out(new)
+    assert actors() == before
+
+
+async def test_a_folder_that_the_replicas_node_lacks_is_named_with_the_node():
+    before, right = actors(), await answers()
+    new = parse(TREE | {"engine": TREE["engine"] | {"model": "/nowhere/at/all"}})
+    with pytest.raises(UnknownModel, match=r"node [\d.]+ has no folder /nowhere/at/all"):
+        await roll_out(new)
+    assert await answers() == right
+    await roll_out(config())
+    assert actors()["Gateway"] == before["Gateway"]
 
 
 async def test_the_commands_find_the_application_and_leave_it_alone(tmp_path):

@@ -6,9 +6,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 from serving import SECRET, TOKENIZER, Listed, ScriptedEngine
 
-from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
+from quire.cluster.gateway.fleet import Fleet, NoReplicaReady, ReplicaAddress
 from quire.cluster.routing.book import Routes
 from quire.replicas import service
+from quire.replicas.errors import ConfigError
 
 
 class Clock:
@@ -66,17 +67,18 @@ class Stuck(Listed):
 
 
 @asynccontextmanager
-async def fleet_of(names, clock, chooser=Listed):
+async def fleet_of(names, clock, chooser=Listed, *, tokenizers=(), wait_s=10):
     async with AsyncExitStack() as stack:
         replicas = []
-        for name in names:
+        for at, name in enumerate(names):
+            tokenizer = tokenizers[at] if tokenizers else TOKENIZER
             served = service.EngineService(
-                ScriptedEngine(), secret=SECRET, replica_id=name, tokenizer=TOKENIZER
+                ScriptedEngine(), secret=SECRET, replica_id=name, tokenizer=tokenizer
             )
             server, address = await service.listen(served, "127.0.0.1")
             stack.push_async_callback(server.stop, None)
             replicas.append(ReplicaAddress(name, address))
-        fleet = Fleet(chooser(replicas), secret=SECRET, wait_s=10, routes=Routes(clock=clock))
+        fleet = Fleet(chooser(replicas), secret=SECRET, wait_s=wait_s, routes=Routes(clock=clock))
         stack.push_async_callback(fleet.close)
         yield fleet
 
@@ -192,3 +194,33 @@ async def held(fleet, done):
 def open_requests(fleet):
     """By replica, as the gateway's books have it."""
     return {name: len(known.open) for name, known in fleet.routes._replicas.items()}
+
+
+LARGE = TOKENIZER | {"trainer_state.json": b" " * (65 << 20)}
+
+
+async def test_a_replica_that_no_gateway_can_read_is_named_at_once():
+    async with fleet_of("a", Clock(), tokenizers=[LARGE]) as fleet, asyncio.timeout(5):
+        with pytest.raises(ConfigError, match=r"too large for one message: .*larger than max"):
+            await taken_by(fleet, 1)
+
+
+async def test_a_replica_that_no_gateway_can_read_costs_nothing_while_there_are_others():
+    async with fleet_of("ab", Clock(), tokenizers=[TOKENIZER, LARGE]) as fleet, asyncio.timeout(20):
+        fleet._chooser.replicas.reverse()  # "a" is met first
+        assert await taken_by(fleet, 6) == {"a"}
+
+
+async def test_who_waited_in_vain_hears_why():
+    async with fleet_of("a", Clock(), wait_s=0.5) as fleet:
+        (replica,) = fleet._chooser.replicas
+        fleet._chooser.replicas = [ReplicaAddress("b", "127.0.0.1:1")]
+        with pytest.raises(
+            NoReplicaReady, match=r"within 0\.5 s: the replica at 127\.0\.0\.1:1 does not answer"
+        ):
+            await taken_by(fleet, 1)
+        fleet._chooser.replicas = []
+        with pytest.raises(NoReplicaReady, match=r"within 0\.5 s: none is up"):
+            await taken_by(fleet, 1)
+        fleet._chooser.replicas = [replica]
+        assert await taken_by(fleet, 1) == {"a"}
