@@ -96,23 +96,34 @@ def rolled_out(config: ServeConfig, app: str, on_progress: Callable[[str], None]
     """
     asked = groups(config, gpus_per_shard(config, ray.cluster_resources().get("GPU", 0)))
     _missing(asked)
+    before = _messages(app)
     (handle,) = serve.run_many(
         [serve.RunTarget(application(config), name=app, route_prefix=None)],
         wait_for_applications_running=False,
     )
-    _await_running(app, asked, on_progress)
+    _await_running(app, asked, before, on_progress)
     return handle
 
 
-def _await_running(name: str, asked: Sequence[Group], on_progress: Callable[[str], None]) -> None:
+def _messages(name: str) -> list[str]:
+    """What Serve says of the application and its deployments."""
+    app = serve.status().applications.get(name)
+    deployments = app.deployments.values() if app else ()
+    return [said for said in (app.message if app else "", *(d.message for d in deployments)) if said]
+
+
+def _await_running(
+    name: str, asked: Sequence[Group], before: Sequence[str], on_progress: Callable[[str], None]
+) -> None:
+    """`before`: messages from before the deployment, which Serve may still show."""
     said = ""
     while True:
         app = serve.status().applications[name]
         if app.status is ApplicationStatus.RUNNING:
             return
-        messages = [deployment.message for deployment in app.deployments.values() if deployment.message]
         failed = app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
-        _raise_failure("\n".join([app.message, *messages]), failed)
+        messages = [message for message in _messages(name) if failed or message not in before]
+        _raise_failure("\n".join(messages), failed)
         words = _missing(asked) or _progress(messages)
         if words != said:
             on_progress(said := words)
@@ -155,5 +166,5 @@ def _raise_failure(messages: str, failed: bool) -> None:
         if failed or error is not ReplicaDied:
             raise error(text)
     if failed:
-        last = messages.strip().splitlines()[-1].strip()
+        last = messages.strip().rpartition("\n")[2].strip()
         raise QuireError(f"the application did not start: {last}. `serve status` has all of it")

@@ -1,4 +1,4 @@
-"""What a cluster can never hold is said in the words of the configuration; what it may hold is not doubted."""
+"""What a cluster can never hold is said in the configuration's words; what it may hold is not doubted."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def nodes(*cpus, **others):
         pytest.param(
             asked(gpus=1.0),
             nodes(8, 4),
-            "1 replica with 1 CPU and 1 GPU: no node has that; the cluster has 2 nodes with 4 CPU and 0 GPU or 8",
+            "1 CPU and 1 GPU: no node has that; the cluster has 2 nodes with 4 CPU and 0 GPU or 8",
             id="no GPU",
         ),
         pytest.param(
@@ -59,7 +59,7 @@ def nodes(*cpus, **others):
         pytest.param(
             asked(replicas={"count": 2}),
             nodes(2),
-            "2 replicas with 1 CPU each and 1 gateway with 1 CPU: that is 3 CPU; the cluster has 1 node with 2",
+            "2 replicas with 1 CPU each and 1 gateway with 1 CPU: that is 3 CPU; the cluster has 1 node",
             id="nothing left for the gateway",
         ),
         pytest.param(
