@@ -185,7 +185,6 @@ def wrong_values() -> list[Bad]:
     return [
         *(generate(refused, text=text, sampling=values) for values in wrong),
         generate(refused),
-        generate(refused, text=""),
         generate(refused, token_ids=ids()),
         generate(refused, token_ids=ids(4096)),
         generate(refused, token_ids=ids(2**32 - 1)),
