@@ -106,18 +106,12 @@ class Shard:
         all_loaded()
         self._transforms = self._measured_transforms(loaded, max_model_tokens)
         self._forward = ForwardPass(loaded.model, compiled=self._on_one_gpu and config.gpu.compile)
-        pool_bytes = self._pool_bytes(config, loaded, max_model_tokens)
-        self.num_pages = pool_bytes // self.layout.page_bytes
-        if self.num_pages < 1:
-            raise ConfigError(
-                f"a pool of {pool_bytes} bytes holds no page of {self.layout.page_bytes}; raise pool.bytes "
-                "or pool.memory_fraction"
-            )
-        self._builder = self._step_builder(loaded, self.num_pages)
         self._graphs: DecodeGraphs | None = None
-        if self._on_one_gpu and config.gpu.graphs:
-            max_pages = -(-max_model_tokens // self.layout.page_tokens)
-            self._graphs = DecodeGraphs(self._forward, self._builder, config.scheduler.max_running, max_pages)
+        try:
+            self._allocate(config, loaded, max_model_tokens)
+        except BaseException:
+            self._forward.close()
+            raise
         self.info = ModelInfo(
             model=config.name or config.model,
             architecture=type(loaded.model).__name__,
@@ -164,11 +158,27 @@ class Shard:
         self._graphs = None
         self._builder.close()
         self._forward.close()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
     def _on_one_gpu(self) -> bool:
         """Sums over shards are neither compiled nor captured."""
         return self.device.type == "cuda" and self._group is None
+
+    def _allocate(self, config: EngineConfig, loaded: LoadedModel, max_model_tokens: int) -> None:
+        """The pages, and what runs over them."""
+        pool_bytes = self._pool_bytes(config, loaded, max_model_tokens)
+        self.num_pages = pool_bytes // self.layout.page_bytes
+        if self.num_pages < 1:
+            raise ConfigError(
+                f"a pool of {pool_bytes} bytes holds no page of {self.layout.page_bytes}; raise pool.bytes "
+                "or pool.memory_fraction"
+            )
+        self._builder = self._step_builder(loaded, self.num_pages)
+        if self._on_one_gpu and config.gpu.graphs:
+            max_pages = -(-max_model_tokens // self.layout.page_tokens)
+            self._graphs = DecodeGraphs(self._forward, self._builder, config.scheduler.max_running, max_pages)
 
     def _pool_bytes(self, config: EngineConfig, loaded: LoadedModel, max_model_tokens: int) -> int:
         """As configured; else on a GPU what the largest step leaves, which also compiles what steps need."""
