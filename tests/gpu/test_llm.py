@@ -24,9 +24,7 @@ def _without_collection():
 
 
 def test_closing_frees_weights_and_pages_at_once():
-    LLM(
-        "demo", pool=PoolConfig(bytes=POOL_BYTES)
-    ).close()  # what the first one leaves: contexts, libraries, kernels
+    LLM("demo", pool=PoolConfig(bytes=POOL_BYTES)).close()  # what a first one leaves stays
     before = torch.cuda.memory_allocated()
     with LLM("demo", pool=PoolConfig(bytes=POOL_BYTES)) as llm:
         llm.generate([[5, 6, 7]], SamplingParams(max_tokens=20, ignore_eos=True))
