@@ -61,15 +61,17 @@ def without_tokenizer(folder: Path) -> None:
         file.unlink()
 
 
-def broken_config(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
+def broken(name: str):
+    return lambda folder: (folder / name).write_text("{")
 
 
 @pytest.mark.parametrize(
     ("damage", "engine", "says"),
     [
         (without_tokenizer, {}, "holds no tokenizer"),
-        (broken_config, {}, "config.json"),
+        (broken("config.json"), {}, "config.json"),
+        (broken("tokenizer.json"), {}, "tokenizer.json"),
+        (broken("generation_config.json"), {}, "generation_config.json"),
         (lambda folder: None, {"max_model_tokens": 10**6}, "max_model_tokens is 1000000"),
         (lambda folder: None, {"tp": 3}, "3"),
     ],
