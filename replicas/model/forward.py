@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quire.replicas.model.compiled import OpaqueAttention, compile_layers
+from quire.replicas.model.merged import release_products
 from quire.replicas.model.step import ModelInputs
 
 
@@ -39,6 +40,7 @@ class ForwardPass:
 
     def close(self) -> None:
         """Give the weights back at once, also where modules refer to themselves, as compiled ones do."""
+        release_products(self.model)
         for module in self.model.modules():
             module._parameters.clear()
             module._buffers.clear()

@@ -45,6 +45,9 @@ class _Part(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self._product.of(x, last=self._last)[..., self._columns]
 
+    def release(self) -> None:
+        del self._product
+
 
 def merge_products(model: PreTrainedModel) -> None:
     """Merge sibling projections wherever all are plain linear layers without hooks. Their memory is moved."""
@@ -55,6 +58,13 @@ def merge_products(model: PreTrainedModel) -> None:
             with_bias = {linear.bias is not None for linear in linears}
             if len(linears) == len(names) and len(with_bias) == 1:
                 _merge(module, names, linears)
+
+
+def release_products(model: nn.Module) -> None:
+    """Give the merged weights up: no part can be called afterwards."""
+    for module in model.modules():
+        if isinstance(module, _Part):
+            module.release()
 
 
 def _merge(module: nn.Module, names: tuple[str, ...], linears: list[nn.Linear]) -> None:

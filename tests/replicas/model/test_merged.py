@@ -1,9 +1,12 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quire.replicas.model.compiled import compile_layers
-from quire.replicas.model.merged import merge_products
+from quire.replicas.model.merged import merge_products, release_products
 
 TOKENS = torch.arange(12)[None] % 7
 
@@ -97,3 +100,15 @@ def test_compiling_merged_layers_changes_nothing():
     merge_products(model)
     compile_layers(model)
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_merged_is_released_at_once():
+    model = model_of("llama")
+    merge_products(model)
+    product = weakref.ref(model.model.layers[0].self_attn.q_proj._product)
+    gc.disable()
+    try:
+        release_products(model)
+        assert product() is None
+    finally:
+        gc.enable()
