@@ -24,14 +24,14 @@ from quire.kvstore.directory import Announcement, Directory, Holder
 from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
 from quire.kvstore.failures import TransferFailed
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
-from quire.kvstore.link_transport import LinkTransport
 from quire.kvstore.links import LinkConfig
 from quire.kvstore.messages import Moved, ReplicaId, TransferId, from_bytes, to_bytes
 from quire.kvstore.mover import PageMover, ShardPool
 from quire.kvstore.pool import IntegrityError, PagePool
 from quire.kvstore.prefix_index import PageId
+from quire.kvstore.tcp import TcpTransport
 
-HOST, CPU = "127.0.0.1", torch.device("cpu")
+HOST = "127.0.0.1"
 HEADS, PAGE_TOKENS = 4, 16
 LAYOUT = PageLayout(layer_formats("int8", 2), HEADS, 64, PAGE_TOKENS)
 PAGES, CHUNK_BYTES = 96, 64_000  # of a pool; a chunk is a few pages
@@ -144,7 +144,7 @@ class Replica:
         # Not a method of ours: in a cycle, the store would go on listening for a while after our death.
         self._pool = PagePool(PAGES, lambda blocks: announcer.removed([key for key, _ in blocks]))
         self._pool_NB = torch.zeros(PAGES, LAYOUT.page_bytes, dtype=torch.uint8)
-        self._transport = LinkTransport(HOST, CPU, LINKS)
+        self._transport = TcpTransport(HOST, LINKS)
         shard = ShardPool(self._pool_NB, LAYOUT, 0, 1, HEADS)
         self._mover = PageMover(shard, self._transport, chunk_bytes=CHUNK_BYTES)
         endpoints = [self._transport.endpoint]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 
 
 def host_store(host: str, patience_s: float) -> TCPStore:
@@ -141,6 +141,6 @@ class Pair:
 _POLL_S = 50e-6
 
 
-def reason_of(error: RuntimeError) -> str:
-    """What torch's error says, without its source lines and advice."""
+def reason_of(error: Exception) -> str:
+    """What an error says, without torch's source lines and advice."""
     return re.sub(r"\[/\S+\] |\. This is typically.*", "", str(error).splitlines()[0])

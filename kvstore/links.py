@@ -1,41 +1,29 @@
-"""The two ends of a link: a one-way 2-rank group, opened on demand, with a thread of its own.
+"""What all kinds of links share: one thread per peer and direction that moves streams one after another, a
+bounded table of them, and the `Transport` that is made of two such tables.
 
-A link leads from one sender to one receiver and meets in the receiver's store, under the sender's name:
-
-    generation        counts the link's groups: a group that saw an error is never used again
-    starts            queue of "<ticket> <generation> <digest>": what the sender sends next, in which group,
-                      and in chunks of what sizes. One of another size than it expects would end the
-                      receiver's process (gloo)
-    dropped/<g>       the receiver has given up group g: the sender opens another one
-
-Any error or deadline drops the group and fails the stream; the next stream opens the next generation.
+How bytes travel is in `tcp.py` (CPUs) and `pair_links.py` (GPUs).
 """
 
 from __future__ import annotations
 
-import hashlib
-import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
-from contextlib import ExitStack, nullcontext, suppress
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store
 
 from quire.kvstore.failures import Cause, TransferFailed
-from quire.kvstore.groups import PAIR_KEYS, Pair, join_store, reason_of
+from quire.kvstore.groups import reason_of
 from quire.kvstore.streams import Body, Stream
 from quire.kvstore.threads import give_way
 from quire.kvstore.transport import Endpoint, Sink, Source, Ticket
-
-_SOON_S, _LOOK_S = 0.0002, 0.01
-"""How long a receiver waits between two looks at what its peer has started: at first, and at most."""
+from quire.kvstore.watch import Watch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,26 +57,12 @@ class Site:
     device: torch.device
     config: LinkConfig
 
-    def meeting(self, receiver: Endpoint, sender: Endpoint) -> Store:
-        """The part of the receiver's store that belongs to the link; a connection of its own."""
-        patience_s = self.config.operation_timeout_s
-        address = (receiver.host, receiver.port)
-        try:
-            socket.create_connection(address, patience_s).close()  # a refusal would cost the store a second
-        except OSError as error:
-            raise TransferFailed(Cause.PEER, f"{receiver.host}:{receiver.port}: {error.strerror}") from error
-        return PrefixStore(f"link/{sender.name}", join_store(*address, patience_s))
-
 
 class Link(ABC, Generic[Body]):
-    """One end of a link: streams in, moved one after another by a thread of its own."""
+    """One end of a link: a queue of streams, and the thread that moves them."""
 
     def __init__(self, here: Site, peer: Endpoint) -> None:
         self._here, self._peer, self._patience_s = here, peer, here.config.operation_timeout_s
-        self._store: Store | None = None
-        self._pair: Pair | None = None
-        self._generation = 0
-        self._memory: dict[int, Tensor] = {}
         self._waiting: OrderedDict[Ticket, Stream[Body]] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
@@ -111,12 +85,10 @@ class Link(ABC, Generic[Body]):
             self._changed.notify_all()
 
     def overdue(self, stream: Stream[Body]) -> bool:
-        """Whether the thread is still with `stream`: then no other begins on this link, whatever it does."""
+        """The stream's time is up. Returns whether the thread may hang in it, so that the link is lost."""
         with self._changed:
             self._waiting.pop(stream.ticket, None)
-            hangs = self._current is stream
-            self._closed |= hangs
-            return hangs
+            return False
 
     def stop(self) -> None:
         """The thread ends as soon as it looks."""
@@ -125,9 +97,7 @@ class Link(ABC, Generic[Body]):
             self._changed.notify_all()
 
     def close(self, error: TransferFailed) -> None:
-        """Waits for the thread only while chunks arrive in place, and then for the next one at most: it may
-        hang in a call until its peer is gone.
-        """
+        """Fail all streams. Does not wait for the thread, which may hang in a call until its peer is gone."""
         self.stop()
         with self._changed:
             left = [*self._waiting.values(), *([self._current] if self._current else [])]
@@ -141,15 +111,24 @@ class Link(ABC, Generic[Body]):
 
     @abstractmethod
     def _next(self) -> Stream[Body] | None:
-        """Wait for the next stream and make the group ready for it; None when there was none for a while."""
+        """Wait for the next stream, which becomes the current one; None when there was none for a while."""
 
     @abstractmethod
-    def _move(self, stream: Stream[Body], pair: Pair) -> None:
+    def _move(self, stream: Stream[Body]) -> None:
         """All its chunks."""
 
     @abstractmethod
     def _drop(self) -> None:
-        """The group is not used again."""
+        """Give up the connection to the peer: nothing that is still under way in it is wanted any more."""
+
+    def _take_first(self) -> Stream[Body] | None:
+        """Wait for a stream and make the one that came first the current one; None if the link was closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return None
+            _, self._current = self._waiting.popitem(last=False)
+            return self._current
 
     def _run(self) -> None:
         with ExitStack() as stack:
@@ -165,244 +144,128 @@ class Link(ABC, Generic[Body]):
     def _turn(self) -> None:
         try:
             stream = self._next()
-            if stream is not None and self._pair is not None:
-                self._move(stream, self._pair)
+            if stream is not None:
+                self._move(stream)
                 stream.end()
         except TransferFailed as error:
             self._give_up(error)
-        except RuntimeError as error:  # torch's own, whatever happened
+        except (RuntimeError, OSError) as error:  # torch's own, and the sockets'
             self._give_up(TransferFailed(Cause.PEER, f"{self._peer.host}: {reason_of(error)}"))
         finally:
             self._current = None
-
-    def _drop_pair(self) -> None:
-        """The link's memory goes with it: what is still under way may write there, and nowhere else."""
-        if self._pair is not None:
-            self._pair.drop()
-            self._pair, self._memory = None, {}
 
     def _give_up(self, error: TransferFailed) -> None:
         self._drop()
         if self._current is not None:
             self._current.end(error)
 
-    def _connect(self, store: Store, generation: int, rank: int) -> None:
-        here, group = self._here, PrefixStore(str(generation), store)
-        self._generation = generation
-        self._pair = Pair(
-            group, rank=rank, host=here.endpoint.host, device=here.device, timeout_s=self._patience_s
-        )
-
-    def _wait(self, stream: Stream[Body], pair: Pair, work: dist.Work) -> None:
-        """For a chunk; never past the stream's deadline."""
-        try:
-            pair.wait(work, min(self._patience_s, stream.deadline_s - time.monotonic()))
-        except RuntimeError:
-            self._check(stream)
-            raise
-
     def _check(self, stream: Stream[Body]) -> None:
         stream.check()
         if self._closed:
             raise TransferFailed(Cause.CLOSED, "the link was closed")
 
-    def _depth(self, body: Body) -> int:
-        """How many of its chunks are under way at once."""
-        config = self._here.config
-        return config.depth_in_place if body.rooms else config.depth
 
-    def _room(self, body: Body, index: int) -> Tensor:
-        """Where the chunk lies or belongs, or memory of the link: each one under way has its own."""
-        if index < len(body.rooms):
-            return body.rooms[index]
-        slot, size = index % self._depth(body), body.sizes[index]
-        if slot not in self._memory or self._memory[slot].numel() < size:
-            self._memory[slot] = torch.empty(size, dtype=torch.uint8, device=self._here.device)
-        return self._memory[slot][:size]
+class LinkTable(Generic[Body]):
+    """The links of one direction, by peer; the least recently used first."""
+
+    def __init__(self, open_link: Callable[[Endpoint], Link[Body]], most: int) -> None:
+        self._open: Callable[[Endpoint], Link[Body]] = open_link
+        self._most = most
+        self._links: OrderedDict[str, Link[Body]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def put(self, peer: Endpoint, stream: Stream[Body]) -> Link[Body]:
+        """Onto the peer's link. Raises TransferFailed if there is none and no other can make room."""
+        with self._lock:
+            link = self._of(peer)
+            link.put(stream)
+            return link
+
+    def link(self, peer: Endpoint) -> Link[Body]:
+        """The peer's link, opened if need be. Raises TransferFailed likewise."""
+        with self._lock:
+            return self._of(peer)
+
+    def _of(self, peer: Endpoint) -> Link[Body]:
+        link = self._links.get(peer.name)
+        if link is None or not link.usable:
+            self._make_room()
+            link = self._links[peer.name] = self._open(peer)
+        self._links.move_to_end(peer.name)
+        return link
+
+    def overdue(self, peer: Endpoint, link: Link[Body], stream: Stream[Body]) -> None:
+        """Ends the stream, and its link with it if that hangs: the next stream gets another one."""
+        hangs = link.overdue(stream)
+        stream.end(
+            TransferFailed(Cause.DEADLINE, f"{peer.host}: stream {stream.ticket} was not done in time")
+        )
+        if hangs:
+            with self._lock:
+                if self._links.get(peer.name) is link:
+                    del self._links[peer.name]
+            link.close(TransferFailed(Cause.PEER, f"{peer.host}: the link hung and was given up"))
+
+    def clear(self) -> list[Link[Body]]:
+        """All links, none of which begins another stream."""
+        with self._lock:
+            links = list(self._links.values())
+            self._links.clear()
+        for link in links:
+            link.stop()
+        return links
+
+    def _make_room(self) -> None:
+        if len(self._links) < self._most:
+            return
+        for name, link in self._links.items():
+            if link.idle or not link.usable:
+                del self._links[name]
+                link.close(TransferFailed(Cause.CLOSED, "the link made room for another one"))
+                return
+        raise TransferFailed(Cause.BUSY, f"all {self._most} links are in use; raise max_links to allow more")
 
 
-class OutLink(Link[Source]):
-    """The sender's end."""
+class LinkTransport:
+    """The `Transport` of one shard's process, over links of one kind."""
 
-    def _next(self) -> Stream[Source] | None:
-        with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait()
-            if self._closed:
-                return None
-            _, self._current = self._waiting.popitem(last=False)
-        stream = self._current
-        if stream.ended:
-            return None
-        if self._was_dropped():
-            self._drop_pair()
-        if self._store is None:
-            self._drop_pair()
-            self._store = self._here.meeting(self._peer, self._here.endpoint)
-        fresh = self._pair is None
-        if fresh:
-            self._generation = self._store.add("generation", 1)
-            last = self._generation - 1
-            for key in (f"dropped/{last}", *(f"{last}/{key}" for key in PAIR_KEYS)):  # what it left behind
-                self._store.delete_key(key)
-        if stream.ended:  # the store's answers came too late: another link may have taken over
-            self._drop()
-            return None
-        self._store.queue_push("starts", f"{stream.ticket} {self._generation} {_digest(stream.body.sizes)}")
-        if fresh:
-            self._connect(self._store, self._generation, 0)
-        return stream
+    def __init__(
+        self,
+        here: Site,
+        open_out: Callable[[Site, Endpoint], Link[Source]],
+        open_in: Callable[[Site, Endpoint], Link[Sink]],
+    ) -> None:
+        self._endpoint, config = here.endpoint, here.config
+        self._out: LinkTable[Source] = LinkTable(lambda peer: open_out(here, peer), config.max_links)
+        self._in: LinkTable[Sink] = LinkTable(lambda peer: open_in(here, peer), config.max_links)
+        self._watch, self._patience_s = Watch(), config.operation_timeout_s
 
-    def _was_dropped(self) -> bool:
-        """By the receiver. A connection that was reset while the link was idle is given up."""
+    @property
+    def endpoint(self) -> Endpoint:
+        return self._endpoint
+
+    def send(self, peer: Endpoint, ticket: Ticket, source: Source, timeout_s: float) -> Future[None]:
+        return self._start(self._out, peer, Stream(ticket, source, time.monotonic() + timeout_s))
+
+    def receive(self, peer: Endpoint, ticket: Ticket, sink: Sink, timeout_s: float) -> Future[None]:
+        stream = Stream(ticket, sink, time.monotonic() + timeout_s, settle=sink.settle)
+        return self._start(self._in, peer, stream)
+
+    def close(self) -> None:
+        self._watch.close()
+        links: list[Link[Any]] = [*self._out.clear(), *self._in.clear()]
+        for link in links:
+            link.close(TransferFailed(Cause.CLOSED, "the transport was closed"))
+        # A thread that is inside torch when the interpreter ends takes the process down with an abort.
+        until_s = time.monotonic() + self._patience_s
+        for link in links:
+            link.join(until_s)
+
+    def _start(self, table: LinkTable[Body], peer: Endpoint, stream: Stream[Body]) -> Future[None]:
         try:
-            return self._store is not None and self._store.check([f"dropped/{self._generation}"])
-        except RuntimeError:
-            self._store = None
-            return False
-
-    def _move(self, stream: Stream[Source], pair: Pair) -> None:
-        body, under_way = stream.body, deque[dist.Work]()
-        for index in range(len(body.sizes)):
-            if len(under_way) == self._depth(body):
-                self._wait(stream, pair, under_way.popleft())
-            self._check(stream)
-            chunk = body.give(index, self._room(body, index))
-            under_way.append(pair.post(chunk, index))
-        while under_way:
-            self._wait(stream, pair, under_way.popleft())
-
-    def _drop(self) -> None:
-        self._drop_pair()
-        self._store = None  # its connection may be the one that broke
-
-
-class InLink(Link[Sink]):
-    """The receiver's end. It follows the order in which the sender starts."""
-
-    def _next(self) -> Stream[Sink] | None:
-        with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait()
-        if self._closed:
-            return None
-        start = self._start()
-        if start is None:
-            return None
-        ticket, generation, sizes = start
-        if generation < self._generation:  # from a thread that the sender had given up
-            self._put_back()
-            return None
-        if generation != self._generation:
-            self._drop_pair()
-            self._meet().delete_key(f"dropped/{self._generation}")
-            self._generation = generation
-        if self._current is None:
-            raise TransferFailed(Cause.DEADLINE, f"stream {ticket} came when nobody waited for it any more")
-        if sizes != _digest(self._current.body.sizes):
-            raise TransferFailed(Cause.HEADER, f"stream {ticket} has other chunks than were agreed")
-        if self._pair is None:
-            self._connect(self._meet(), generation, 1)
-        return self._current
-
-    def _start(self) -> tuple[Ticket, int, str] | None:
-        """What the sender sends now: ticket, generation, sizes. Its stream, if any, becomes the current one.
-
-        A sender may be faster than the message that announces it, so that its stream is waited for; but
-        where it has started another one since, the first is over.
-        """
-        start = self._wait_for_start()
-        if start is None:
-            return None
-        end_s = time.monotonic() + self._patience_s / 2
-        while True:
-            while (newer := self._pop()) is not None:
-                start = newer
-            ticket, generation, sizes = start.decode().split()
-            if self._begin(Ticket(int(ticket))) or self._closed or time.monotonic() > end_s:
-                return Ticket(int(ticket)), int(generation), sizes
-
-    def _wait_for_start(self) -> bytes | None:
-        """The next start, as long as a stream waits for one. Asks often at first, then less."""
-        pause_s = _SOON_S
-        while not self._closed:
-            if (start := self._pop()) is not None:
-                return start
-            with self._changed:
-                if not self._waiting:
-                    break
-                self._changed.wait(pause_s)
-            pause_s = min(1.5 * pause_s, _LOOK_S)
-        return None
-
-    def _pop(self) -> bytes | None:
-        """The next start, if there is one. A connection that was reset, mostly while idle, is given up."""
-        try:
-            return self._meet().queue_pop("starts", block=False)
-        except dist.QueueEmptyError:
-            return None
-        except RuntimeError:
-            self._store = None
-            return None
-
-    def _meet(self) -> Store:
-        if self._store is None:
-            self._store = self._here.meeting(self._here.endpoint, self._peer)
-        return self._store
-
-    def _put_back(self) -> None:
-        with self._changed:
-            if self._current is not None and not self._current.ended:
-                self._waiting[self._current.ticket] = self._current
-            self._current = None
-
-    def _begin(self, ticket: Ticket) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: ticket in self._waiting or self._closed, _LOOK_S)
-            self._current = self._waiting.pop(ticket, None)
-            return self._current is not None
-
-    def _move(self, stream: Stream[Sink], pair: Pair) -> None:
-        """What arrives in its room is written there as long as its socket is open: from before the first is
-        asked for until all have come, or the sockets are closed, no thread ends the stream.
-        """
-        arriving = deque[dist.Work]()
-        with stream.lock if stream.body.rooms else nullcontext():
-            self._check(stream)
-            try:
-                self._receive(stream, pair, arriving)
-            except BaseException:
-                pair.stop(arriving)
-                raise
-        stream.body.verify()
-
-    def _receive(self, stream: Stream[Sink], pair: Pair, arriving: deque[dist.Work]) -> None:
-        body, depth = stream.body, self._depth(stream.body)
-
-        def post(index: int) -> None:
-            if index < len(body.sizes):
-                arriving.append(pair.post(self._room(body, index), index))
-
-        for index in range(depth):
-            post(index)
-        for index in range(len(body.sizes)):
-            self._wait(stream, pair, arriving[0])
-            arriving.popleft()
-            in_place = index < len(body.rooms)
-            if in_place:  # the next one has memory of its own, and may come while this one is taken
-                post(index + depth)
-            with stream.lock:
-                self._check(stream)
-                body.take(index, self._room(body, index))
-            if not in_place:
-                post(index + depth)
-
-    def _drop(self) -> None:
-        if self._store is not None:
-            with suppress(RuntimeError):  # our own store: where it is gone, so is the transport
-                self._store.set(f"dropped/{self._generation}", "")
-        self._drop_pair()
-
-
-def _digest(sizes: tuple[int, ...]) -> str:
-    return hashlib.blake2b(repr(sizes).encode(), digest_size=8).hexdigest()
+            link = table.put(peer, stream)
+        except TransferFailed as error:
+            stream.end(error)
+        else:
+            self._watch.at(stream.deadline_s, lambda: table.overdue(peer, link, stream))
+        return stream.future

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store
 
 from quire.kvstore.groups import gloo_group, nccl_group, reason_of
 from quire.replicas.errors import ReplicaDied

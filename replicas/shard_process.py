@@ -17,7 +17,7 @@ from enum import IntEnum
 from functools import partial
 
 import torch
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store
 
 from quire.kvstore.groups import join_store
 from quire.kvstore.host_tier import Copies

@@ -12,10 +12,10 @@ import torch
 
 from quire.kvstore.bandwidth import Bandwidth
 from quire.kvstore.host_tier import Copies, HostPages
-from quire.kvstore.link_transport import LinkTransport
 from quire.kvstore.links import LinkConfig
 from quire.kvstore.messages import CompletePages, Moved, Order
 from quire.kvstore.mover import CHUNK_BYTES, PageMover, ShardPool
+from quire.kvstore.open_transport import open_transport
 from quire.kvstore.transport import Endpoint, Transport
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import ConfigError
@@ -42,7 +42,7 @@ class ShardStore:
         self._mover: PageMover | None = None
         self.endpoint = None
         if links is not None:
-            self._transport = LinkTransport(host, shard.device, links)
+            self._transport = open_transport(host, shard.device, links)
             pool = ShardPool(shard.pool, shard.layout, rank, config.tp, shard.kv_heads)
             most_s = config.store.max_send_bytes_s
             limit = Bandwidth(most_s, CHUNK_BYTES[shard.device.type]) if most_s else None

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore
+from torch.distributed import PrefixStore
 
 from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.rows import Row, alternate, median
@@ -27,10 +27,10 @@ from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kvstore.groups import Pair, host_store, join_store
 from quire.kvstore.keys import KeySpace, extend_chain
-from quire.kvstore.link_transport import LinkTransport
 from quire.kvstore.links import LinkConfig
 from quire.kvstore.messages import Moved, ReceivePages, ReplicaId, SendPages, TransferId
 from quire.kvstore.mover import CHUNK_BYTES, PageMover, ShardPool
+from quire.kvstore.pair_links import PairTransport
 
 LAYERS, HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
 HOST, PATIENCE_S, LIMIT_S = "127.0.0.1", 10.0, 60.0
@@ -128,7 +128,7 @@ def _end(rank: int, device: int, alone: bool, kv: str, blocks: int, port: int, p
     pool_NB = torch.zeros(blocks, layout.page_bytes, dtype=torch.uint8, device=here)
     if rank == 0:
         pool_NB.random_(0, 256)
-    transport = LinkTransport(HOST, here, LinkConfig(operation_timeout_s=PATIENCE_S))
+    transport = PairTransport(HOST, here, LinkConfig(operation_timeout_s=PATIENCE_S))
     mover = PageMover(ShardPool(pool_NB, layout, 0, 1, HEADS), transport)
     keys = tuple(extend_chain(KeySpace(b"l", b"m", b"t").root(), range(PAGE_TOKENS * blocks), PAGE_TOKENS))
     pages, generations = tuple(torch.randperm(blocks).tolist()), (1,) * blocks

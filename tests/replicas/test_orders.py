@@ -7,7 +7,7 @@ import time
 
 import pytest
 from store_peers import keys_of
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore
 
 from quire.kvstore.failures import Cause
 from quire.kvstore.groups import host_store, join_store

@@ -12,11 +12,11 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from quire.kvstore.link_transport import LinkTransport
 from quire.kvstore.links import LinkConfig
+from quire.kvstore.tcp import TcpTransport
 from quire.kvstore.transport import Endpoint, Ticket
 
-HOST, CPU = "127.0.0.1", torch.device("cpu")
+HOST = "127.0.0.1"
 QUICK = LinkConfig(operation_timeout_s=0.5)
 
 
@@ -73,7 +73,7 @@ def stream_process(control: Connection) -> None:
     """Orders: ("send" | "receive", peer, ticket, sizes, signal_at, timeout_s). Replies: an error or None."""
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    transport = LinkTransport(HOST, CPU, QUICK)
+    transport = TcpTransport(HOST, QUICK)
     control.send(transport.endpoint)
     while (order := control.recv()) is not None:
         what, peer, ticket, sizes, signal_at, timeout_s = order

@@ -20,10 +20,10 @@ from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
-from quire.kvstore.link_transport import LinkTransport
 from quire.kvstore.links import LinkConfig
 from quire.kvstore.messages import CompletePages, Message, Moved, ReplicaId, from_bytes, to_bytes
 from quire.kvstore.mover import PageMover, ShardPool
+from quire.kvstore.open_transport import open_transport
 from quire.kvstore.pool import PagePool
 from quire.kvstore.slices import shard_heads
 from quire.kvstore.transport import Endpoint, Sink, Source, Ticket, Transport
@@ -121,7 +121,7 @@ class StorePeer:
 
     def __post_init__(self) -> None:
         links = LinkConfig(operation_timeout_s=self.patience_s)
-        self.transports = [Meddled(LinkTransport(HOST, self.device, links)) for _ in range(self.tp)]
+        self.transports = [Meddled(open_transport(HOST, self.device, links)) for _ in range(self.tp)]
         self.pool = PagePool(self.pages)
         self.shards: list[ShardPool] = []
         self.movers: list[PageMover] = []
