@@ -6,13 +6,10 @@ behind. Knows torch.distributed; not what is sent.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import socket
 import time
-from collections.abc import Iterable
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -87,33 +84,25 @@ _LINK_SETTINGS = {
     "TORCH_NCCL_ENABLE_MONITORING": "0",  # so would an abort that takes long
 }
 _LINK_CTAS = 8
-PAIR_KEYS = ("gloo/0/0", "gloo/0/1")
-"""What gloo leaves in a pair's store."""
 _NEVER = timedelta(days=1)
 
 
 class Pair:
-    """A group of two, in which rank 0 sends and rank 1 receives. Errors and late peers raise RuntimeError."""
+    """A group of two GPUs, in which rank 0 sends and rank 1 receives. Errors raise RuntimeError."""
 
-    def __init__(self, store: Store, *, rank: int, host: str, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, store: Store, *, rank: int, device: torch.device, timeout_s: float) -> None:
         """Connect: both ends construct it within `timeout_s`."""
-        self._rank, self._cuda = rank, device.type == "cuda"
-        if self._cuda:
-            self._group = nccl_pair(store, rank=rank, device=device, timeout_s=timeout_s)
-        else:
-            self._group = gloo_group(store, rank=rank, size=2, host=host, timeout_s=timeout_s)
+        self._rank = rank
+        self._group = nccl_pair(store, rank=rank, device=device, timeout_s=timeout_s)
 
     def post(self, chunk: Tensor, tag: int) -> dist.Work:
-        """Begin to send `chunk`, or to receive into it: in use until `wait` or `stop` has returned."""
+        """Begin to send `chunk`, or to receive into it: in use until `wait` or `drop` has returned."""
         move = self._group.send if self._rank == 0 else self._group.recv
         work: dist.Work = move([chunk], 1 - self._rank, tag)
         return work
 
     def wait(self, work: dist.Work, timeout_s: float) -> None:
-        """gloo notices a dead peer by `timeout_s` alone, or at once where its socket was reset."""
-        if not self._cuda:
-            work.wait(timedelta(milliseconds=max(math.ceil(1000 * timeout_s), 1)))  # 0 would mean for ever
-            return
+        """A peer that is late raises RuntimeError, and so does one that NCCL knows to be dead."""
         end_s = time.monotonic() + timeout_s
         while not work.is_completed():  # NCCL's own wait would only make the stream wait
             if time.monotonic() > end_s:
@@ -123,19 +112,9 @@ class Pair:
         if result.done() and result.value():  # it is completed as well once NCCL has noticed a dead peer
             raise RuntimeError("NCCL lost the other end")
 
-    def stop(self, works: Iterable[dist.Work]) -> None:
-        """Afterwards gloo touches none of the memory of these, which are all that was posted and not waited
-        for: they are done, or the group's sockets are closed.
-        """
-        if not self._cuda:
-            for work in works:
-                with suppress(RuntimeError):  # waiting in vain closes them (gloo's Context::signalException)
-                    work.wait(timedelta(milliseconds=1))
-
     def drop(self) -> None:
-        """No further call is made. NCCL's operations are aborted; gloo's end with their sockets."""
-        if self._cuda:
-            self._group.abort()
+        """Abort all operations. No further call is made."""
+        self._group.abort()
 
 
 _POLL_S = 50e-6

@@ -1,7 +1,7 @@
 """What all kinds of links share: one thread per peer and direction that moves streams one after another, a
 bounded table of them, and the `Transport` that is made of two such tables.
 
-How bytes travel is in `tcp.py` (CPUs) and `pair_links.py` (GPUs).
+How bytes travel is in `tcp.py` (CPUs) and `nccl.py` (GPUs).
 """
 
 from __future__ import annotations
@@ -35,12 +35,10 @@ class LinkConfig:
     max_links: int = 64
     """Links of each direction; the one that was idle longest makes room."""
     depth: int = 3
-    """Chunks of a link under way at once, each in memory of the link."""
-    depth_in_place: int = 8
-    """The same of streams whose chunks lie where they belong, which takes no memory."""
+    """Chunks under way at once between GPUs, each in memory of the link."""
 
     def __post_init__(self) -> None:
-        if self.operation_timeout_s <= 0 or self.max_links < 1 or min(self.depth, self.depth_in_place) < 1:
+        if self.operation_timeout_s <= 0 or min(self.max_links, self.depth) < 1:
             raise ValueError(f"all numbers of a LinkConfig are positive, got {self}")
 
     @staticmethod

@@ -61,6 +61,11 @@ def test_only_the_command_line_reads_the_environment():
     assert readers <= {"cluster/cli.py"}
 
 
+def test_no_private_module_of_torch_is_imported():
+    paths = [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    assert not [p for p in paths for name in _imports(p) if name.split(".")[:2] == ["torch", "_C"]]
+
+
 def test_only_links_set_a_variable_because_torch_takes_those_no_other_way():
     writers = {str(p.relative_to(ROOT)) for p in SOURCES if "putenv" in p.read_text()}
     assert writers <= {"kvstore/groups.py"}

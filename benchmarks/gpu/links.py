@@ -30,7 +30,7 @@ from quire.kvstore.keys import KeySpace, extend_chain
 from quire.kvstore.links import LinkConfig
 from quire.kvstore.messages import Moved, ReceivePages, ReplicaId, SendPages, TransferId
 from quire.kvstore.mover import CHUNK_BYTES, PageMover, ShardPool
-from quire.kvstore.pair_links import PairTransport
+from quire.kvstore.nccl import NcclTransport
 
 LAYERS, HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
 HOST, PATIENCE_S, LIMIT_S = "127.0.0.1", 10.0, 60.0
@@ -128,7 +128,7 @@ def _end(rank: int, device: int, alone: bool, kv: str, blocks: int, port: int, p
     pool_NB = torch.zeros(blocks, layout.page_bytes, dtype=torch.uint8, device=here)
     if rank == 0:
         pool_NB.random_(0, 256)
-    transport = PairTransport(HOST, here, LinkConfig(operation_timeout_s=PATIENCE_S))
+    transport = NcclTransport(HOST, here, LinkConfig(operation_timeout_s=PATIENCE_S))
     mover = PageMover(ShardPool(pool_NB, layout, 0, 1, HEADS), transport)
     keys = tuple(extend_chain(KeySpace(b"l", b"m", b"t").root(), range(PAGE_TOKENS * blocks), PAGE_TOKENS))
     pages, generations = tuple(torch.randperm(blocks).tolist()), (1,) * blocks
@@ -156,7 +156,7 @@ def _end(rank: int, device: int, alone: bool, kv: str, blocks: int, port: int, p
             case ("raw", chunk_bytes):
                 if pair is None:
                     met = PrefixStore("raw", join_store(HOST, port, PATIENCE_S))
-                    pair = Pair(met, rank=rank, host=HOST, device=here, timeout_s=PATIENCE_S)
+                    pair = Pair(met, rank=rank, device=here, timeout_s=PATIENCE_S)
                 _raw(pair, buffer, chunk_bytes or buffer.numel())
                 parent.send(None)
             case ("memory",):

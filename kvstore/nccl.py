@@ -1,11 +1,10 @@
-"""The two ends of a link: a one-way 2-rank group, opened on demand, with a thread of its own.
+"""Links between GPUs: one-way groups of two, opened on demand.
 
-A link leads from one sender to one receiver and meets in the receiver's store, under the sender's name:
+A link leads from one sender to one receiver. They meet in the receiver's store, under the sender's name:
 
     generation        counts the link's groups: a group that saw an error is never used again
     starts            queue of "<ticket> <generation> <digest>": what the sender sends next, in which group,
-                      and in chunks of what sizes. One of another size than it expects would end the
-                      receiver's process (gloo)
+                      and in chunks of what sizes, which both ends have to agree on
     dropped/<g>       the receiver has given up group g: the sender opens another one
 
 Any error or deadline drops the group and fails the stream; the next stream opens the next generation.
@@ -14,12 +13,11 @@ Any error or deadline drops the group and fails the stream; the next stream open
 from __future__ import annotations
 
 import hashlib
-import resource
 import secrets
 import socket
 import time
 from collections import deque
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -27,39 +25,29 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from quire.kvstore.failures import Cause, TransferFailed
-from quire.kvstore.groups import PAIR_KEYS, Pair, host_store, join_store
+from quire.kvstore.groups import Pair, host_store, join_store
 from quire.kvstore.links import Link, LinkConfig, LinkTransport, Site
 from quire.kvstore.streams import Body, Stream
 from quire.kvstore.transport import Endpoint, Sink, Source, Ticket
 
 _SOON_S, _LOOK_S = 0.0002, 0.01
 """How long a receiver waits between two looks at what its peer has started: at first, and at most."""
-_LINK_DESCRIPTORS, _OTHER_DESCRIPTORS = 16, 512
 
 
-class PairTransport(LinkTransport):
-    """The `Transport` of one shard's process over groups of two."""
+class NcclTransport(LinkTransport):
+    """The `Transport` of a shard whose pool is on a GPU."""
 
     def __init__(self, host: str, device: torch.device, config: LinkConfig | None = None) -> None:
         """`host`: the address at which peers reach this process, and the only one it listens at."""
         config = config or LinkConfig()
-        _allow_descriptors(2 * config.max_links * _LINK_DESCRIPTORS)
         meeting = host_store(host, config.operation_timeout_s)
         self._meeting: Store | None = meeting
         endpoint = Endpoint(secrets.token_hex(8), host, meeting.port)
-        super().__init__(Site(endpoint, device, config), OutLink, InLink)
+        super().__init__(Site(endpoint, device, config), _OutLink, _InLink)
 
     def close(self) -> None:
         super().close()
         self._meeting = None  # it stops listening
-
-
-def _allow_descriptors(wanted: int) -> None:
-    """Raise this process's own limit, as far as it may: gloo ends a process that has none left."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < wanted + _OTHER_DESCRIPTORS:  # below 0: there is no limit
-        most = wanted + _OTHER_DESCRIPTORS
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most if hard < 0 else min(most, hard), hard))
 
 
 class _PairLink(Link[Body]):
@@ -97,10 +85,12 @@ class _PairLink(Link[Body]):
             self._pair, self._memory = None, {}
 
     def _connect(self, store: Store, generation: int, rank: int) -> None:
-        here, group = self._here, PrefixStore(str(generation), store)
         self._generation = generation
         self._pair = Pair(
-            group, rank=rank, host=here.endpoint.host, device=here.device, timeout_s=self._patience_s
+            PrefixStore(str(generation), store),
+            rank=rank,
+            device=self._here.device,
+            timeout_s=self._patience_s,
         )
 
     def _wait(self, stream: Stream[Body], pair: Pair, work: dist.Work) -> None:
@@ -111,22 +101,15 @@ class _PairLink(Link[Body]):
             self._check(stream)
             raise
 
-    def _depth(self, body: Body) -> int:
-        """How many of its chunks are under way at once."""
-        config = self._here.config
-        return config.depth_in_place if body.rooms else config.depth
-
     def _room(self, body: Body, index: int) -> Tensor:
-        """Where the chunk lies or belongs, or memory of the link: each one under way has its own."""
-        if index < len(body.rooms):
-            return body.rooms[index]
-        slot, size = index % self._depth(body), body.sizes[index]
+        """Memory of the link: each chunk that is under way has its own."""
+        slot, size = index % self._here.config.depth, body.sizes[index]
         if slot not in self._memory or self._memory[slot].numel() < size:
             self._memory[slot] = torch.empty(size, dtype=torch.uint8, device=self._here.device)
         return self._memory[slot][:size]
 
 
-class OutLink(_PairLink[Source]):
+class _OutLink(_PairLink[Source]):
     """The sender's end."""
 
     def _next(self) -> Stream[Source] | None:
@@ -141,9 +124,7 @@ class OutLink(_PairLink[Source]):
         fresh = self._pair is None
         if fresh:
             self._generation = self._store.add("generation", 1)
-            last = self._generation - 1
-            for key in (f"dropped/{last}", *(f"{last}/{key}" for key in PAIR_KEYS)):  # what it left behind
-                self._store.delete_key(key)
+            self._store.delete_key(f"dropped/{self._generation - 1}")  # what that left behind
         if stream.ended:  # the store's answers came too late: another link may have taken over
             self._drop()
             return None
@@ -164,7 +145,7 @@ class OutLink(_PairLink[Source]):
         assert self._pair is not None
         pair, body, under_way = self._pair, stream.body, deque[dist.Work]()
         for index in range(len(body.sizes)):
-            if len(under_way) == self._depth(body):
+            if len(under_way) == self._here.config.depth:
                 self._wait(stream, pair, under_way.popleft())
             self._check(stream)
             chunk = body.give(index, self._room(body, index))
@@ -177,7 +158,7 @@ class OutLink(_PairLink[Source]):
         self._store = None  # its connection may be the one that broke
 
 
-class InLink(_PairLink[Sink]):
+class _InLink(_PairLink[Sink]):
     """The receiver's end. It follows the order in which the sender starts."""
 
     def _next(self) -> Stream[Sink] | None:
@@ -263,40 +244,24 @@ class InLink(_PairLink[Sink]):
             return self._current is not None
 
     def _move(self, stream: Stream[Sink]) -> None:
-        """What arrives in its room is written there as long as its socket is open: from before the first is
-        asked for until all have come, or the sockets are closed, no thread ends the stream.
-        """
         assert self._pair is not None
-        pair, arriving = self._pair, deque[dist.Work]()
-        with stream.lock if stream.body.rooms else nullcontext():
-            self._check(stream)
-            try:
-                self._receive(stream, pair, arriving)
-            except BaseException:
-                pair.stop(arriving)
-                raise
-        stream.body.verify()
-
-    def _receive(self, stream: Stream[Sink], pair: Pair, arriving: deque[dist.Work]) -> None:
-        body, depth = stream.body, self._depth(stream.body)
+        pair, body, depth = self._pair, stream.body, self._here.config.depth
+        arriving = deque[dist.Work]()
 
         def post(index: int) -> None:
             if index < len(body.sizes):
                 arriving.append(pair.post(self._room(body, index), index))
 
+        self._check(stream)
         for index in range(depth):
             post(index)
         for index in range(len(body.sizes)):
-            self._wait(stream, pair, arriving[0])
-            arriving.popleft()
-            in_place = index < len(body.rooms)
-            if in_place:  # the next one has memory of its own, and may come while this one is taken
-                post(index + depth)
+            self._wait(stream, pair, arriving.popleft())
             with stream.lock:
                 self._check(stream)
                 body.take(index, self._room(body, index))
-            if not in_place:
-                post(index + depth)
+            post(index + depth)
+        body.verify()
 
     def _drop(self) -> None:
         if self._store is not None:
