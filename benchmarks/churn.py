@@ -3,7 +3,7 @@
     scripts/loopback python benchmarks/churn.py [--replicas 50] [--seconds 600] [--json FILE]
 
 Each replica (`churn_replica.py`) is a thread that does what an engine's does, with a real pool, exchange,
-mover, transport (gloo) and announcer; one real directory has room for fewer entries than there are blocks. A
+mover, transport (TCP) and announcer; one real directory has room for fewer entries than there are blocks. A
 replica leaves without a goodbye: its transport is closed whatever it carries, and the directory hears of half
 the deaths by silence alone. It comes back under another name, with nothing. Now and then one stalls for
 longer than a fetch may take.
@@ -83,7 +83,7 @@ def progress(world: World, seconds: float) -> None:
     failed = sum(number for name, number in counts.items() if name.startswith("failed"))
     threads = f"{threading.active_count()} Python threads of {status.split('Threads:')[1].split()[0]}"
     print(
-        f"{seconds:4.0f} s: {len(world.inboxes)} live, {counts['joined']} joined, "
+        f"{seconds:4.0f} s: {len(world.peers)} live, {counts['joined']} joined, "
         f"{counts['fetches']} fetches, {failed} failed, "
         f"{counts['wrong pages']} of {counts['pages compared']} pages wrong, "
         f"{world.desk.most_entries} entries, {world.desk.most_owners} owners at most; "

@@ -6,12 +6,11 @@ its key, and pages that were evicted are overwritten.
 
 from __future__ import annotations
 
-import queue
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,12 +20,13 @@ from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kvstore.announcer import Announcer
 from quire.kvstore.directory import Announcement, Directory, Holder
-from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
+from quire.kvstore.exchange import Exchange, ExchangeConfig, FetchDone
 from quire.kvstore.failures import TransferFailed
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.links import LinkConfig
-from quire.kvstore.messages import Moved, ReplicaId, TransferId, from_bytes, to_bytes
+from quire.kvstore.messages import Message, ReplicaId, TransferId, from_bytes, to_bytes
 from quire.kvstore.mover import PageMover, ShardPool
+from quire.kvstore.peer import Peer
 from quire.kvstore.pool import IntegrityError, PagePool
 from quire.kvstore.prefix_index import PageId
 from quire.kvstore.tcp import TcpTransport
@@ -109,9 +109,6 @@ class Desk:
             self._directory.gone(owner)
 
 
-Event = Moved | tuple[ReplicaId, bytes]
-
-
 @dataclass
 class World:
     """What the replicas share."""
@@ -119,7 +116,7 @@ class World:
     chains: list[list[BlockKey]]
     desk: Desk = field(default_factory=Desk)
     counts: Counts = field(default_factory=Counts)
-    inboxes: dict[ReplicaId, queue.SimpleQueue[Event]] = field(default_factory=dict)
+    peers: dict[ReplicaId, Peer] = field(default_factory=dict)
     quiet: threading.Event = field(default_factory=threading.Event)
     """No requests any more, and nobody leaves."""
     over: threading.Event = field(default_factory=threading.Event)
@@ -141,7 +138,6 @@ class Replica:
         self.name, self._world, self._rng = name, world, rng
         self._announcer = announcer = Announcer(name, world.desk, idle_s=ALIVE_S)
         self._announcer.start()
-        # Not a method of ours: in a cycle, the store would go on listening for a while after our death.
         self._pool = PagePool(PAGES, lambda blocks: announcer.removed([key for key, _ in blocks]))
         self._pool_NB = torch.zeros(PAGES, LAYOUT.page_bytes, dtype=torch.uint8)
         self._transport = TcpTransport(HOST, LINKS)
@@ -150,7 +146,10 @@ class Replica:
         endpoints = [self._transport.endpoint]
         self._exchange = Exchange(self._pool, LAYOUT.fingerprint, endpoints, TRANSFERS, kv_heads=HEADS)
         self._requests: dict[TransferId, _Request] = {}
-        self._inbox = world.inboxes[name] = queue.SimpleQueue[Event]()
+        self._woken = threading.Event()
+        self._peer = world.peers[name] = Peer(
+            self._pool, self._exchange, self._mover, self._send, self._woken.set
+        )
 
     def live(self, until_s: float) -> None:
         """Ask, fetch and lend, until it is time to leave or everything is over."""
@@ -159,15 +158,14 @@ class Replica:
             if time.monotonic() >= next_s and not world.quiet.is_set():
                 next_s = time.monotonic() + self._rng.expovariate(1 / PAUSE_S)
                 self._something()
-            try:
-                self._hear(self._inbox.get(timeout=min(max(next_s - time.monotonic(), 0.001), 0.2)))
-            except queue.Empty:
-                self._exchange.expire(time.monotonic())
-            self._act()
+            self._woken.wait(min(max(next_s - time.monotonic(), 0.001), 0.2))
+            self._woken.clear()
+            for done in self._peer.poll(time.monotonic()):
+                self._fetched(done)
 
     def leave(self) -> None:
         """Without a goodbye."""
-        del self._world.inboxes[self.name]
+        del self._world.peers[self.name]
         self._announcer.close()
         if self._rng.random() < 0.5:
             self._world.desk.gone(self.name)
@@ -256,33 +254,16 @@ class Replica:
         self._pool.release(pages)
         return len(pages)
 
-    # ---- what the exchange is told, and what follows
+    # ---- transfers
 
-    def _hear(self, event: Event) -> None:
-        now_s = time.monotonic()
-        if isinstance(event, Moved):
-            self._exchange.moved(event, now_s)
+    def _send(self, to: ReplicaId, message: Message, failed: Callable[[], None]) -> None:
+        peer = self._world.peers.get(to)
+        if peer is None:
+            failed()
         else:
-            sender, data = event
-            self._exchange.handle(sender, from_bytes(data), now_s)
-        self._exchange.expire(now_s)
+            peer.on_message(self.name, from_bytes(to_bytes(message)))
 
-    def _act(self) -> None:
-        while effects := self._exchange.take():
-            for effect in effects:
-                match effect:
-                    case Say(to, message):
-                        inbox = self._world.inboxes.get(to)
-                        if inbox is None:
-                            self._exchange.peer_gone(to, time.monotonic())
-                        else:
-                            inbox.put((self.name, to_bytes(message)))
-                    case Tell(order):
-                        self._mover.carry_out(order, self._inbox.put)
-                    case Fetched():
-                        self._fetched(effect)
-
-    def _fetched(self, done: Fetched) -> None:
+    def _fetched(self, done: FetchDone) -> None:
         counts, request = self._world.counts, self._requests.pop(done.transfer)
         if done.seconds > request.allowed_s:
             print(f"{self.name}: a fetch took {done.seconds:.1f} s: {done.reason}", flush=True)

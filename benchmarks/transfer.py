@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import queue
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent import futures
 from contextlib import nullcontext
 from dataclasses import replace
@@ -34,12 +34,13 @@ from torch.distributed import PrefixStore
 
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
-from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
+from quire.kvstore.exchange import Exchange, ExchangeConfig, FetchDone
 from quire.kvstore.groups import gloo_group, host_store, join_store
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.links import LinkConfig
-from quire.kvstore.messages import CompletePages, Message, Moved, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.messages import CompletePages, Message, ReplicaId, from_bytes, to_bytes
 from quire.kvstore.mover import CHUNK_BYTES, PageMover, ShardPool
+from quire.kvstore.peer import Peer
 from quire.kvstore.pool import PagePool
 from quire.kvstore.tcp import TcpTransport
 
@@ -73,41 +74,24 @@ class Node:
             self.pool, self.layout.fingerprint, [transport.endpoint], config, kv_heads=HEADS
         )
         self.control_bytes = 0
-        self._peer, self._peer_name = peer, OWNER if me == RECEIVER else RECEIVER
-        self._reports: queue.SimpleQueue[Moved] = queue.SimpleQueue()
-        self._woken, self._wake = os.pipe()
+        self.woken, self._wake = os.pipe()
+        self._connection, self._other = peer, OWNER if me == RECEIVER else RECEIVER
+        self.peer = Peer(
+            self.pool, self.exchange, self.mover, self._send, lambda: os.write(self._wake, b"\0")
+        )
 
-    def turn(self) -> list[Fetched]:
+    def turn(self) -> list[FetchDone]:
         """Wait for something to happen, do what follows from it, and return the fetches that are over."""
-        for source in wait([self._peer, self._woken], 1.0):
-            if source is self._peer:
-                data = self._peer.recv_bytes()
-                self._hear(from_bytes(data))
-            else:
-                os.read(self._woken, 1)
-                self.exchange.moved(self._reports.get(), time.monotonic())
-        return self.act()
+        for source in wait([self._connection, self.woken], 1.0):
+            if source is self._connection:
+                self.peer.on_message(self._other, from_bytes(self._connection.recv_bytes()))
+            os.read(self.woken, 1)  # one for each message and report
+        return self.peer.poll(time.monotonic())
 
-    def act(self) -> list[Fetched]:
-        done = []
-        for effect in self.exchange.take():
-            match effect:
-                case Say(_, message):
-                    data = to_bytes(message)
-                    self.control_bytes += len(data)
-                    self._peer.send_bytes(data)
-                case Tell(order):
-                    self.mover.carry_out(order, self._report)
-                case Fetched():
-                    done.append(effect)
-        return done
-
-    def _hear(self, message: Message) -> None:
-        self.exchange.handle(self._peer_name, message, time.monotonic())
-
-    def _report(self, moved: Moved) -> None:
-        self._reports.put(moved)
-        os.write(self._wake, b"\0")
+    def _send(self, _: ReplicaId, message: Message, failed: Callable[[], None]) -> None:
+        data = to_bytes(message)
+        self.control_bytes += len(data)
+        self._connection.send_bytes(data)
 
 
 def keys_of_blocks(blocks: int) -> list[BlockKey]:
@@ -123,7 +107,7 @@ def owner_process(kv: str, blocks: int, port: int, control: Connection, messages
     control.send(node.pool_NB[0, :64].tolist())
     raw = Raw(port, 0)
     while True:
-        if control not in wait([control, messages, node._woken]):
+        if control not in wait([control, messages, node.woken]):
             node.turn()
             continue
         order = control.recv()
@@ -197,7 +181,7 @@ def rows_of(link: str, kv: str, blocks: int, rounds: int) -> list[Row]:
         node.pool.release(node.pool.allocate(blocks))  # forget what the last round fetched
         before, started = received_bytes(), time.perf_counter()
         node.exchange.fetch(OWNER, keys, time.monotonic())
-        done = node.act()
+        done = node.peer.poll(time.monotonic())
         while not done:
             done = node.turn()
         seconds = time.perf_counter() - started

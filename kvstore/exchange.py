@@ -57,22 +57,22 @@ class ExchangeConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Say:
-    """To be carried to another replica. If that fails: `peer_gone`."""
+class SendMessage:
+    """Carry a message to another replica. If that fails, call `peer_gone`."""
 
     to: ReplicaId
     message: Message
 
 
 @dataclass(frozen=True, slots=True)
-class Tell:
-    """To be carried to all own shards, each of which answers with a `Moved`."""
+class RunOrder:
+    """Have all own shards carry out an order; each reports with a `Moved`."""
 
     order: Order
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class FetchDone:
     """A fetch is over: the leading `blocks` of its keys are in the pool now, cached."""
 
     transfer: TransferId
@@ -85,7 +85,7 @@ class Fetched:
     reason: str = ""
 
 
-Effect = Say | Tell | Fetched
+Effect = SendMessage | RunOrder | FetchDone
 
 
 @dataclass(slots=True)
@@ -167,6 +167,11 @@ class Exchange:
         """Whether a fetch from it is under way."""
         return any(fetch.owner == owner for fetch in self._fetches.values())
 
+    def fetching(self, first: BlockKey) -> TransferId | None:
+        """The fetch under way that begins with this block."""
+        open_fetches = (fetch for fetch in self._fetches.values() if fetch.state is not _State.ENDING)
+        return next((fetch.transfer for fetch in open_fetches if fetch.keys[0] == first), None)
+
     @property
     def loans(self) -> int:
         """Under way now."""
@@ -181,7 +186,7 @@ class Exchange:
     # ---- what the engine asks for
 
     def fetch(self, owner: ReplicaId, keys: Sequence[BlockKey], now_s: float) -> TransferId:
-        """Ask `owner` for successive blocks; a `Fetched` follows. Raises TransferFailed when too many are."""
+        """Ask `owner` for successive blocks; a `FetchDone` follows. Raises TransferFailed if too many are."""
         if len(self._fetches) >= self._config.max_fetches:
             raise TransferFailed(Cause.BUSY, f"{len(self._fetches)} fetches are under way")
         self._started += 1
@@ -189,7 +194,7 @@ class Exchange:
         fetch = _Fetch(TransferId(self._started), owner, tuple(keys), now_s, now_s + timeout_s)
         self._fetches[fetch.transfer] = fetch
         self.stats.fetches += 1
-        self._say(owner, Offer(fetch.transfer, fetch.keys, self.space, self._endpoints, timeout_s))
+        self._send(owner, Offer(fetch.transfer, fetch.keys, self.space, self._endpoints, timeout_s))
         return fetch.transfer
 
     def expire(self, now_s: float) -> None:
@@ -220,13 +225,13 @@ class Exchange:
             case Done():
                 lease = self._loans.pop((sender, message.transfer), None)
                 held = lease is not None and self._pool.end_lease(lease.id)
-                self._say(sender, Released(message.transfer, held))
+                self._send(sender, Released(message.transfer, held))
             case Accept() | Refuse() | Released():
                 fetch = self._fetches.get(message.transfer)
                 if fetch is not None and fetch.owner == sender:
                     self._advance(fetch, message, now_s)
                 elif isinstance(message, Accept):
-                    self._say(sender, Done(message.transfer))
+                    self._send(sender, Done(message.transfer))
 
     def moved(self, report: Moved, now_s: float) -> None:
         """The report of one of the own shards."""
@@ -246,7 +251,7 @@ class Exchange:
             self._fail(fetch, report.failure, report.reason, now_s)
         elif not fetch.awaited:
             fetch.state = _State.CONFIRMING
-            self._say(fetch.owner, Done(fetch.transfer))
+            self._send(fetch.owner, Done(fetch.transfer))
 
     # ---- lending
 
@@ -267,13 +272,13 @@ class Exchange:
                 self._pool.end_lease(lease.id)
                 refusal = Cause.REFUSED, "none of the blocks is here"
         if refusal is not None:
-            self._say(receiver, Refuse(offer.transfer, *refusal))
+            self._send(receiver, Refuse(offer.transfer, *refusal))
             return
         self._loans[receiver, offer.transfer] = lease
         self.stats.loans += 1
-        self._say(receiver, Accept(offer.transfer, lease.generations, self._endpoints, lease_s))
+        self._send(receiver, Accept(offer.transfer, lease.generations, self._endpoints, lease_s))
         self._effects.append(
-            Tell(
+            RunOrder(
                 SendPages(
                     receiver=receiver,
                     transfer=offer.transfer,
@@ -317,7 +322,7 @@ class Exchange:
             fetch.pages = self._pool.allocate(blocks)
             fetch.awaited = set(range(len(self._endpoints)))
             self._effects.append(
-                Tell(
+                RunOrder(
                     ReceivePages(
                         transfer=fetch.transfer,
                         keys=fetch.keys[:blocks],
@@ -343,7 +348,7 @@ class Exchange:
         fetch.state = _State.ENDING
         self.stats.fetch_failures[cause] += 1
         if say_done:
-            self._say(fetch.owner, Done(fetch.transfer))
+            self._send(fetch.owner, Done(fetch.transfer))
         self._report(fetch, 0, now_s, cause, reason)
         self._clear(fetch)
 
@@ -358,7 +363,7 @@ class Exchange:
         seconds = now_s - fetch.started_s
         self.stats.seconds_fetching += seconds
         self._effects.append(
-            Fetched(
+            FetchDone(
                 transfer=fetch.transfer,
                 owner=fetch.owner,
                 keys=fetch.keys,
@@ -370,5 +375,5 @@ class Exchange:
             )
         )
 
-    def _say(self, to: ReplicaId, message: Message) -> None:
-        self._effects.append(Say(to, message))
+    def _send(self, to: ReplicaId, message: Message) -> None:
+        self._effects.append(SendMessage(to, message))

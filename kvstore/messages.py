@@ -8,7 +8,7 @@ The conversation, receiver on the left:
     Done      →            all arrived, or I gave up: unpin
               ←  Released  whether they stayed pinned all the time: only then are they what their keys say
 
-And once, from a replica that is scaled in, to those that stay: Leaving, which they answer with Taken.
+And once, from a replica that is scaled in, to those that stay: DrainOffer, answered by DrainAck.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Released:
 
 
 @dataclass(frozen=True, slots=True)
-class Leaving:
-    """I am about to go. These chains of blocks are worth having, the hottest first: fetch what you like."""
+class DrainOffer:
+    """The sender is about to go. These chains of blocks are worth fetching, the hottest first."""
 
     space: bytes
     """`KeySpace.fingerprint`: of use to those with the same."""
@@ -88,11 +88,11 @@ class Leaving:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """I have what I want of what you leave: do not wait for me."""
+class DrainAck:
+    """The sender has what it wants of an offer: the replica that goes need not wait for it."""
 
 
-Message = Offer | Accept | Refuse | Done | Released | Leaving | Taken
+Message = Offer | Accept | Refuse | Done | Released | DrainOffer | DrainAck
 """Between replicas."""
 
 

@@ -9,7 +9,7 @@ Runs on the engine's thread, as the pool does whose pages it fills. Other thread
 While a sequence is looked up or fetched for, it waits and holds nobody up. Whatever fails ends in computing.
 Where a request says who has just computed its prompt, that replica is asked at once.
 
-What a replica that leaves hands over is in `hand_over.py`.
+Transfers themselves, and what a replica that goes hands over, are carried out by `kvstore/peer.py`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Protocol
 
 from quire.kvstore.cost import Choice, CostModel, Decision
 from quire.kvstore.directory import Holder
-from quire.kvstore.exchange import Exchange, Fetched, Say, Tell, TransferStats
+from quire.kvstore.exchange import Exchange, FetchDone, TransferStats
 from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.keys import BlockKey
-from quire.kvstore.messages import Leaving, Message, Moved, Order, ReplicaId, Taken, TransferId
+from quire.kvstore.messages import Message, ReplicaId, TransferId
+from quire.kvstore.peer import Peer, Shards
 from quire.kvstore.pool import PagePool
 from quire.kvstore.prefix_index import PageId
 from quire.replicas.config import StoreConfig
-from quire.replicas.hand_over import HandOver
 from quire.replicas.scheduler import SeqId
 from quire.replicas.sequence import Sequence
 
@@ -51,12 +51,6 @@ class Neighbours(Protocol):
         """These are not any more."""
 
 
-class Shards(Protocol):
-    """Who carries out the orders of transfers."""
-
-    def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None: ...
-
-
 @dataclass(slots=True)
 class _Pending:
     """A sequence that waits for news of its prefix."""
@@ -72,27 +66,11 @@ class _Pending:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tried:
+class _Attempt:
     """On what grounds a prefix was fetched, or computed."""
 
     decision: Decision
     since_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Heard:
-    sender: ReplicaId
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class _Gone:
-    peer: ReplicaId
-
-
-@dataclass(frozen=True, slots=True)
-class _Leave:
-    peers: tuple[ReplicaId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +79,10 @@ class _Answer:
     holders: tuple[Holder, ...]
 
 
-_OTHERS_MAY = frozenset({Cause.PEER, Cause.REFUSED, Cause.BUSY})
+_UNCONDITIONAL = Decision(Choice.FETCH, None, None)
+"""Of a fetch that the cost model was not asked about."""
+_RETRYABLE_ELSEWHERE = frozenset({Cause.PEER, Cause.REFUSED, Cause.BUSY})
 """Failures that cost next to no time and say nothing about other holders."""
-
-_News = _Heard | _Gone | _Leave | _Answer | Moved
 
 
 class Alone:
@@ -151,17 +129,15 @@ class BlockSharing:
         wake: Callable[[], None],
     ) -> None:
         """`block_bytes`: of a block on all shards. `wake`: called by other threads after they left news."""
-        self._pool, self._exchange, self._shards, self._neighbours = pool, exchange, shards, neighbours
+        self._pool, self._exchange, self._neighbours = pool, exchange, neighbours
+        self._peer = Peer(pool, exchange, shards, neighbours.say, wake)
         self._config, self._page_tokens, self._block_bytes = config, page_tokens, block_bytes
         self._wake = wake
         self._cost = CostModel()
-        self._inbox: deque[_News] = deque()
+        self._answers: deque[_Answer] = deque()
         self._pending: dict[SeqId, _Pending] = {}
-        self._fetching: dict[TransferId, _Tried] = {}
-        self._transfer_of: dict[BlockKey, TransferId] = {}
-        """The first block of each fetch under way: who wants the same waits for it, too."""
-        self._computing: dict[SeqId, _Tried] = {}
-        self._hand_over = HandOver(exchange.space)
+        self._fetching: dict[TransferId, _Attempt] = {}
+        self._computing: dict[SeqId, _Attempt] = {}
 
     @property
     def stats(self) -> TransferStats:
@@ -175,7 +151,7 @@ class BlockSharing:
 
     @property
     def has_news(self) -> bool:
-        return bool(self._inbox)
+        return bool(self._answers) or self._peer.has_news
 
     @property
     def fetch_pace(self) -> tuple[float, float] | None:
@@ -194,7 +170,7 @@ class BlockSharing:
     @property
     def hands_over(self) -> bool:
         """Whether one of those that stay may still want something, or reads pages here."""
-        return self._hand_over.open or bool(self._exchange.loans)
+        return self._peer.is_draining
 
     def holds_back(self, seq: SeqId) -> bool:
         """Whether the sequence should not be admitted yet."""
@@ -208,19 +184,14 @@ class BlockSharing:
 
     def hear(self, sender: ReplicaId, message: Message) -> None:
         """A neighbour's message."""
-        self._put(_Heard(sender, message))
-
-    def peer_gone(self, peer: ReplicaId) -> None:
-        """A neighbour is dead or cannot be reached."""
-        self._put(_Gone(peer))
+        self._peer.on_message(sender, message)
 
     def leave(self, peers: Seq[ReplicaId]) -> None:
         """Offer the hottest blocks to these, who stay; `hands_over` until they have what they want."""
-        self._hand_over.begin(peers)
-        self._put(_Leave(tuple(peers)))
+        self._peer.drain(peers)
 
-    def _put(self, news: _News) -> None:
-        self._inbox.append(news)
+    def _answer(self, seq: SeqId, holders: tuple[Holder, ...]) -> None:
+        self._answers.append(_Answer(seq, holders))
         self._wake()
 
     # ---- from the engine's thread
@@ -228,14 +199,14 @@ class BlockSharing:
     def consider(self, seq: Sequence, here: int, now_s: float) -> None:
         """A sequence has come, `here` blocks of whose prompt this replica has: ask who holds the others."""
         keys = tuple(seq.shareable_keys())
-        self._hand_over.used(keys)
+        self._peer.used(keys)
         if len(keys) - here < self._config.min_fetch_blocks:
             return
         self._pending[seq.id] = _Pending(seq, keys, now_s + self._config.lookup_timeout_s)
         if (holder := seq.progress.request.computed_by) is not None:
-            self._put(_Answer(seq.id, (Holder(holder, len(keys)),)))
+            self._answer(seq.id, (Holder(holder, len(keys)),))
         else:
-            self._neighbours.lookup(keys, lambda holders: self._put(_Answer(seq.id, holders)))
+            self._neighbours.lookup(keys, partial(self._answer, seq.id))
 
     def forget(self, seq: SeqId) -> None:
         """The sequence has ended."""
@@ -262,39 +233,15 @@ class BlockSharing:
 
     def poll(self, now_s: float, queued_tokens: int) -> None:
         """Take the news in, give up what is late, do what follows. `queued_tokens`: of prompts to compute."""
-        while self._inbox:
-            match self._inbox.popleft():
-                case _Heard(sender, Leaving() as leaving):
-                    self._hand_over.offered(sender, leaving)
-                case _Heard(sender, Taken()):
-                    self._hand_over.answered(sender)
-                case _Heard(sender, message):
-                    self._exchange.handle(sender, message, now_s)
-                case _Gone(peer):
-                    self._exchange.peer_gone(peer, now_s)
-                    self._hand_over.answered(peer)
-                case Moved() as report:
-                    self._exchange.moved(report, now_s)
-                case _Leave(peers):
-                    for peer, leaving in self._hand_over.will(peers):
-                        self._say(peer, leaving)
-                case _Answer(seq, holders):
-                    self._answered(seq, holders, queued_tokens, now_s)
-        self._exchange.expire(now_s)
-        self._inherit(now_s)
+        while self._answers:
+            answer = self._answers.popleft()
+            self._answered(answer.seq, answer.holders, queued_tokens, now_s)
+        while done := self._peer.poll(now_s):
+            for fetch in done:
+                self._fetched(fetch, queued_tokens, now_s)
         for seq, pending in list(self._pending.items()):
             if pending.transfer is None and now_s > pending.until_s:
                 del self._pending[seq]
-        while effects := self._exchange.take():
-            for effect in effects:
-                match effect:
-                    case Say(to, said):
-                        self._say(to, said)
-                    case Fetched():
-                        self._fetched(effect, queued_tokens, now_s)
-                    case Tell(order):
-                        self._shards.carry_out(order, self._put)
-            self._inherit(now_s)
 
     def _answered(self, seq: SeqId, holders: tuple[Holder, ...], queued_tokens: int, now_s: float) -> None:
         """Fetch from whoever holds most, if that is sooner than computing."""
@@ -308,11 +255,11 @@ class BlockSharing:
             return
         pending.others = tuple(others)
         wanted = pending.keys[here : best.blocks]
-        if (transfer := self._transfer_of.get(wanted[0])) is not None:
+        if (transfer := self._exchange.fetching(wanted[0])) is not None:
             pending.transfer = transfer
             return
         if best.owner == pending.seq.progress.request.computed_by:  # so that it need not be computed here
-            decision = Decision(Choice.FETCH, None, None)
+            decision = _UNCONDITIONAL
         else:
             decision = self._cost.decide(
                 best.owner,
@@ -322,7 +269,7 @@ class BlockSharing:
                 now_s,
                 here * self._page_tokens,
             )
-        tried = _Tried(decision, now_s)
+        tried = _Attempt(decision, now_s)
         if decision.choice is Choice.FETCH:
             try:
                 pending.transfer = self._exchange.fetch(best.owner, wanted, now_s)
@@ -331,44 +278,24 @@ class BlockSharing:
                 del self._pending[seq]
             else:
                 self._fetching[pending.transfer] = tried
-                self._transfer_of[wanted[0]] = pending.transfer
             return
         self._computing[seq] = tried
         del self._pending[seq]
 
-    def _say(self, to: ReplicaId, message: Message) -> None:
-        self._neighbours.say(to, message, partial(self.peer_gone, to))
-
-    def _inherit(self, now_s: float) -> None:
-        """Fetch what was offered, as far as there are free pages: nobody's blocks make room for it."""
-        while self._hand_over.legacy:
-            owner, chain = self._hand_over.legacy[0]
-            wanted = chain[self._pool.lookup(chain)[0] :][: self._pool.free]
-            if wanted and wanted[0] not in self._transfer_of:
-                try:
-                    transfer = self._exchange.fetch(owner, wanted, now_s)
-                except TransferFailed:
-                    break  # as many as may be are under way: later
-                self._fetching[transfer] = _Tried(Decision(Choice.FETCH, None, None), now_s)
-                self._transfer_of[wanted[0]] = transfer
-            self._hand_over.legacy.popleft()
-        for leaver in self._hand_over.satisfied(self._exchange.fetches_from):
-            self._say(leaver, Taken())
-
-    def _fetched(self, effect: Fetched, queued_tokens: int, now_s: float) -> None:
+    def _fetched(self, fetch: FetchDone, queued_tokens: int, now_s: float) -> None:
         """Well or not, the sequences that waited for it are admitted now, or ask the next holder."""
-        decision = self._fetching.pop(effect.transfer).decision
-        del self._transfer_of[effect.keys[0]]
-        if effect.failure is None:
-            self._cost.fetched(effect.owner, effect.bytes_moved, effect.seconds, now_s, decision)
-            self.published(effect.keys[: effect.blocks])
+        attempt = self._fetching.pop(fetch.transfer, None)
+        decision = attempt.decision if attempt else _UNCONDITIONAL  # what another replica offered
+        if fetch.failure is None:
+            self._cost.fetched(fetch.owner, fetch.bytes_moved, fetch.seconds, now_s, decision)
+            self.published(fetch.keys[: fetch.blocks])
         else:
-            self._cost.failed(effect.owner, effect.seconds, now_s, decision)
+            self._cost.failed(fetch.owner, fetch.seconds, now_s, decision)
         for seq, pending in list(self._pending.items()):
-            if pending.transfer != effect.transfer:
+            if pending.transfer != fetch.transfer:
                 continue
-            pending.seq.fetched_blocks += effect.blocks
-            if effect.failure in _OTHERS_MAY and pending.others:
+            pending.seq.fetched_blocks += fetch.blocks
+            if fetch.failure in _RETRYABLE_ELSEWHERE and pending.others:
                 pending.transfer = None
                 self._answered(seq, pending.others, queued_tokens, now_s)
             else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
+from quire.kvstore.exchange import Exchange, ExchangeConfig, FetchDone, RunOrder, SendMessage
 from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.messages import (
@@ -41,7 +41,7 @@ class Side:
     pool: PagePool
     exchange: Exchange
     tp: int
-    fetched: list[Fetched] = field(default_factory=list)
+    fetched: list[FetchDone] = field(default_factory=list)
 
     @staticmethod
     def of(name: str, pages: int = 16, tp: int = 1, space: bytes = SPACE, **config: object) -> Side:
@@ -60,9 +60,9 @@ class Side:
 
     def take(self) -> tuple[list[Message], list[Order]]:
         effects = self.exchange.take()
-        self.fetched += [e for e in effects if isinstance(e, Fetched)]
-        says = [e.message for e in effects if isinstance(e, Say)]
-        return says, [e.order for e in effects if isinstance(e, Tell)]
+        self.fetched += [e for e in effects if isinstance(e, FetchDone)]
+        says = [e.message for e in effects if isinstance(e, SendMessage)]
+        return says, [e.order for e in effects if isinstance(e, RunOrder)]
 
     def report(self, order: Order, rank: int = 0, failure: Cause | None = None, now_s: float = 0) -> None:
         received = isinstance(order, ReceivePages)
@@ -327,11 +327,11 @@ def test_in_any_order_of_events_every_fetch_ends_once_and_no_page_is_lost(seed):
             s.exchange.expire(now)
             for effect in s.exchange.take():
                 match effect:
-                    case Say(to, message):
+                    case SendMessage(to, message):
                         wire.append((s, sides[to], message))
-                    case Tell(order):
+                    case RunOrder(order):
                         work += [(s, order, rank) for rank in range(s.tp)]
-                    case Fetched():
+                    case FetchDone():
                         s.fetched.append(effect)
             if turn % 50 == 0:
                 s.check()
@@ -339,7 +339,7 @@ def test_in_any_order_of_events_every_fetch_ends_once_and_no_page_is_lost(seed):
         shard.report(order, rank, None, now)
     for s in sides.values():
         s.exchange.expire(now + 100)
-        s.fetched += [e for e in s.exchange.take() if isinstance(e, Fetched)]
+        s.fetched += [e for e in s.exchange.take() if isinstance(e, FetchDone)]
         s.check()
         assert s.pool.used == 0
     done = [f for s in sides.values() for f in s.fetched]

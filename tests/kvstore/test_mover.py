@@ -279,7 +279,7 @@ def test_a_lost_offer_ends_at_the_deadline(peers):
     owner, receiver = peers
     started = time.monotonic()
     receiver.exchange.fetch(owner.name, KEYS, started)
-    receiver.turn(lambda to, message: None)
+    receiver.turn()
     run(peers, lambda: bool(receiver.fetched))
     assert 1.9 < time.monotonic() - started < 2.9
     assert receiver.fetched[0].failure is Cause.DEADLINE

@@ -32,13 +32,14 @@ class Child:
 
     def drive(self, until: Callable[[], bool], limit_s: float = 10) -> None:
         """Carry messages between the two until something is true here."""
+        self.me.send = lambda to, message: self._carry(message)
         end_s = time.monotonic() + limit_s
         while not until():
             assert time.monotonic() < end_s, "it did not happen"
-            self.me.turn(lambda to, message: self._carry(message))
+            self.me.turn()
             while (said := self._hear()) is not None:
                 if said[0] == "message":
-                    self.me.exchange.handle(CHILD, from_bytes(said[1]), time.monotonic())
+                    self.me.peer.on_message(CHILD, from_bytes(said[1]))
                 else:
                     self.said.append(said)
             time.sleep(0.001)
@@ -56,7 +57,7 @@ class Child:
             return self._gone()
 
     def _gone(self) -> None:
-        self.me.exchange.peer_gone(CHILD, time.monotonic())
+        self.me.peer.on_peer_gone(CHILD)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import queue
 import signal
 import sys
 import time
@@ -18,12 +17,13 @@ from torch import Tensor
 
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
-from quire.kvstore.exchange import Exchange, ExchangeConfig, Fetched, Say, Tell
+from quire.kvstore.exchange import Exchange, ExchangeConfig, FetchDone
 from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.links import LinkConfig
-from quire.kvstore.messages import CompletePages, Message, Moved, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.messages import CompletePages, Message, Moved, Order, ReplicaId, from_bytes, to_bytes
 from quire.kvstore.mover import PageMover, ShardPool
 from quire.kvstore.open_transport import open_transport
+from quire.kvstore.peer import Peer
 from quire.kvstore.pool import PagePool
 from quire.kvstore.slices import shard_heads
 from quire.kvstore.transport import Endpoint, Sink, Source, Ticket, Transport
@@ -117,7 +117,9 @@ class StorePeer:
     device: torch.device = CPU
     chunk_bytes: int = PACKED
     transports: list[Meddled] = field(init=False)
-    fetched: list[Fetched] = field(default_factory=list)
+    fetched: list[FetchDone] = field(default_factory=list)
+    send: Callable[[ReplicaId, Message], None] = lambda to, message: None
+    """What carries its messages; at first nothing does."""
 
     def __post_init__(self) -> None:
         links = LinkConfig(operation_timeout_s=self.patience_s)
@@ -137,7 +139,11 @@ class StorePeer:
             ExchangeConfig(timeout_s=self.timeout_s, max_lent_share=1.0),
             kv_heads=HEADS,
         )
-        self.reports: queue.SimpleQueue[Moved] = queue.SimpleQueue()
+        self.peer = Peer(self.pool, self.exchange, self, lambda to, message, failed: self.send(to, message))
+
+    def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None:
+        for mover in self.movers:
+            mover.carry_out(order, report)
 
     def cache(self, keys: Sequence[BlockKey]) -> list[int]:
         """Put the blocks of these names into the pool, as if they had been computed."""
@@ -174,21 +180,9 @@ class StorePeer:
         finally:
             self.pool.release(pages)
 
-    def turn(self, say: Callable[[ReplicaId, Message], None]) -> None:
+    def turn(self) -> None:
         """What the engine does between two steps."""
-        now_s = time.monotonic()
-        while not self.reports.empty():
-            self.exchange.moved(self.reports.get(), now_s)
-        self.exchange.expire(now_s)
-        for effect in self.exchange.take():
-            match effect:
-                case Say(to, message):
-                    say(to, message)
-                case Tell(order):
-                    for mover in self.movers:
-                        mover.carry_out(order, self.reports.put)
-                case Fetched():
-                    self.fetched.append(effect)
+        self.fetched += self.peer.poll(time.monotonic())
 
     def check(self) -> None:
         self.pool.check(self.exchange.held_pages())
@@ -201,19 +195,19 @@ class StorePeer:
 def run(peers: Sequence[StorePeer], until: Callable[[], bool], limit_s: float = 10.0) -> None:
     """Drive replicas of this process until something is true."""
     by_name = {peer.name: peer for peer in peers}
+    for peer in peers:
+        peer.send = lambda to, message, sender=peer.name: by_name[to].peer.on_message(
+            sender, from_bytes(to_bytes(message))
+        )
     end_s = time.monotonic() + limit_s
     while not until():
         assert time.monotonic() < end_s, "it did not happen"
         for peer in peers:
-            peer.turn(
-                lambda to, message, sender=peer.name: by_name[to].exchange.handle(
-                    sender, from_bytes(to_bytes(message)), time.monotonic()
-                )
-            )
+            peer.turn()
         time.sleep(0.001)
 
 
-def fetch(receiver: StorePeer, owner: StorePeer, keys: Sequence[BlockKey], *others: StorePeer) -> Fetched:
+def fetch(receiver: StorePeer, owner: StorePeer, keys: Sequence[BlockKey], *others: StorePeer) -> FetchDone:
     """The outcome of one fetch between replicas of this process."""
     before = len(receiver.fetched)
     receiver.exchange.fetch(owner.name, keys, time.monotonic())
@@ -251,9 +245,10 @@ def peer_process(
     for transport in me.transports:
         transport.give = lambda index, _: struck(f"send {index}")
         transport.take = lambda index, _: struck(f"take {index}")
+    me.send = lambda to, message: control.send(("message", to_bytes(message)))
     control.send("ready")
     while True:
-        me.turn(lambda to, message: control.send(("message", to_bytes(message))))
+        me.turn()
         for done in me.fetched:
             control.send(("fetched", str(done.failure), me.holds(done.keys)))
         me.fetched.clear()
@@ -268,7 +263,7 @@ def peer_process(
                 case ("message", data):
                     message = from_bytes(data)
                     struck(type(message).__name__.lower())
-                    me.exchange.handle(parent, message, time.monotonic())
+                    me.peer.on_message(parent, message)
                 case ("check",):
                     me.check()
                     control.send(("used", me.pool.used))
