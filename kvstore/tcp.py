@@ -42,7 +42,7 @@ _MAX_PENDING = 64
 """Connections that have not sent a header yet; the oldest makes room."""
 _PAUSE_S = 0.001
 _PIECE_BYTES = 256 << 10
-"""A receiver is woken for so many at a time: for every packet, it would cost a tenth more of a core."""
+"""A receiver is woken up for this many at a time: for every packet, it took a tenth more CPU time."""
 
 
 class TcpTransport(LinkTransport):
@@ -233,10 +233,10 @@ class _InLink(_TcpLink[Sink]):
             if self._newer is not None:
                 self._newer.close()
             self._newer = connection
-            self._changed.notify_all()
+            if self._closed:  # it made room for another link a moment ago
+                self._newer.close()
             self._shut_down()
-            if not self.usable:  # it made room for another link a moment ago
-                self._drop()
+            self._changed.notify_all()
 
     def _drop(self) -> None:
         with self._changed:
