@@ -120,24 +120,24 @@ class _Struck:
         return self._inner.endpoint
 
     def send(self, peer: Endpoint, ticket: Ticket, source: Source, timeout_s: float) -> Any:
-        give = source.give
+        give = source.read_chunk
 
-        def given(index: int, room: Tensor) -> Tensor:
-            chunk = give(index, room).clone()  # it may lie in the pool
+        def given(index: int, buffer: Tensor) -> Tensor:
+            chunk = give(index, buffer).clone()  # it may lie in the pool
             self._at(f"send {index}", chunk)
             return chunk
 
-        source.give = given  # type: ignore[method-assign]
+        source.read_chunk = given  # type: ignore[method-assign]
         return self._inner.send(peer, ticket, source, timeout_s)
 
     def receive(self, peer: Endpoint, ticket: Ticket, sink: Sink, timeout_s: float) -> Any:
-        take = sink.take
+        take = sink.write_chunk
 
         def taken(index: int, chunk: Tensor) -> None:
             self._at(f"take {index}", chunk)
             take(index, chunk)
 
-        sink.take = taken  # type: ignore[method-assign]
+        sink.write_chunk = taken  # type: ignore[method-assign]
         return self._inner.receive(peer, ticket, sink, timeout_s)
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ import torch
 from quire.kvstore.failures import Cause, TransferFailed
 from quire.kvstore.groups import reason_of
 from quire.kvstore.streams import Body, Stream
-from quire.kvstore.threads import give_way
+from quire.kvstore.threads import use_batch_scheduling
 from quire.kvstore.transport import Endpoint, Sink, Source, Ticket
 from quire.kvstore.watch import Watch
 
@@ -135,7 +135,7 @@ class Link(ABC, Generic[Body]):
                 stack.enter_context(torch.cuda.device(self._here.device))
                 stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self._here.device)))
             else:
-                give_way()
+                use_batch_scheduling()
             while not self._closed:
                 self._turn()
 
@@ -246,7 +246,7 @@ class LinkTransport:
         return self._start(self._out, peer, Stream(ticket, source, time.monotonic() + timeout_s))
 
     def receive(self, peer: Endpoint, ticket: Ticket, sink: Sink, timeout_s: float) -> Future[None]:
-        stream = Stream(ticket, sink, time.monotonic() + timeout_s, settle=sink.settle)
+        stream = Stream(ticket, sink, time.monotonic() + timeout_s, synchronize=sink.synchronize)
         return self._start(self._in, peer, stream)
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ from quire.kvstore.messages import (
 )
 from quire.kvstore.prefix_index import PageId
 from quire.kvstore.slices import PageSlice, page_slices, shard_heads
-from quire.kvstore.threads import give_way
+from quire.kvstore.threads import use_batch_scheduling
 from quire.kvstore.transport import Ticket, Transport
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
@@ -70,7 +70,7 @@ class PageMover:
         """`chunk_bytes`, pages of a chunk: the same on all replicas. `limit`: of what is sent."""
         self._pool, self._transport, self._limit = pool, transport, limit
         self._chunk_bytes = chunk_bytes or CHUNK_BYTES[pool.pool_NB.device.type]
-        self._sums = _Sums()
+        self._sums = _ChecksumCache()
 
     @property
     def worth_summing_ahead(self) -> bool:
@@ -97,7 +97,7 @@ class PageMover:
         order writes into the pool any more.
         """
         streams = [self._start(order, piece) for piece in self._pieces(order)]
-        _Tally(order, self._pool.rank, streams, report).begin()
+        _Completion(order, self._pool.rank, streams, report).begin()
 
     def _pieces(self, order: Order) -> list[PageSlice]:
         pool, peers = self._pool, len(order.peers)
@@ -139,7 +139,7 @@ class _Pages:
         self._headers_MW = torch.from_numpy(headers).to(device)
         self._alone = _alone(piece.size_bytes, chunk_bytes)
         in_place = self._alone and device.type != "cuda"
-        self.rooms: Sequence[Tensor] = [self._bytes_NB[p] for p in order.pages] if in_place else []
+        self.buffers: Sequence[Tensor] = [self._bytes_NB[p] for p in order.pages] if in_place else []
         self._step = 1 if self._alone else round(chunk_bytes / piece.size_bytes)
         counts = [min(self._step, len(order.pages) - at) for at in range(0, len(order.pages), self._step)]
         self.sizes = (*(count * piece.size_bytes for count in counts), len(order.pages) * HEADER_BYTES)
@@ -157,22 +157,22 @@ class _Pages:
         return self._headers_MW[part, CHECKSUM_WORD]
 
 
-_SumName = tuple[PageId, int, int]
+_ChecksumKey = tuple[PageId, int, int]
 """Page, first head, number of heads."""
 
 
-class _Sums:
-    """Checksums of large pages, by threads of their own: gloo sends in the thread that asks it to.
+class _ChecksumCache:
+    """Checksums of large pages, by threads of their own, beside the link's thread that sends.
 
     They are kept: what the page of a complete block holds in one generation never changes.
     """
 
     def __init__(self) -> None:
-        self._asked_worker = ThreadPoolExecutor(1, "quire-sums", initializer=give_way)
-        self._ahead_worker = ThreadPoolExecutor(1, "quire-sums-ahead", initializer=give_way)
+        self._asked_worker = ThreadPoolExecutor(1, "quire-sums", initializer=use_batch_scheduling)
+        self._ahead_worker = ThreadPoolExecutor(1, "quire-sums-ahead", initializer=use_batch_scheduling)
         """Many may be in line there; no transfer waits for that."""
-        self._known: dict[_SumName, tuple[int, Future[int]]] = {}
-        self._ahead: dict[_SumName, tuple[int, Future[int]]] = {}
+        self._known: dict[_ChecksumKey, tuple[int, Future[int]]] = {}
+        self._ahead: dict[_ChecksumKey, tuple[int, Future[int]]] = {}
         """Generation and sum; nobody has asked for these yet."""
 
     def of(self, page: PageId, generation: int, heads: tuple[int, int], bytes_B: Tensor) -> Future[int]:
@@ -211,7 +211,7 @@ class Outgoing(_Pages):
         order: SendPages,
         piece: PageSlice,
         chunk_bytes: int,
-        sums: _Sums,
+        sums: _ChecksumCache,
         limit: Bandwidth | None,
     ) -> None:
         super().__init__(pool, order, piece, chunk_bytes)
@@ -219,18 +219,18 @@ class Outgoing(_Pages):
         self._sum_M: list[Future[int]] = []
         """Of large pages."""
 
-    def give(self, index: int, room: Tensor) -> Tensor:
+    def read_chunk(self, index: int, buffer: Tensor) -> Tensor:
         if self._limit is not None:
-            self._limit.wait(room.numel())
+            self._limit.wait(buffer.numel())
         if self._is_headers(index):
             for page, sum_ in enumerate(self._sum_M):
                 self._headers_MW[page, CHECKSUM_WORD] = sum_.result()
-            return room.copy_(_as_bytes(self._headers_MW))
+            return buffer.copy_(_as_bytes(self._headers_MW))
         if self._alone:
             return self._large(index)
         part = self._part(index)
-        gather_pages(self._bytes_NB, self._pages_M[part], self._rows(room), self._sum_C(part))
-        return room
+        gather_pages(self._bytes_NB, self._pages_M[part], self._rows(buffer), self._sum_C(part))
+        return buffer
 
     def _large(self, index: int) -> Tensor:
         if index >= _SUMS_BEHIND:
@@ -250,19 +250,19 @@ class Incoming(_Pages):
         self._stream: torch.cuda.Stream | None = None
         """That of the chunks that were taken."""
 
-    def take(self, index: int, chunk: Tensor) -> None:
+    def write_chunk(self, index: int, chunk: Tensor) -> None:
         if chunk.is_cuda:
             self._stream = torch.cuda.current_stream(chunk.device)
         if self._is_headers(index):
             _as_bytes(self._arrived_MW).copy_(chunk)
             return
         part = self._part(index)
-        if index < len(self.rooms):
+        if index < len(self.buffers):
             self._sum_C(part).copy_(checksum_pages(self._rows(chunk)))
         else:
             scatter_pages(self._bytes_NB, self._pages_M[part], self._rows(chunk), self._sum_C(part))
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -280,7 +280,7 @@ def _as_bytes(headers_MW: Tensor) -> Tensor:
     return headers_MW.view(torch.uint8).view(-1)
 
 
-class _Tally:
+class _Completion:
     """Counts the ends of an order's streams and makes one report of them."""
 
     def __init__(

@@ -101,7 +101,7 @@ class _PairLink(Link[Body]):
             self._check(stream)
             raise
 
-    def _room(self, body: Body, index: int) -> Tensor:
+    def _buffer(self, body: Body, index: int) -> Tensor:
         """Memory of the link: each chunk that is under way has its own."""
         slot, size = index % self._here.config.depth, body.sizes[index]
         if slot not in self._memory or self._memory[slot].numel() < size:
@@ -148,7 +148,7 @@ class _OutLink(_PairLink[Source]):
             if len(under_way) == self._here.config.depth:
                 self._wait(stream, pair, under_way.popleft())
             self._check(stream)
-            chunk = body.give(index, self._room(body, index))
+            chunk = body.read_chunk(index, self._buffer(body, index))
             under_way.append(pair.post(chunk, index))
         while under_way:
             self._wait(stream, pair, under_way.popleft())
@@ -250,7 +250,7 @@ class _InLink(_PairLink[Sink]):
 
         def post(index: int) -> None:
             if index < len(body.sizes):
-                arriving.append(pair.post(self._room(body, index), index))
+                arriving.append(pair.post(self._buffer(body, index), index))
 
         self._check(stream)
         for index in range(depth):
@@ -259,7 +259,7 @@ class _InLink(_PairLink[Sink]):
             self._wait(stream, pair, arriving.popleft())
             with stream.lock:
                 self._check(stream)
-                body.take(index, self._room(body, index))
+                body.write_chunk(index, self._buffer(body, index))
             post(index + depth)
         body.verify()
 

@@ -17,25 +17,25 @@ Body = TypeVar("Body", Source, Sink)
 
 @dataclass(eq=False)
 class Stream(Generic[Body]):
-    """What ends it first, counts."""
+    """The first call of `end` decides how it ended."""
 
     ticket: Ticket
     body: Body
     deadline_s: float
     future: Future[None] = field(default_factory=Future)
-    settle: Callable[[], None] = lambda: None
-    """The sink's."""
+    synchronize: Callable[[], None] = lambda: None
+    """That of the sink."""
     ended: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
-    """Held by the link's thread while it takes a chunk, or as long as chunks may arrive in place."""
+    """Held by the link's thread whenever it writes into the sink's memory."""
 
     def end(self, error: TransferFailed | None = None) -> None:
-        """Waits for chunks that are being taken, or written where they belong; afterwards none is."""
+        """End the stream. Waits for a write into the sink's memory; afterwards nothing is written there."""
         with self.lock:
             if self.ended:
                 return
             self.ended = True
-            self.settle()
+            self.synchronize()
         if error is None:
             self.future.set_result(None)
         else:

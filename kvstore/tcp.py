@@ -96,12 +96,13 @@ class _Listener:
         with self._selector, self._socket:
             self._selector.register(self._socket, selectors.EVENT_READ)
             while not self._closed:
-                for key, _ in self._selector.select(self._patience_s if self._pending else None):
-                    if key.fileobj is self._socket:
-                        self._accept()
-                    else:
-                        assert isinstance(key.fileobj, socket.socket)
-                        self._hand_on(self._forget(key.fileobj))
+                ready = self._selector.select(self._patience_s if self._pending else None)
+                connections = [key.fileobj for key, _ in ready if key.fileobj is not self._socket]
+                for connection in connections:
+                    assert isinstance(connection, socket.socket)
+                    self._hand_on(self._forget(connection))
+                if len(connections) < len(ready):  # last, because it may close one of those
+                    self._accept()
                 now_s = time.monotonic()
                 for connection in [c for c, until_s in self._pending.items() if until_s < now_s]:
                     self._forget(connection).close()
@@ -164,10 +165,10 @@ class _TcpLink(Link[Body]):
         self._check(stream)
         return min(time.monotonic() + self._patience_s, stream.deadline_s)
 
-    def _room(self, body: Body, index: int) -> Tensor:
+    def _buffer(self, body: Body, index: int) -> Tensor:
         """Where the chunk lies or belongs, or the link's own memory."""
-        if index < len(body.rooms):
-            return body.rooms[index]
+        if index < len(body.buffers):
+            return body.buffers[index]
         if self._memory.numel() < body.sizes[index]:
             self._memory = torch.empty(body.sizes[index], dtype=torch.uint8)
         return self._memory[: body.sizes[index]]
@@ -196,7 +197,7 @@ class _OutLink(_TcpLink[Source]):
         self._send(connection, header, self._until_s(stream))
         for index in range(len(body.sizes)):
             self._check(stream)
-            chunk = body.give(index, self._room(body, index))
+            chunk = body.read_chunk(index, self._buffer(body, index))
             self._send(connection, _bytes_of(chunk), self._until_s(stream))
         _await_data(connection, self._until_s(stream))
         if connection.recv(1) != _ACK:
@@ -280,11 +281,11 @@ class _InLink(_TcpLink[Sink]):
         connection, body = self._connection, stream.body
         assert connection is not None
         for index in range(len(body.sizes)):
-            room = self._room(body, index)
-            self._fill(connection, _bytes_of(room), self._until_s(stream), stream)
+            buffer = self._buffer(body, index)
+            self._fill(connection, _bytes_of(buffer), self._until_s(stream), stream)
             with stream.lock:
                 self._check(stream)
-                body.take(index, room)
+                body.write_chunk(index, buffer)
         body.verify()
         with suppress(OSError):  # all is here, whether or not the sender learns of it
             connection.send(_ACK)

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 
 
-def give_way() -> None:
+def use_batch_scheduling() -> None:
     """From now on this thread, and those that it starts, interrupt nobody when they wake up (SCHED_BATCH).
 
     Their share of time stays the same. The threads of a transfer wake each other for every piece of it: where

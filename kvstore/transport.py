@@ -1,6 +1,7 @@
-"""Moves chunks of bytes between two shards. The seam between what a transfer says and how bytes travel.
+"""How chunks of bytes move between two shards: the seam between transfers and networks.
 
-Knows no pages: a `Source` gives chunks, a `Sink` takes them. `link_transport.py` is the implementation.
+Knows no pages: chunks are read from a `Source` and written to a `Sink`. `tcp.py` implements it for CPUs,
+`nccl.py` for GPUs.
 """
 
 from __future__ import annotations
@@ -19,51 +20,54 @@ Ticket = NewType("Ticket", int)
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where one process's transport is met."""
+    """The address of one process's transport."""
 
     name: str
-    """Drawn at its start: a restarted process has another."""
+    """Chosen at random when the process starts, so that a restarted process has another one."""
     host: str
     port: int
 
 
 class Source(Protocol):
-    """What a send reads."""
+    """The chunks that a stream sends."""
 
     sizes: tuple[int, ...]
     """Bytes of each chunk; the receiver's sink has the same."""
-    rooms: Sequence[Tensor]
-    """Where the first chunks lie: they are sent from there. All others have to be written first."""
+    buffers: Sequence[Tensor]
+    """Memory that holds the first chunks and that they are sent from. All others have to be written first."""
 
-    def give(self, index: int, room: Tensor) -> Tensor:
-        """The chunk, uint8 [sizes[index]]: written into `room`, or where it lies already, to be read there
-        until the stream is over. Called in order. Raises TransferFailed to end the stream here.
+    def read_chunk(self, index: int, buffer: Tensor) -> Tensor:
+        """Return the chunk, uint8 [sizes[index]]: either `buffer`, after writing the chunk into it, or the
+        memory that holds it, which may be read until the stream has ended. Called in order.
+
+        Raises TransferFailed to end the stream.
         """
 
 
 class Sink(Protocol):
-    """What a receive writes."""
+    """Where a stream puts the chunks that it receives."""
 
     sizes: tuple[int, ...]
-    rooms: Sequence[Tensor]
-    """Where the first chunks belong, to be received there. All others lie elsewhere until they are taken."""
+    """Bytes of each chunk."""
+    buffers: Sequence[Tensor]
+    """Memory that the first chunks are received into directly. All others go through memory of the link."""
 
-    def take(self, index: int, chunk: Tensor) -> None:
-        """Use the chunk, on a GPU in the current stream's order: its memory is used again. May raise
-        TransferFailed, which ends the stream.
+    def write_chunk(self, index: int, chunk: Tensor) -> None:
+        """Use the chunk, on a GPU in the order of the current stream: its memory is reused afterwards.
 
-        Called in order, by one thread, and never once the stream's future is done.
+        Called in order, by one thread, and never after the stream's future is done. Raises TransferFailed to
+        end the stream.
         """
 
-    def settle(self) -> None:
-        """Wait until nothing of what was taken is still being used or written. From any thread."""
+    def synchronize(self) -> None:
+        """Wait until nothing that was passed to `write_chunk` is still in use. Called from any thread."""
 
     def verify(self) -> None:
-        """After the last chunk. Raises TransferFailed if any of them was not what was agreed."""
+        """Called after the last chunk. Raises TransferFailed if a chunk was not what was agreed."""
 
 
 class Transport(Protocol):
-    """Streams to and from other shards. A future ends at its deadline at the latest, whatever the peer does.
+    """Streams to and from other shards. A stream's future is done by its deadline, whatever the peer does.
 
     Its exception is always a TransferFailed.
     """
@@ -76,4 +80,4 @@ class Transport(Protocol):
     def receive(self, peer: Endpoint, ticket: Ticket, sink: Sink, timeout_s: float) -> Future[None]: ...
 
     def close(self) -> None:
-        """All open streams fail. Waits for peers no longer than an operation may take."""
+        """Fail all open streams. Waits for peers no longer than one operation may take."""

@@ -139,7 +139,7 @@ def test_a_receiver_that_never_comes_ends_at_the_deadline_and_the_next_stream_wo
 
 def test_a_sink_that_refuses_a_chunk_ends_the_stream_and_the_next_one_works(ends):
     class Refuses(Collect):
-        def take(self, index, chunk):
+        def write_chunk(self, index, chunk):
             raise TransferFailed(Cause.CHECKSUM, "not what was promised")
 
     received = ends[1].receive(ends[0].endpoint, Ticket(1), Refuses(LARGE), 5)
@@ -195,20 +195,20 @@ def test_nothing_is_taken_once_a_stream_has_ended(ends):
 
 
 def test_chunks_are_received_where_they_belong(ends):
-    rooms = [torch.zeros(size, dtype=torch.uint8) for size in LARGE[:-1]]
-    sink = Collect(LARGE, rooms=rooms)
+    buffers = [torch.zeros(size, dtype=torch.uint8) for size in LARGE[:-1]]
+    sink = Collect(LARGE, buffers=buffers)
     received = ends[1].receive(ends[0].endpoint, Ticket(1), sink, 5)
     ends[0].send(ends[1].endpoint, Ticket(1), Numbers(LARGE, 1), 5)
     received.result(5)
     assert sink.holds(1)
-    assert all(map(torch.equal, rooms, sink.chunks))
+    assert all(map(torch.equal, buffers, sink.chunks))
 
 
 @pytest.mark.parametrize("ends_with", ["deadline", "refusal", "close"])
 def test_nothing_is_written_in_place_once_a_stream_has_ended(ends_with):
     """The sender stops amid the chunks, and goes on later."""
-    rooms = [torch.zeros(size, dtype=torch.uint8) for size in LARGE[:-1]]
-    sink = Collect(LARGE, rooms=rooms)
+    buffers = [torch.zeros(size, dtype=torch.uint8) for size in LARGE[:-1]]
+    sink = Collect(LARGE, buffers=buffers)
     receiver = TcpTransport(HOST, LinkConfig(operation_timeout_s=1))
     with process() as sender:
         timeout_s = 0.6 if ends_with == "deadline" else 20
@@ -218,28 +218,28 @@ def test_nothing_is_written_in_place_once_a_stream_has_ended(ends_with):
             time.sleep(0.3)
             receiver.close()
         if ends_with == "refusal":
-            sink.take = refuse
+            sink.write_chunk = refuse
         assert cause(received) is ENDS[ends_with]
-        then = [room.clone() for room in rooms]
+        then = [buffer.clone() for buffer in buffers]
         os.kill(sender.process.pid, signal.SIGCONT)
         assert sender.reply() is not None
         time.sleep(0.2)
-        assert all(map(torch.equal, rooms, then))
+        assert all(map(torch.equal, buffers, then))
     receiver.close()
 
 
 @pytest.mark.parametrize("ended_by", ["deadline", "close"])
 def test_nothing_is_written_in_place_by_a_sender_that_is_slower_than_the_deadline(ends, ended_by):
     """It ends while the first chunk is awaited, and then the chunk comes."""
-    rooms = [torch.zeros(size, dtype=torch.uint8) for size in LARGE[:-1]]
-    received = ends[1].receive(ends[0].endpoint, Ticket(1), Collect(LARGE, rooms=rooms), 0.3)
+    buffers = [torch.zeros(size, dtype=torch.uint8) for size in LARGE[:-1]]
+    received = ends[1].receive(ends[0].endpoint, Ticket(1), Collect(LARGE, buffers=buffers), 0.3)
     sent = ends[0].send(ends[1].endpoint, Ticket(1), Numbers(LARGE, 1, pause_s=0.4), 5)
     if ended_by == "close":
         time.sleep(0.1)
         ends[1].close()
     assert cause(received) is ENDS[ended_by]
     assert cause(sent) is Cause.PEER
-    assert not any(room.any() for room in rooms)
+    assert not any(buffer.any() for buffer in buffers)
 
 
 ENDS = {"deadline": Cause.DEADLINE, "refusal": Cause.CHECKSUM, "close": Cause.CLOSED}
@@ -253,7 +253,7 @@ def test_many_failures_leave_nothing_behind(ends):
     for ticket in range(60):
         sink, late = Collect(SIZES), ticket % 10 == 3
         if ticket % 2:
-            sink.take = refuse
+            sink.write_chunk = refuse
         received = ends[1].receive(ends[0].endpoint, Ticket(ticket), sink, 0.1 if late else 5)
         source = Numbers(SIZES, ticket, pause_s=0.2 if late else 0)
         sent = ends[0].send(ends[1].endpoint, Ticket(ticket), source, 5)
@@ -271,7 +271,11 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.parametrize("words", [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(100), bytes(1 << 20)])
+@pytest.mark.parametrize(
+    "words",
+    [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(100), bytes(1 << 20)],
+    ids=["none", "few", "zeros", "many"],
+)
 def test_strangers_are_cut_off_and_cost_nobody_anything(ends, words):
     strangers = [socket.create_connection((HOST, ends[1].endpoint.port), 5) for _ in range(100)]
     for stranger in strangers:

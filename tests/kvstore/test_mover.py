@@ -121,12 +121,12 @@ def flip(at: int, where: int = PAGES) -> object:
 )
 def test_a_damaged_byte_is_noticed_before_anybody_can_read_it(peers, where, at, cause):
     owner, receiver = peers
-    owner.transports[0].give = flip(at, where)
+    owner.transports[0].read_chunk = flip(at, where)
     done = fetch(receiver, owner, KEYS)
     assert (done.failure, done.blocks) == (cause, 0)
     assert receiver.pool.lookup(KEYS) == (0, 0)
     settled(*peers)
-    owner.transports[0].give = None
+    owner.transports[0].read_chunk = None
     assert fetch(receiver, owner, KEYS).failure is None
     assert receiver.holds(KEYS)
 
@@ -259,7 +259,7 @@ def test_pages_rewritten_after_the_lease_ended_are_not_believed(peers):
             owner.pool.release(owner.pool.allocate(owner.pages))
             owner.shards[0].pool_NB.zero_()
 
-    owner.transports[0].give = rewrite
+    owner.transports[0].read_chunk = rewrite
     assert fetch(receiver, owner, KEYS).failure is Cause.LEASE
     assert receiver.pool.lookup(KEYS) == (0, 0)
     settled(*peers)
@@ -295,7 +295,7 @@ def test_pages_are_taken_only_while_the_fetch_lives(peers):
     """A fetch that ended gives its pages back; what still arrives must not be written over their new use."""
     owner, receiver = peers
     receiver.timeout_s = 0.5
-    owner.transports[0].give = lambda index, chunk: time.sleep(0.3)
+    owner.transports[0].read_chunk = lambda index, chunk: time.sleep(0.3)
     started = time.monotonic()
     receiver.exchange._config = type(receiver.exchange._config)(timeout_s=0.5)
     done = fetch(receiver, owner, KEYS)
@@ -327,16 +327,16 @@ def test_forty_faults_in_a_row_cost_forty_transfers():
         receiver.exchange.peer_gone(owner.name, time.monotonic())
 
     faults = {
-        "byte": ("give", lambda: flip(rng.randrange(-1000, 0))),
-        "header": ("give", lambda: flip(rng.choice([3, 40, 64, 72, 80]), HEADERS)),
-        "sender": ("give", lambda: refuse),
-        "receiver": ("take", lambda: refuse),
-        "lease": ("give", lambda: rewrite),
-        "news": ("take", lambda: give_up),
+        "byte": ("read_chunk", lambda: flip(rng.randrange(-1000, 0))),
+        "header": ("read_chunk", lambda: flip(rng.choice([3, 40, 64, 72, 80]), HEADERS)),
+        "sender": ("read_chunk", lambda: refuse),
+        "receiver": ("write_chunk", lambda: refuse),
+        "lease": ("read_chunk", lambda: rewrite),
+        "news": ("write_chunk", lambda: give_up),
     }
     for _ in range(40):
         side, make = faults[rng.choice(list(faults))]
-        transport = (owner if side == "give" else receiver).transports[0]
+        transport = (owner if side == "read_chunk" else receiver).transports[0]
         setattr(transport, side, make())
         done = fetch(receiver, owner, KEYS)
         causes[done.failure] += 1

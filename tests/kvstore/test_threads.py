@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from quire.kvstore.threads import give_way
+from quire.kvstore.threads import use_batch_scheduling
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="scheduling policies are Linux's")
 
@@ -14,7 +14,7 @@ def test_a_thread_gives_way_with_those_that_it_starts_and_no_other():
     seen = []
 
     def work():
-        give_way()
+        use_batch_scheduling()
         below = threading.Thread(target=lambda: seen.append(os.sched_getscheduler(0)))
         below.start()
         below.join()
@@ -32,5 +32,5 @@ def test_where_it_cannot_be_said_the_thread_goes_on(monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    give_way()
+    use_batch_scheduling()
     assert os.sched_getscheduler(0) == os.SCHED_OTHER

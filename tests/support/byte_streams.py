@@ -32,13 +32,13 @@ class Numbers:
     seed: int = 0
     signal_at: tuple[int, int] | None = None
     pause_s: float = 0.0
-    rooms: list[Tensor] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
 
-    def give(self, index: int, room: Tensor) -> Tensor:
+    def read_chunk(self, index: int, buffer: Tensor) -> Tensor:
         if self.signal_at is not None and index == self.signal_at[0]:
             os.kill(os.getpid(), self.signal_at[1])
         time.sleep(self.pause_s)
-        return room.copy_(pattern(self.sizes[index], self.seed + index))
+        return buffer.copy_(pattern(self.sizes[index], self.seed + index))
 
 
 @dataclass
@@ -48,15 +48,15 @@ class Collect:
     sizes: tuple[int, ...]
     chunks: list[Tensor] = field(default_factory=list)
     signal_at: tuple[int, int] | None = None
-    rooms: list[Tensor] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
 
-    def take(self, index: int, chunk: Tensor) -> None:
+    def write_chunk(self, index: int, chunk: Tensor) -> None:
         assert index == len(self.chunks)
         if self.signal_at is not None and index == self.signal_at[0]:
             os.kill(os.getpid(), self.signal_at[1])
         self.chunks.append(chunk.clone())
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Nothing is ever under way."""
 
     def verify(self) -> None:

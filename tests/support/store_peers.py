@@ -55,18 +55,18 @@ class Meddled:
     """A transport that does something whenever a chunk is given or taken."""
 
     inner: Transport
-    give: Callable[[int, Tensor], None] | None = None
-    take: Callable[[int, Tensor], None] | None = None
+    read_chunk: Callable[[int, Tensor], None] | None = None
+    write_chunk: Callable[[int, Tensor], None] | None = None
 
     @property
     def endpoint(self) -> Endpoint:
         return self.inner.endpoint
 
     def send(self, peer: Endpoint, ticket: Ticket, source: Source, timeout_s: float) -> Future[None]:
-        return self.inner.send(peer, ticket, _MeddledSource(source, self.give), timeout_s)
+        return self.inner.send(peer, ticket, _MeddledSource(source, self.read_chunk), timeout_s)
 
     def receive(self, peer: Endpoint, ticket: Ticket, sink: Sink, timeout_s: float) -> Future[None]:
-        return self.inner.receive(peer, ticket, _MeddledSink(sink, self.take), timeout_s)
+        return self.inner.receive(peer, ticket, _MeddledSink(sink, self.write_chunk), timeout_s)
 
     def close(self) -> None:
         self.inner.close()
@@ -74,10 +74,10 @@ class Meddled:
 
 class _MeddledSource:
     def __init__(self, inner: Source, change: Callable[[int, Tensor], None] | None) -> None:
-        self.sizes, self.rooms, self._inner, self._change = inner.sizes, inner.rooms, inner, change
+        self.sizes, self.buffers, self._inner, self._change = inner.sizes, inner.buffers, inner, change
 
-    def give(self, index: int, room: Tensor) -> Tensor:
-        chunk = self._inner.give(index, room)
+    def read_chunk(self, index: int, buffer: Tensor) -> Tensor:
+        chunk = self._inner.read_chunk(index, buffer)
         if self._change is None:
             return chunk
         changed = chunk.clone()  # it may lie in the pool
@@ -87,15 +87,15 @@ class _MeddledSource:
 
 class _MeddledSink:
     def __init__(self, inner: Sink, change: Callable[[int, Tensor], None] | None) -> None:
-        self.sizes, self.rooms, self._inner, self._change = inner.sizes, inner.rooms, inner, change
+        self.sizes, self.buffers, self._inner, self._change = inner.sizes, inner.buffers, inner, change
 
-    def take(self, index: int, chunk: Tensor) -> None:
+    def write_chunk(self, index: int, chunk: Tensor) -> None:
         if self._change is not None:
             self._change(index, chunk)
-        self._inner.take(index, chunk)
+        self._inner.write_chunk(index, chunk)
 
-    def settle(self) -> None:
-        self._inner.settle()
+    def synchronize(self) -> None:
+        self._inner.synchronize()
 
     def verify(self) -> None:
         self._inner.verify()
@@ -243,8 +243,8 @@ def peer_process(
             os.kill(os.getpid(), int(strike[1]))
 
     for transport in me.transports:
-        transport.give = lambda index, _: struck(f"send {index}")
-        transport.take = lambda index, _: struck(f"take {index}")
+        transport.read_chunk = lambda index, _: struck(f"send {index}")
+        transport.write_chunk = lambda index, _: struck(f"take {index}")
     me.send = lambda to, message: control.send(("message", to_bytes(message)))
     control.send("ready")
     while True:
