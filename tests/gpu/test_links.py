@@ -82,6 +82,7 @@ def test_a_replica_struck_in_any_state_costs_its_peer_one_transfer(me, side, sta
         other.drive(lambda: ended(other.process), LIMIT_S)  # its pipe may end a moment before it does
         other.drive(lambda: me.pool.used == 0, 2 * GPU_PATIENCE_S["timeout_s"])
         me.check()
+    me.turn()  # the last news of the one that is gone, whose name the next one has
     me.fetched.clear()
     theirs = keys_of(5, seed=9)
     with child(me, "int8", 1, THERE, OTHER_HOST) as third:  # the GPU and the process are as good as before
