@@ -6,7 +6,6 @@ full name. deploy/serve.yaml lists every key, and a test holds the two together.
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from quire.cluster.autoscaling import AutoscalingConfig
 from quire.replicas.config import EngineConfig
+from quire.replicas.config_types import fits, words
 from quire.replicas.errors import ConfigError
 
 T = TypeVar("T")
@@ -176,35 +176,8 @@ def _build(kind: type[T], tree: object, path: str) -> T:
 
 def _value(hint: Any, value: object, path: str) -> object:
     branches = [option for option in (hint, *typing.get_args(hint)) if is_dataclass(option)]
-    if branches and not (value is None and _fits(hint, None)):
+    if branches and not (value is None and fits(hint, None)):
         return _build(typing.cast(type, branches[0]), value, path + ".")
-    if not _fits(hint, value):
-        raise ConfigError(f"{path} must be {_words(hint)}, got {value!r}")
+    if not fits(hint, value):
+        raise ConfigError(f"{path} must be {words(hint)}, got {value!r}")
     return value
-
-
-def _fits(hint: Any, value: object) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(option, value) for option in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
-
-
-def _words(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    names = {
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        bool: "true or false",
-        types.NoneType: "null",
-    }
-    return " or ".join(names.get(option, "a mapping") for option in options)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from reprlib import repr as shown
 from typing import Any
 
 from quire.protos.quire.v1 import inference_pb2
@@ -107,9 +106,9 @@ def _turns(messages: Messages) -> list[inference_pb2.ChatMessage]:
 
 def _common(sampling: SamplingParams | None, options: CallOptions) -> dict[str, Any]:
     if sampling is not None and not isinstance(sampling, SamplingParams):
-        raise InvalidRequest(f"sampling must be SamplingParams, got {shown(sampling)}")
+        raise InvalidRequest(f"sampling must be SamplingParams, got {values.shown(sampling)}")
     if not isinstance(options, CallOptions):
-        raise InvalidRequest(f"options must be CallOptions, got {shown(options)}")
+        raise InvalidRequest(f"options must be CallOptions, got {values.shown(options)}")
     return {
         "model": options.model,
         "sampling": sampling_to_proto(sampling or SamplingParams()),

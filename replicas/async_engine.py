@@ -176,6 +176,8 @@ class AsyncEngine:
                 elif self._engine.stalled:
                     self._rest()
                 self._executor.check()
+                if self._engine.hopeless:  # a replica that fails whatever comes would draw all requests
+                    raise self._engine.hopeless
             except Exception as error:  # the thread's outermost frame: whatever it was, no client may hang
                 self._die(error)
                 break

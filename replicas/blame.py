@@ -6,8 +6,6 @@ from quire.kvstore.pool import IntegrityError
 from quire.replicas.errors import ReplicaDied
 
 _MOST = 8
-"""Requests that may fail one after the other, with no token of another between them, before the engine takes
-the fault for its own: a replica that fails whatever comes would draw all requests to itself."""
 
 
 class Blame:
@@ -15,13 +13,15 @@ class Blame:
 
     def __init__(self) -> None:
         self._in_a_row = 0
+        self.hopeless: Exception | None = None
+        """Set once more than `_MOST` requests have failed one after the other, with no token between them."""
 
     def request(self, error: Exception, *, can_go_on: bool) -> str:
         """What to tell a request that an error is the fault of. Raises the error if it is not."""
         self.not_ours(error, can_go_on=can_go_on)
         self._in_a_row += 1
         if self._in_a_row > _MOST:
-            raise error
+            self.hopeless = error
         return (
             f"the engine cannot compute this request ({type(error).__name__}: {error}); the others go on. "
             "Another try would end like this one: change the request, or report what the replica's log says"
@@ -37,4 +37,4 @@ class Blame:
 
     def token_came(self) -> None:
         """The engine computes."""
-        self._in_a_row = 0
+        self._in_a_row, self.hopeless = 0, None

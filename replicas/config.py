@@ -10,7 +10,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from quire.kernels.layout import PAGE_TOKENS
+from quire.replicas.config_types import check_types
 from quire.replicas.errors import ConfigError
+
+MAX_THREADS = 1024
+"""More than any machine has cores; OpenMP ends a process that cannot have as many threads as it is told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +31,7 @@ class PoolConfig:
     """Bytes of host memory per shard for blocks that make room in the pool; 0: none."""
 
     def __post_init__(self) -> None:
+        check_types(self, "pool.")
         if self.page_tokens not in PAGE_TOKENS:
             raise ConfigError(f"pool.page_tokens is one of {PAGE_TOKENS}, got {self.page_tokens}")
         if self.bytes is not None and self.bytes <= 0:
@@ -50,6 +55,7 @@ class SchedulerConfig:
     """Requests that may wait; one more is refused with RESOURCE_EXHAUSTED."""
 
     def __post_init__(self) -> None:
+        check_types(self, "scheduler.")
         for name in ("max_running", "max_step_tokens", "max_queued"):
             number = getattr(self, name)
             if number is not None and number < 1:
@@ -75,6 +81,9 @@ class GpuConfig:
     graphs: bool = True
     """Capture steps that only decode in CUDA graphs."""
 
+    def __post_init__(self) -> None:
+        check_types(self, "gpu.")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreConfig:
@@ -97,6 +106,7 @@ class StoreConfig:
     """Blocks that the deployment's directory remembers at most, about 88 bytes each."""
 
     def __post_init__(self) -> None:
+        check_types(self, "store.")
         for name in ("min_fetch_blocks", "directory_entries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"store.{name} must be at least 1, got {getattr(self, name)}")
@@ -143,7 +153,19 @@ class EngineConfig:
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.tp < 1:
             raise ConfigError(f"tp is the number of shards, at least 1, got {self.tp}")
         if self.shard_timeout_s <= 0:
             raise ConfigError(f"shard_timeout_s must be positive, got {self.shard_timeout_s}")
+        if not self.model:
+            raise ConfigError('model is empty; give a folder, a Hugging Face hub id or "demo"')
+        if self.max_model_tokens is not None and self.max_model_tokens < 2:
+            raise ConfigError(
+                f"max_model_tokens is a prompt and an output, at least 2, got {self.max_model_tokens}"
+            )
+        if self.threads_per_shard is not None and not 1 <= self.threads_per_shard <= MAX_THREADS:
+            raise ConfigError(
+                f"threads_per_shard lies in 1..{MAX_THREADS}, got {self.threads_per_shard}; null: the "
+                "machine's cores divided by tp"
+            )

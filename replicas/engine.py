@@ -99,6 +99,11 @@ class Engine:
         return bool(waiting or self._running or self._launched or self._events or self._sharing.has_news)
 
     @property
+    def hopeless(self) -> Exception | None:
+        """The last error, if one request after the other has failed and none had a token between them."""
+        return self._blame.hopeless
+
+    @property
     def queued(self) -> int:
         return len(self._waiting)
 

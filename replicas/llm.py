@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -83,7 +84,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "demo",
+        model: str | os.PathLike[str] = "demo",
         kv: str | Mapping[str, object] = "int8",
         tp: int = 1,
         *,
@@ -100,7 +101,7 @@ class LLM:
     ) -> None:
         """See `EngineConfig` for the options. Raises ConfigError, UnknownModel, ModelNotServable."""
         config = EngineConfig(
-            model=model,
+            model=os.fspath(model) if isinstance(model, os.PathLike) else model,
             weights=weights,
             kv=kv,
             tp=tp,
@@ -113,7 +114,7 @@ class LLM:
             pool=pool or PoolConfig(),
             scheduler=scheduler or SchedulerConfig(),
         )
-        self.tokenizer = load_tokenizer(model)
+        self.tokenizer = load_tokenizer(config.model)
         self._max_queued = config.scheduler.max_queued
         self._executor, self._engine = load_engine(config, progress=progress)
         self._prompts = None if self.tokenizer is None else PromptTokenizer(self.tokenizer)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from reprlib import repr as shown
 from typing import Any
 
 from quire.replicas.errors import InvalidRequest
-from quire.replicas.values import is_whole, items, text, token_ids
+from quire.replicas.values import is_whole, items, shown, text, token_ids
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""

@@ -36,7 +36,8 @@ class PromptTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer`: a fast one of transformers."""
         self._chat = tokenizer
-        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        # A copy: what a caller tells its tokenizer, to truncate for instance, must not change prompts.
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
         self._front = _put_in_front(self._backend)

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
 from collections.abc import Iterable, Mapping, Sized
-from reprlib import repr as shown
 from typing import Any
 
 from quire.replicas.errors import InvalidRequest
 
 MAX_UINT32 = 2**32 - 1
 MAX_UINT64 = 2**64 - 1
+
+
+def shown(value: Any) -> str:
+    """A value in few words, whatever it is."""
+    try:
+        return reprlib.repr(value)
+    except Exception:  # a repr of the caller's own, or a number of more digits than Python writes
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def whole(name: str, value: Any, least: int, most: int) -> int:

@@ -66,7 +66,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (*UNREADABLE, StrictDataclassError) as error:
-        raise ModelNotServable(f"transformers cannot read {folder / 'config.json'}: {error}") from error
+        said = str(error).strip().splitlines()[0]  # what follows is advice to install other versions
+        raise ModelNotServable(f"transformers cannot read {folder / 'config.json'}: {said}") from error
     return config
 
 

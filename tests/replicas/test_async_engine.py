@@ -11,6 +11,7 @@ from recall import mixed_prompts
 
 from quire.replicas.async_engine import AsyncEngine
 from quire.replicas.config import EngineConfig, SchedulerConfig
+from quire.replicas.detokenize import Detokenizer
 from quire.replicas.errors import InvalidRequest, QueueFull, ReplicaDied, Status
 from quire.replicas.load import load_tokenizer
 from quire.replicas.request import Event, Failure, FinishReason, Request, RequestId, SamplingParams
@@ -183,6 +184,24 @@ class Broken:
 
     def can_go_on(self):
         return self._steps < 10
+
+
+def test_an_engine_that_fails_whatever_comes_ends(events, monkeypatch):
+    """It would look idle, and draw all requests to itself."""
+
+    def push(self, token, *, may_stop=True):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(Detokenizer, "push", push)
+    engine = AsyncEngine(EngineConfig(model="demo", threads_per_shard=1))
+    for at in range(12):
+        engine.submit(_request(str(at), 3))
+    engine.start(events.deliver)
+    events.until_last(12)
+    engine._thread.join()
+    with pytest.raises(ReplicaDied, match="ValueError"):
+        engine.check_health()
+    engine.close()
 
 
 def test_what_an_engine_computed_when_it_failed_is_for_nobody_else_and_what_waited_is(events):

@@ -265,3 +265,34 @@ def test_a_load_that_fails_half_way_leaves_nothing(damaged):
             LLM(damaged, threads_per_shard=1, progress=progress)
         assert len(made) > 5
         assert [tensor().shape for tensor in made if tensor() is not None] == []
+
+
+def test_what_a_caller_does_with_the_tokenizer_changes_no_prompt():
+    text = "The pass key is 71432. The code of the river is 555."
+    with LLM("demo", threads_per_shard=1) as llm:
+        before = llm.generate(text, SamplingParams(max_tokens=1))[0].prompt
+        llm.tokenizer(text, truncation=True, max_length=5)
+        assert llm.generate(text, SamplingParams(max_tokens=1))[0].prompt == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"model": None}, "model must be a text, got None"),
+        ({"model": ""}, "model is empty"),
+        ({"kv": 5}, "kv must be a text or a mapping, got 5"),
+        ({"tp": "2"}, "tp must be a whole number, got '2'"),
+        ({"tp": True}, "tp must be a whole number, got True"),
+        ({"weights": "none"}, "weights must be one of 'checkpoint', 'random', got 'none'"),
+        ({"dtype": "int8"}, "dtype must be one of 'auto', 'float32'"),
+        ({"device": "tpu"}, "device must be one of 'auto', 'cpu', 'cuda'"),
+        ({"max_model_tokens": 0}, "max_model_tokens is a prompt and an output, at least 2, got 0"),
+        ({"max_model_tokens": 2.5}, "max_model_tokens must be a whole number or null, got 2.5"),
+        ({"threads_per_shard": 10**9}, r"threads_per_shard lies in 1\.\.1024"),
+        ({"generation_defaults": "all"}, "generation_defaults must be one of 'model', 'none'"),
+        ({"pool": 5}, "pool must be a PoolConfig, got 5"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_by_name(options, said):
+    with pytest.raises(ConfigError, match=said):
+        LLM(**options)

@@ -108,3 +108,8 @@ def test_what_is_not_said_is_the_models_default_and_an_explicit_zero_is_said():
     )
     asked = SamplingParams(temperature=0, top_k=5, repetition_penalty=1, seed=3)
     assert resolved(asked, defaults) == ResolvedSampling(temperature=0.0, top_k=5, top_p=0.9, seed=3)
+
+
+def test_a_number_of_more_digits_than_python_writes_is_refused_like_any_other():
+    with pytest.raises(InvalidRequest, match="max_tokens must lie in"):
+        SamplingParams(max_tokens=10**5000)
