@@ -132,7 +132,7 @@ class _Listener:
         try:
             sender = _sender_of(connection.recv(_HEADER.size, socket.MSG_PEEK), self._here)
             self._connected(Endpoint(sender, connection.getpeername()[0], 0), connection)
-        except (OSError, TransferFailed):  # a stranger, or one link too many
+        except (OSError, RuntimeError, TransferFailed):  # a stranger, one link too many, or no thread for it
             connection.close()
 
 

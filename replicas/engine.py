@@ -101,7 +101,7 @@ class Engine:
     @property
     def hopeless(self) -> Exception | None:
         """The last error, if one request after the other has failed and none had a token between them."""
-        return self._blame.hopeless
+        return None if self._launched else self._blame.hopeless  # what is under way may bring one
 
     @property
     def queued(self) -> int:

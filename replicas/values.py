@@ -94,7 +94,7 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 def items(name: str, value: Any, of: str) -> list[Any]:
     """The elements of a list, a tuple, an array; a text, bytes, a mapping and a set are none."""
     ordered = isinstance(value, Iterable) and isinstance(value, Sized) and hasattr(value, "__getitem__")
-    if not ordered or isinstance(value, str | bytes | bytearray | Mapping):
+    if not ordered or isinstance(value, str | bytes | bytearray | memoryview | Mapping):
         raise InvalidRequest(f"{name} must be a sequence of {of}, got {shown(value)}")
     try:
         return list(value)

@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def generation_values(folder: Path) -> dict[str, Any]:
     """What generation_config.json says; empty without one. Raises ModelNotServable for a damaged one."""
     path = folder / GENERATION_CONFIG
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if os.path.lexists(path) else {}  # a link that leads nowhere is damage
 
 
 def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
@@ -95,22 +95,29 @@ def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
 
     Whatever is no token of the model's vocabulary is left out, and the log says so.
     """
-    said, file = generation_values(folder).get("eos_token_id"), GENERATION_CONFIG
-    if said is None:
-        said, file = config.eos_token_id, "config.json"
+    named = generation_values(folder).get("eos_token_id")
+    tokens = _usable_tokens(named, folder / GENERATION_CONFIG, config.vocab_size)
+    return tokens or _usable_tokens(config.eos_token_id, folder / "config.json", config.vocab_size)
+
+
+def _usable_tokens(said: Any, file: Path, vocab_size: int) -> tuple[int, ...]:
     if said is None:
         return ()
     given = said if isinstance(said, list | tuple) else [said]
-    tokens = [t for t in given if type(t) is int and 0 <= t < config.vocab_size]
+    tokens = [t for t in given if type(t) is int and 0 <= t < vocab_size]
     if len(tokens) < len(given):
         _LOG.warning(
             "%s: eos_token_id is %s, of which %s are used: the others are no tokens of a vocabulary of %d",
-            folder / file,
+            file,
             said,
             tokens or "none",
-            config.vocab_size,
+            vocab_size,
         )
     return tuple(tokens)
+
+
+_MAX_NAME_BYTES = 255
+"""Of a file, on all common file systems."""
 
 
 class WeightSource(Protocol):
@@ -246,4 +253,6 @@ def _inside(folder: Path, name: object, said_by: Path) -> Path:
     base, path = os.path.abspath(folder), os.path.abspath(folder / str(name))
     if os.path.commonpath([base, path]) != base:
         raise ModelNotServable(f"{said_by} names the file {name}, which lies outside {folder}; correct it")
+    if len(os.fsencode(str(name))) > _MAX_NAME_BYTES:
+        raise ModelNotServable(f"{said_by} names a file of {len(str(name))} characters; correct it")
     return Path(path)

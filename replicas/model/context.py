@@ -20,6 +20,9 @@ class ContextLength:
     most: int | None
 
 
+_MAX_FACTOR = 1e6
+
+
 def context_length(config: PreTrainedConfig) -> ContextLength:
     """The length a model was made for, and the one that its RoPE scaling reaches.
 
@@ -38,6 +41,8 @@ def context_length(config: PreTrainedConfig) -> ContextLength:
         kind, factor = rope.get("rope_type"), rope.get("factor")
         if kind not in ("yarn", "linear") or not isinstance(factor, int | float):
             continue
+        if not 1 <= factor < _MAX_FACTOR:  # NaN is refused as well
+            raise ModelNotServable(f"config.json gives RoPE the factor {factor!r}, which is no scaling")
         before = rope.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
         )
@@ -54,6 +59,8 @@ def rope_problem(config: PreTrainedConfig, max_model_tokens: int) -> str:
         if rope.get("rope_type") == "dynamic":
             return 'RoPE of type "dynamic" changes with the length of the sequence, so keys cannot be cached'
         short = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "longrope" and short is not None and type(short) is not int:
+            return f"its longrope counts from original_max_position_embeddings {short!r}, which is no length"
         if rope.get("rope_type") == "longrope" and short and max_model_tokens > short:
             return (
                 f'RoPE of type "longrope" changes beyond {short} tokens, so keys cannot be cached; '

@@ -1,7 +1,8 @@
 """The sampling that a model's generation_config.json recommends: what a request gets that says nothing.
 
-Read as transformers reads it: `do_sample` is false unless it says otherwise, and then the temperature counts
-for nothing. Other keys (lengths, beams, tokens) are not defaults of a request here.
+As in transformers, `do_sample` is false unless it says otherwise, and then the temperature counts for
+nothing; `top_k` is used only if the file names one. Other keys (lengths, beams, tokens) are not defaults of a
+request here.
 """
 
 from __future__ import annotations

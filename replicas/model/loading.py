@@ -108,8 +108,8 @@ def check_servable(config: PreTrainedConfig, max_model_tokens: int) -> None:
         reason = f"it has {', '.join(sorted(others))} layers; only {kinds} are servable"
     elif getattr(config, "is_heterogeneous", False):
         reason = "its layers differ in their heads or sizes; pages need all layers to be the same"
-    elif not isinstance(getattr(config, "num_hidden_layers", None), int):
-        reason = "its config has no num_hidden_layers"
+    elif not isinstance(layers := getattr(config, "num_hidden_layers", None), int) or layers < 1:
+        reason = f"its config says num_hidden_layers {layers!r}"
     else:
         reason = rope_problem(config, max_model_tokens)
     if reason:

@@ -223,12 +223,12 @@ def test_end_tokens_fall_back_to_the_config(tmp_path):
     [
         ([2, 5000], (2,)),
         ([2, -1, 129, 130], (2, 129)),
-        (5000, ()),
-        (-1, ()),
-        ("2", ()),
-        (True, ()),
+        (5000, (7,)),
+        (-1, (7,)),
+        ("2", (7,)),
+        (True, (7,)),
         ([True, 2, None, "3", [4], 5.0], (2,)),
-        ({"a": 2}, ()),
+        ({"a": 2}, (7,)),
     ],
     ids=str,
 )
@@ -253,3 +253,16 @@ def test_end_tokens_that_are_right_are_taken_in_silence(tmp_path, caplog):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 129]}))
     assert eos_token_ids(tmp_path, config) == (2, 129)
     assert caplog.text == ""
+
+
+def test_a_generation_config_that_is_a_broken_link_is_damage(tmp_path):
+    (tmp_path / "generation_config.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ModelNotServable, match=r"generation_config\.json is damaged or cannot be read"):
+        eos_token_ids(tmp_path, AutoConfig.for_model("llama", eos_token_id=5))
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
+    index = {"weight_map": {"a": "x" * 300 + ".safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelNotServable, match="names a file of 312 characters"):
+        Checkpoint.open(tmp_path)

@@ -73,3 +73,10 @@ def test_a_length_that_is_none_is_refused(given):
     config.max_position_embeddings = given
     with pytest.raises(ModelNotServable, match=f"max_position_embeddings {given}, which is no length"):
         context_length(config)
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan"), 0.0, -2.0])
+def test_a_factor_that_is_no_scaling_is_refused(factor, tmp_path):
+    rope = {"rope_type": "linear", "factor": factor}
+    with pytest.raises(ModelNotServable, match="factor"):
+        lengths(tmp_path, max_position_embeddings=64, rope_parameters=rope)
