@@ -1,6 +1,6 @@
 """Whether a cluster's nodes can hold what a configuration asks for, and the words for it if not. Pure.
 
-Only what can never be is told: every rule here is one that all placements must keep, whoever else is there.
+Only what can never be is told: all placements must keep every rule here, whatever else runs there.
 """
 
 from __future__ import annotations

@@ -297,7 +297,7 @@ class _InLink(_TcpLink[Sink]):
         until_s: float,
         stream: Stream[Sink] | None = None,
     ) -> None:
-        """Receive so many bytes. Whoever ends `stream` waits for a `recv` at most, which never waits."""
+        """Fill `memory`. A thread that ends `stream` waits for one `recv` at most, which never blocks."""
         while memory:
             wanted = min(len(memory), _PIECE_BYTES)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)

@@ -180,7 +180,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
 
 class _Caller:
-    """One request and whoever waits for its answer."""
+    """One request and the client that waits for its answer."""
 
     def __init__(self, request: Asked, context: Context, write: Send) -> None:
         self._request, self._context, self._write = request, context, write

@@ -20,7 +20,7 @@ SubmitFor = Callable[[ReplicaLink], Awaitable[engine_pb2.Submit]]
 
 _MOST_RETRIES = 3
 _MOST_DEATHS = 2
-"""Replicas that may die while they compute a request: one that kills whoever takes it goes no further."""
+"""Replicas that may die while they compute a request; one that kills two is given to no third."""
 
 
 class Client(Protocol):
