@@ -25,15 +25,15 @@ class BadMemory(Replica):
     """One bit of whatever it sends first is another one than it was."""
 
     async def __init__(self, *args: Any) -> None:  # type: ignore[misc]  # Serve awaits it
-        give = Outgoing.give
+        read_chunk = Outgoing.read_chunk
 
-        def damaged(source: Outgoing, index: int, room: Tensor) -> Tensor:
-            chunk = give(source, index, room).clone()
+        def damaged(source: Outgoing, index: int, buffer: Tensor) -> Tensor:
+            chunk = read_chunk(source, index, buffer).clone()
             if index == 0:
                 chunk[0] ^= 1
             return chunk
 
-        Outgoing.give = damaged  # type: ignore[method-assign]
+        Outgoing.read_chunk = damaged  # type: ignore[method-assign]
         await super().__init__(*args)  # type: ignore[misc]
 
 
