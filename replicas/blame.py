@@ -6,6 +6,7 @@ from quire.kvstore.pool import IntegrityError
 from quire.replicas.errors import ReplicaDied
 
 _MOST = 8
+"""Requests that may fail one after the other, with no token of another between them."""
 
 
 class Blame:
