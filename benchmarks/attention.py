@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from quire.kernels import cpu
+from quire.kernels.cache_view import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.decode import decode_attention, plan_batch
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
-from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.prefill import prefill_attention
 from quire.kernels.ref.paged import attend_ref
 from quire.kernels.transform import default_transform

@@ -34,9 +34,9 @@ import torch
 from rows import Row, merge, report
 from safetensors.torch import load_file, save_file
 
-from quire.cluster.client import AsyncClient, SamplingParams, collect_async
+from quire.cluster.api.client import AsyncClient, SamplingParams, collect_async
+from quire.cluster.cli.local import cluster, served
 from quire.cluster.config import ServeConfig, parse
-from quire.cluster.local import cluster, served
 from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from quire.replicas.errors import QuireError
 from quire.replicas.model.checkpoint import find_model
@@ -216,7 +216,7 @@ def served_folder(folder: Path) -> Bad:
 
     async def send(_: Stub) -> str:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "quire.cluster.cli", "serve", str(folder), "--port", "0",
+            sys.executable, "-m", "quire.cluster.cli.main", "serve", str(folder), "--port", "0",
             stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         try:

@@ -18,18 +18,18 @@ from torch import Tensor
 
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
-from quire.kvstore.announcer import Announcer
-from quire.kvstore.directory import Announcement, Directory, Holder
-from quire.kvstore.exchange import Exchange, ExchangeConfig, FetchDone
-from quire.kvstore.failures import TransferFailed
-from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
-from quire.kvstore.links import LinkConfig
-from quire.kvstore.messages import Message, ReplicaId, TransferId, from_bytes, to_bytes
-from quire.kvstore.mover import PageMover, ShardPool
-from quire.kvstore.peer import Peer
-from quire.kvstore.pool import IntegrityError, PagePool
-from quire.kvstore.prefix_index import PageId
-from quire.kvstore.tcp import TcpTransport
+from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
+from quire.kvstore.books.pool import IntegrityError, PagePool
+from quire.kvstore.books.prefix_index import PageId
+from quire.kvstore.peers.announcer import Announcer
+from quire.kvstore.peers.directory import Announcement, Directory, Holder
+from quire.kvstore.peers.exchange import Exchange, ExchangeConfig, FetchDone
+from quire.kvstore.peers.messages import Message, ReplicaId, TransferId, from_bytes, to_bytes
+from quire.kvstore.peers.mover import PageMover, ShardPool
+from quire.kvstore.peers.peer import Peer
+from quire.kvstore.wire.failures import TransferFailed
+from quire.kvstore.wire.links import LinkConfig
+from quire.kvstore.wire.tcp import TcpTransport
 
 HOST = "127.0.0.1"
 HEADS, PAGE_TOKENS = 4, 16

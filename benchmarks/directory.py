@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from rows import Row, report
 
-from quire.kvstore.directory import Announcement, Directory
-from quire.kvstore.keys import BlockKey
-from quire.kvstore.messages import ReplicaId
+from quire.kvstore.books.keys import BlockKey
+from quire.kvstore.peers.directory import Announcement, Directory
+from quire.kvstore.peers.messages import ReplicaId
 
 REPLICAS, CHAIN, BATCH = 100, 64, 1000
 FLEET, BLOCKS = 1000, 100_000_000

@@ -35,11 +35,11 @@ from ray.cluster_utils import Cluster
 from ray.serve.context import _get_global_client
 from rows import Row, merge, report
 
-from quire.cluster.client import AsyncClient, SamplingParams, collect_async
+from quire.cluster.api.client import AsyncClient, SamplingParams, collect_async
+from quire.cluster.cli.local import APP, rolled_out
 from quire.cluster.config import ServeConfig, parse
-from quire.cluster.gateways import addresses, by_actor
-from quire.cluster.local import APP, rolled_out
-from quire.kvstore.directory_actor import end_directory
+from quire.cluster.gateway_registry import addresses, by_actor
+from quire.kvstore.peers.directory_actor import end_directory
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.errors import QuireError, ReplicaDied
 

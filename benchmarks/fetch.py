@@ -27,7 +27,7 @@ from loopback import received_bytes, shaped
 from rows import Row, median, merge, report
 from store_replica import Asked, DirectoryProcess, Remote
 
-from quire.kvstore.cost import Choice
+from quire.kvstore.peers.cost import Choice
 from quire.replicas.config import EngineConfig, PoolConfig, StoreConfig
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)

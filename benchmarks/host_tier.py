@@ -23,8 +23,8 @@ from pathlib import Path
 
 from rows import Row, alternate, median, merge, report
 
-from quire.replicas.async_engine import AsyncEngine
 from quire.replicas.config import EngineConfig, PoolConfig
+from quire.replicas.engine.async_engine import AsyncEngine
 from quire.replicas.request import Event, Output, Request, RequestId, SamplingParams
 
 PROMPT_TOKENS, PAGE_TOKENS = 2000, 64

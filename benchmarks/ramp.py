@@ -29,14 +29,14 @@ from ray import serve
 from recall import mixed_prompts
 from rows import Row, report
 
+from quire.cluster.api.client import AsyncClient, SamplingParams
 from quire.cluster.autoscaling import AutoscalingConfig
 from quire.cluster.autoscaling_policy import last_record
-from quire.cluster.client import AsyncClient, SamplingParams
+from quire.cluster.cli.local import APP, cluster, served
 from quire.cluster.config import GatewayConfig, ReplicaConfig, ServeConfig
-from quire.cluster.local import APP, cluster, served
 from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig
+from quire.replicas.engine.load import load_tokenizer
 from quire.replicas.errors import QuireError
-from quire.replicas.load import load_tokenizer
 
 PLACES, MOST, PEAK_USERS = 4, 3, 9
 FIRST_TOKEN_S = 1.0

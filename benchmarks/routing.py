@@ -33,10 +33,10 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 from routing_workloads import WORKLOADS, Arrival, Workload
 from rows import Row, merge, report
 
+from quire.cluster.api.client import AsyncClient, CallOptions, SamplingParams
 from quire.cluster.app import ROUTER, application
-from quire.cluster.client import AsyncClient, CallOptions, SamplingParams
+from quire.cluster.cli.local import cluster
 from quire.cluster.config import GatewayConfig, ReplicaConfig, ServeConfig
-from quire.cluster.local import cluster
 from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig, StoreConfig
 
 NEW_TOKENS = 12

@@ -26,8 +26,8 @@ from rows import Row, report
 
 from quire.cluster.routing.book import Route, Routes
 from quire.cluster.routing.score import Reason, Weights
-from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
-from quire.replicas.load_report import LoadReport, Pace
+from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
+from quire.replicas.engine.load_report import LoadReport, Pace
 
 REPLICAS, PAGES, PAGE_TOKENS, MAX_RUNNING, STEP_TOKENS, NEW_TOKENS = 3, 58, 64, 16, 512, 12
 STEP_S, PROMPT_TOKEN_S, SEQUENCE_S = 0.036, 0.00075, 0.003

@@ -18,9 +18,9 @@ from pathlib import Path
 from neighbourhood import Resident, Town
 from rows import Row, report
 
-from quire.kvstore.cost import Choice, CostModel, Decision
-from quire.replicas import sharing
+from quire.kvstore.peers.cost import Choice, CostModel, Decision
 from quire.replicas.config import EngineConfig, PoolConfig, StoreConfig
+from quire.replicas.engine import sharing
 
 PROMPTS, PROMPT_TOKENS = 48, 600
 CONFIG = EngineConfig(

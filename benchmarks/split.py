@@ -24,10 +24,10 @@ from pathlib import Path
 from ray import serve
 from rows import Row, alternate, merge, report
 
+from quire.cluster.api.client import AsyncClient, SamplingParams
 from quire.cluster.app import application
-from quire.cluster.client import AsyncClient, SamplingParams
+from quire.cluster.cli.local import cluster
 from quire.cluster.config import GatewayConfig, PrefillConfig, ReplicaConfig, ServeConfig
-from quire.cluster.local import cluster
 from quire.replicas.config import EngineConfig, PoolConfig
 
 STREAMS, STREAM_TOKENS = 8, 250

@@ -36,10 +36,10 @@ from rows import Row, merge, report
 from store_replica import Asked, DirectoryProcess, Remote, Replica
 from torch import Tensor
 
-from quire.kvstore.cost import Choice
-from quire.kvstore.messages import Message, ReplicaId
-from quire.kvstore.mover import PageMover
-from quire.kvstore.transport import Endpoint, Sink, Source, Ticket, Transport
+from quire.kvstore.peers.cost import Choice
+from quire.kvstore.peers.messages import Message, ReplicaId
+from quire.kvstore.peers.mover import PageMover
+from quire.kvstore.wire.transport import Endpoint, Sink, Source, Ticket, Transport
 from quire.replicas.config import EngineConfig, PoolConfig, StoreConfig
 
 TOKENS, BLOCKS, NEW_TOKENS = 460, 7, 4

@@ -16,16 +16,16 @@ from multiprocessing.connection import Connection
 from multiprocessing.managers import BaseManager
 from typing import Any, TypeVar
 
-from quire.kvstore.announcer import ChannelLost
-from quire.kvstore.cost import Choice, CostModel, Decision
-from quire.kvstore.directory import Announcement, Directory, Holder
-from quire.kvstore.keys import BlockKey
-from quire.kvstore.messages import ReplicaId
-from quire.replicas.async_engine import AsyncEngine
+from quire.kvstore.books.keys import BlockKey
+from quire.kvstore.peers.announcer import ChannelLost
+from quire.kvstore.peers.cost import Choice, CostModel, Decision
+from quire.kvstore.peers.directory import Announcement, Directory, Holder
+from quire.kvstore.peers.messages import ReplicaId
 from quire.replicas.config import EngineConfig
-from quire.replicas.neighbours import GrpcNeighbours, peer_name
+from quire.replicas.engine.async_engine import AsyncEngine
+from quire.replicas.engine.neighbours import GrpcNeighbours, peer_name
+from quire.replicas.engine.service import EngineService, bind, serve
 from quire.replicas.request import Event, Failure, Output, Request, RequestId, SamplingParams
-from quire.replicas.service import EngineService, bind, serve
 
 HOST, SECRET = "127.0.0.1", "benchmark"
 T = TypeVar("T")

@@ -34,15 +34,15 @@ from torch.distributed import PrefixStore
 
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
-from quire.kvstore.exchange import Exchange, ExchangeConfig, FetchDone
-from quire.kvstore.groups import gloo_group, host_store, join_store
-from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
-from quire.kvstore.links import LinkConfig
-from quire.kvstore.messages import CompletePages, Message, ReplicaId, from_bytes, to_bytes
-from quire.kvstore.mover import CHUNK_BYTES, PageMover, ShardPool
-from quire.kvstore.peer import Peer
-from quire.kvstore.pool import PagePool
-from quire.kvstore.tcp import TcpTransport
+from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
+from quire.kvstore.books.pool import PagePool
+from quire.kvstore.peers.exchange import Exchange, ExchangeConfig, FetchDone
+from quire.kvstore.peers.messages import CompletePages, Message, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.peers.mover import CHUNK_BYTES, PageMover, ShardPool
+from quire.kvstore.peers.peer import Peer
+from quire.kvstore.wire.groups import gloo_group, host_store, join_store
+from quire.kvstore.wire.links import LinkConfig
+from quire.kvstore.wire.tcp import TcpTransport
 
 HOST = "127.0.0.1"
 LAYERS, HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64

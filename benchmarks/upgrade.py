@@ -30,9 +30,9 @@ import ray
 from rows import Row, merge, report
 from safetensors.torch import load_file, save_file
 
-from quire.cluster.client import CallOptions, Client, SamplingParams, collect
+from quire.cluster.api.client import CallOptions, Client, SamplingParams, collect
+from quire.cluster.cli.local import APP, cluster, rolled_out, served
 from quire.cluster.config import ServeConfig, parse
-from quire.cluster.local import APP, cluster, rolled_out, served
 from quire.replicas.errors import QuireError
 from quire.replicas.llm import LLM
 from quire.replicas.model.checkpoint import find_model

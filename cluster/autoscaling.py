@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from quire.replicas.engine.pressure import Pressure
 from quire.replicas.errors import ConfigError
-from quire.replicas.pressure import Pressure
 
 _BUSY = 0.5
 """A late first token calls for another replica only where the fullest load is this near its target: a prompt

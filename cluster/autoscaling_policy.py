@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingConfig as ServeAutoscaling
 from ray.serve.config import AutoscalingContext, AutoscalingPolicy
 
 from quire.cluster.autoscaling import AutoscalingConfig, Decision, Observed, decide
-from quire.replicas.pressure import Pressure
+from quire.replicas.engine.pressure import Pressure
 
 _LOG = "ray.serve"  # the controller's own log
 _RECORD_PERIOD_S = 1.0

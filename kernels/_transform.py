@@ -4,7 +4,7 @@ A rotation multiplies by a matrix of +1 and -1 and then by 1 / sqrt(D). Those si
 tensor cores may do it without losing a bit: numbers enter as a sum of bf16 terms (one if they were bf16,
 three for fp32's 24 bits), products are exact and sums are fp32.
 
-Legend: see `paged.py`; here T rows of a tile (row = token * query heads + head), C half the channels.
+Legend: see `cache_view.py`; here T rows of a tile (row = token * query heads + head), C half the channels.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from quire.kernels.cache_view import LayerCache
 from quire.kernels.formats import FormatError, KVFormat
-from quire.kernels.paged import LayerCache
 
 LOG2E = 1.4426950408889634
 MAGIC = tl.constexpr(1024.0)  # what the bit tricks add to every integer code

@@ -4,7 +4,7 @@ Where no C++ compiler is found the references of `ref/paged.py` serve instead: t
 slower. `backend()` tells which. Decodes and prefill chunks are one function, and with the compiled code a
 query row's result has the same bits whatever else is in the batch.
 
-Legend: see `paged.py`.
+Legend: see `cache_view.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quire.kernels.cache_view import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.formats import Codes, FormatError, KVFormat
-from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.ref.paged import attend_ref, write_kv_ref
 from quire.kernels.transform import SideTransform
 

@@ -1,4 +1,4 @@
-// Whole pages as bytes, for `pages.py`: copies and checksums, by the calling thread alone.
+// Whole pages as bytes, for `page_copy.py`: copies and checksums, by the calling thread alone.
 #pragma once
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 
 One program holds a tile of query rows of one kv head and walks one item (`decode_plan.py`), a page a turn.
 
-Legend: see `paged.py`; here W work items, R query rows of a tile (row = token * group + head in group).
+Legend: see `cache_view.py`; here W work items, R query rows of a tile (row = token * group + head in group).
 """
 
 # ruff: noqa: RUF005 (Triton has no starred tuples)
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quire.kernels import cpu
 from quire.kernels._combine import combine_items
-from quire.kernels._swapped import accumulate, load_queries, logits, store_output
+from quire.kernels._decode_dots import accumulate, load_queries, logits, store_output
 from quire.kernels._transform import transform_query
 from quire.kernels._triton import (
     LOG2E,
@@ -27,8 +27,8 @@ from quire.kernels._triton import (
     pieces,
     softcap_base2,
 )
+from quire.kernels.cache_view import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.decode_plan import DecodePlan, decode_kind, decode_tile, plan_items
-from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 
 
 def decode_attention(

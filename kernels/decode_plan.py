@@ -4,7 +4,7 @@ An item is a run of one sequence's pages. A program per item, kv head and tile o
 largest items first. A plan lies in device memory and pads to a size, so that one captured launch serves
 batches of any lengths. Knows numbers, no kernels.
 
-Legend: see `paged.py`; here W work items.
+Legend: see `cache_view.py`; here W work items.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from quire.kernels.cache_view import AttentionSpec, LayerCache
 from quire.kernels.formats import Codes
-from quire.kernels.paged import AttentionSpec, LayerCache
 
 Ints = npt.NDArray[np.integer[Any]]
 

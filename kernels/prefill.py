@@ -2,10 +2,10 @@
 
 One program holds a tile of query rows of one kv head and walks every page they see, a page a turn. The codes
 of a page become fp16 numbers once per tile; many rows share that work, so the rest is plain flash attention.
-One long chunk is quicker over unpacked pages: `unpacked.py`.
+One long chunk is quicker over unpacked pages: `prefill_library.py`.
 
-Legend: see `paged.py`; here R query rows of a tile (row = token * group + head in group), W channels of a
-piece (see `_triton.py`).
+Legend: see `cache_view.py`; here R query rows of a tile (row = token * group + head in group), W channels of
+a piece (see `_triton.py`).
 """
 
 # ruff: noqa: RUF005 (Triton has no starred tuples)
@@ -29,9 +29,9 @@ from quire.kernels._triton import (
     pieces,
     softcap_base2,
 )
-from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
-from quire.kernels.unpack import page_numbers
-from quire.kernels.unpacked import attend_unpacked, suits_library
+from quire.kernels.cache_view import AttentionSpec, LayerCache, PagedBatch
+from quire.kernels.dequantize import page_numbers
+from quire.kernels.prefill_library import attend_unpacked, suits_library
 
 
 def prefill_attention(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec) -> Tensor:

@@ -1,7 +1,7 @@
 """Writes a step's new keys and values into their pages: transform, quantize, store.
 
 The same launch may map the step's queries into the space of the stored keys: one of its own costs more than
-the work. Legend: see `paged.py`; here T tokens of a tile, C half the channels.
+the work. Legend: see `cache_view.py`; here T tokens of a tile, C half the channels.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from quire.kernels import cpu
 from quire.kernels._encode import divide, store_side
 from quire.kernels._transform import bf16_terms, changes_query, rotated, rotation_signs, transform_query
 from quire.kernels._triton import check_head_dim, groups_of
+from quire.kernels.cache_view import LayerCache
 from quire.kernels.formats import KVFormat
-from quire.kernels.paged import LayerCache
 from quire.kernels.transform import SideTransform
 
 _TILE_TOKENS = 16  # the least that keeps a rotation's tensor cores busy

@@ -23,18 +23,18 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from quire.kvstore.directory_actor import RayDirectory
-from quire.kvstore.messages import ReplicaId
+from quire.kvstore.peers.directory_actor import RayDirectory
+from quire.kvstore.peers.messages import ReplicaId
 from quire.replicas.config import EngineConfig, StoreConfig
+from quire.replicas.engine.neighbours import GrpcNeighbours, peer_name
+from quire.replicas.engine.service import EngineService, bind
+from quire.replicas.engine.service import serve as serve_on
 from quire.replicas.errors import UnknownModel
-from quire.replicas.neighbours import GrpcNeighbours, peer_name
-from quire.replicas.service import EngineService, bind
-from quire.replicas.service import serve as serve_on
-from quire.replicas.tokenizer_files import read_tokenizer
+from quire.replicas.text.tokenizer_files import read_tokenizer
 
 if TYPE_CHECKING:
-    from quire.replicas.async_engine import AsyncEngine
-    from quire.replicas.shard_process import ShardSpec
+    from quire.replicas.engine.async_engine import AsyncEngine
+    from quire.replicas.runner.shard_process import ShardSpec
 
 _STOP_WAIT_S = 5.0
 _SERVER_GRACE_S = 1.0
@@ -48,7 +48,7 @@ class ShardActor:
 
     def serve(self, spec: ShardSpec) -> None:
         """Returns when rank 0 says stop. Raises ReplicaDied, or what loading raises."""
-        from quire.replicas.shard_process import serve_shard
+        from quire.replicas.runner.shard_process import serve_shard
 
         serve_shard(replace(spec, host=_node_address()))
 
@@ -125,7 +125,7 @@ class Replica:
 
         Raises UnknownModel, ModelNotServable, ConfigError, ReplicaDied.
         """
-        from quire.replicas.async_engine import AsyncEngine
+        from quire.replicas.engine.async_engine import AsyncEngine
 
         tokenizer = await asyncio.to_thread(lambda: read_tokenizer(_folder(config.model)))
         bundles = get_current_placement_group()

@@ -14,9 +14,8 @@ from types import TracebackType
 from typing import Literal
 
 from quire.replicas.config import EngineConfig, GpuConfig, PoolConfig, SchedulerConfig
+from quire.replicas.engine.load import load_engine, load_tokenizer
 from quire.replicas.errors import InvalidRequest, QuireError
-from quire.replicas.load import load_engine, load_tokenizer
-from quire.replicas.prompt import Messages, Prompt, as_messages, as_prompts
 from quire.replicas.request import (
     EngineStats,
     Event,
@@ -31,7 +30,8 @@ from quire.replicas.request import (
     TokenLogprob,
     Usage,
 )
-from quire.replicas.tokenize import PromptTokenizer
+from quire.replicas.text.prompt import Messages, Prompt, as_messages, as_prompts
+from quire.replicas.text.tokenize import PromptTokenizer
 from quire.replicas.values import items
 
 

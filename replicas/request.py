@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, NewType
 
-from quire.kvstore.messages import ReplicaId
+from quire.kvstore.peers.messages import ReplicaId
 from quire.replicas import values
 from quire.replicas.errors import InvalidRequest, Status
 
@@ -313,7 +313,7 @@ class EngineStats:
     failed_fetches: int = 0
     """That ended in computing."""
     fetch_failures: Mapping[str, int] = field(default_factory=dict)
-    """The same, by cause (`kvstore/failures.py`)."""
+    """The same, by cause (`kvstore/wire/failures.py`)."""
     loans: int = 0
     """Granted to other replicas."""
     loan_failures: Mapping[str, int] = field(default_factory=dict)

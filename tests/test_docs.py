@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import quire.replicas
-from quire.cluster.cli import cli
+from quire.cluster.cli.main import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -12,7 +12,7 @@ from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.models import LLAMA_8B
 from benchmarks.gpu.step import StepTime, floor_seconds, step_time
 from benchmarks.rows import Row
-from quire.replicas.shard import Shard
+from quire.replicas.runner.shard import Shard
 
 MODEL = LLAMA_8B
 CONTEXT_TOKENS = 131072

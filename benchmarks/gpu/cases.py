@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quire.kernels.cache_view import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.decode import decode_attention, plan_batch
 from quire.kernels.decode_plan import DecodePlan
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
-from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.transform import default_transform
 from quire.kernels.write import write_kv, write_step
 

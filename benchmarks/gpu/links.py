@@ -25,12 +25,12 @@ from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.rows import Row, alternate, median
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
-from quire.kvstore.groups import Pair, host_store, join_store
-from quire.kvstore.keys import KeySpace, extend_chain
-from quire.kvstore.links import LinkConfig
-from quire.kvstore.messages import Moved, ReceivePages, ReplicaId, SendPages, TransferId
-from quire.kvstore.mover import CHUNK_BYTES, PageMover, ShardPool
-from quire.kvstore.nccl import NcclTransport
+from quire.kvstore.books.keys import KeySpace, extend_chain
+from quire.kvstore.peers.messages import Moved, ReceivePages, ReplicaId, SendPages, TransferId
+from quire.kvstore.peers.mover import CHUNK_BYTES, PageMover, ShardPool
+from quire.kvstore.wire.groups import Pair, host_store, join_store
+from quire.kvstore.wire.links import LinkConfig
+from quire.kvstore.wire.nccl import NcclTransport
 
 LAYERS, HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
 HOST, PATIENCE_S, LIMIT_S = "127.0.0.1", 10.0, 60.0

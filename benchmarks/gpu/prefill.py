@@ -20,7 +20,7 @@ from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.timing import graph_seconds
 from benchmarks.rows import Row
 from quire.kernels.prefill import launch_prefill, prefill_attention
-from quire.kernels.unpacked import attend_unpacked, library_attention
+from quire.kernels.prefill_library import attend_unpacked, library_attention
 
 CHUNKS = (
     (8192, (0, 8192, 16384, 32768, 65536)),

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.models import Model
+from quire.kernels.cache_view import LayerCache
 from quire.kernels.layout import PageLayout
-from quire.kernels.paged import LayerCache
 from quire.kernels.transform import default_transform
 from quire.kernels.write import write_kv
 from quire.replicas.config import SchedulerConfig
 from quire.replicas.llm import LLM
-from quire.replicas.plan import Ints, StepBatch
-from quire.replicas.shard import Shard
+from quire.replicas.runner.shard import Shard
+from quire.replicas.step_batch import Ints, StepBatch
 
 T = TypeVar("T")
 

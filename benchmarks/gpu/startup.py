@@ -20,7 +20,7 @@ from benchmarks.gpu.models import LLAMA_8B
 from benchmarks.gpu.shards import decode_steps, in_fresh_process
 from benchmarks.rows import Row
 from quire.replicas.config import EngineConfig
-from quire.replicas.shard import Shard
+from quire.replicas.runner.shard import Shard
 
 MODEL = LLAMA_8B
 POLICY = "int4"

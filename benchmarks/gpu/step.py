@@ -14,7 +14,7 @@ from benchmarks.gpu.models import LLAMA_8B
 from benchmarks.gpu.shards import decode_steps, forwards
 from benchmarks.gpu.timing import device_seconds, wall_seconds
 from benchmarks.rows import Row
-from quire.replicas.shard import Shard
+from quire.replicas.runner.shard import Shard
 
 MODEL = LLAMA_8B
 CASES = ((64, 8192), (32, 512), (32, 8192), (1, 8192))

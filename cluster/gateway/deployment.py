@@ -14,12 +14,12 @@ from ray.serve.handle import DeploymentHandle
 from quire.cluster.config import GatewayConfig, PrefillConfig
 from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService
-from quire.cluster.gateway.meter import Answered, Meter
 from quire.cluster.gateway.prefill import PrefillFirst
 from quire.cluster.gateway.prompts import Tokenizers
 from quire.cluster.gateway.server import listen
 from quire.cluster.gateway.tokenizing import Tokenizing
-from quire.cluster.gateways import addresses, announce, withdraw
+from quire.cluster.gateway_registry import addresses, announce, withdraw
+from quire.cluster.metrics.gateway_meter import Answered, Meter
 from quire.cluster.metrics.publish import Publisher
 from quire.cluster.metrics.samples import gateway_samples, observations
 from quire.cluster.routing.book import Route

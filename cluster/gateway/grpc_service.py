@@ -15,17 +15,17 @@ from typing import Any
 
 import grpc
 
+from quire.cluster.api.resume import repeatable
+from quire.cluster.api.status import answer_metadata, code_of, retry_hint
 from quire.cluster.gateway.fleet import Fleet
 from quire.cluster.gateway.links import ReplicaLink
-from quire.cluster.gateway.meter import GatewayNumbers, Meter, Send, Watch
 from quire.cluster.gateway.prefill import PrefillFirst
 from quire.cluster.gateway.relay import Relay
-from quire.cluster.resume import repeatable
-from quire.cluster.status import answer_metadata, code_of, retry_hint
+from quire.cluster.metrics.gateway_meter import GatewayNumbers, Meter, Send, Watch
 from quire.protos.quire.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
 from quire.replicas.admission import check_caller, check_prompt, check_sampling, check_token_ids
+from quire.replicas.engine.wire import sampling_from_proto
 from quire.replicas.errors import InvalidRequest, QueueFull, QuireError, Status, UnknownModel
-from quire.replicas.wire import sampling_from_proto
 
 _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -10,13 +10,13 @@ from typing import Any, TypeGuard
 import grpc
 
 from quire.cluster.gateway.prompts import Prompts, Tokenizers
-from quire.kvstore.keys import KeySpace
+from quire.kvstore.books.keys import KeySpace
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
+from quire.replicas.engine.load_report import LoadReport
+from quire.replicas.engine.service import INTERNAL_CHANNEL, SECRET_METADATA
+from quire.replicas.engine.wire import keys_from_proto, load_from_proto, model_from_proto
 from quire.replicas.errors import ConfigError, ReplicaDied, Status
-from quire.replicas.load_report import LoadReport
 from quire.replicas.request import ModelInfo
-from quire.replicas.service import INTERNAL_CHANNEL, SECRET_METADATA
-from quire.replicas.wire import keys_from_proto, load_from_proto, model_from_proto
 
 Heard = Callable[[str, LoadReport, int], None]
 """Which replica, how busy it is, and up to which call on the link it knows of them."""

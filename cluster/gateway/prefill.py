@@ -6,12 +6,12 @@ computes the prompt; a prompt that one has failed at goes no further, for the fa
 
 from __future__ import annotations
 
+from quire.cluster.api.status import error_of
 from quire.cluster.gateway.fleet import Fleet
-from quire.cluster.status import error_of
 from quire.protos.quire.v1 import engine_pb2
+from quire.replicas.engine.wire import sampling_to_proto
 from quire.replicas.errors import ReplicaDied, Status
 from quire.replicas.request import ResolvedSampling
-from quire.replicas.wire import sampling_to_proto
 
 _ONE_TOKEN = sampling_to_proto(ResolvedSampling(max_tokens=1, ignore_eos=True))
 """Greedy whatever the model's defaults are: nobody reads the token."""

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 from quire.cluster.gateway.tokenizing import Tokenizing
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.errors import ConfigError
-from quire.replicas.prompt import as_messages
-from quire.replicas.tokenize import PromptTokenizer
-from quire.replicas.tokenizer_files import open_tokenizer
+from quire.replicas.text.prompt import as_messages
+from quire.replicas.text.tokenize import PromptTokenizer
+from quire.replicas.text.tokenizer_files import open_tokenizer
 
 _KEPT = 4
 _BYTES_PER_TOKEN = 4

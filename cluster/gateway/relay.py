@@ -6,12 +6,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from quire.cluster.api.resume import Delivered, Differs, Repeated, repeatable
+from quire.cluster.api.status import error_of
 from quire.cluster.gateway.explained import explained
 from quire.cluster.gateway.fleet import Fleet, NoReplicaReady, Place
 from quire.cluster.gateway.links import Call, ReplicaLink
 from quire.cluster.gateway.prefill import PrefillFirst
-from quire.cluster.resume import Delivered, Differs, Repeated, repeatable
-from quire.cluster.status import error_of
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
 from quire.replicas.errors import QuireError, ReplicaDied, Status
 

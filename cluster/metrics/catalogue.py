@@ -214,7 +214,7 @@ OCCUPANCY = _replica(
     Kind.GAUGE,
     "share",
     "Of pages that sequences hold or will need, or of places for sequences if these are scarcer. This and "
-    "the next three are what autoscaling looks at (`replicas/pressure.py`)",
+    "the next three are what autoscaling looks at (`replicas/engine/pressure.py`)",
 )
 PREFILL_QUEUE = _replica(
     "quire_pressure_prefill_queue_seconds",
@@ -318,7 +318,7 @@ FETCH_FAILURES = _replica(
     "quire_fetch_failures_total",
     Kind.COUNTER,
     "fetches",
-    "Fetches that ended in computing, by cause (`kvstore/failures.py`)",
+    "Fetches that ended in computing, by cause (`kvstore/wire/failures.py`)",
     "cause",
 )
 FETCHED_BLOCKS = _replica(

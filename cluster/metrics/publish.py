@@ -18,8 +18,8 @@ from quire.cluster.metrics.catalogue import Kind, Metric
 from quire.cluster.metrics.samples import Sample, replica_samples
 
 if TYPE_CHECKING:  # a gateway publishes too, and loads no model's code
-    from quire.replicas.async_engine import AsyncEngine
     from quire.replicas.config import EngineConfig
+    from quire.replicas.engine.async_engine import AsyncEngine
 
 _PERIOD_S = 2.0
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from quire.cluster.gateway.meter import OK, Answered, GatewayNumbers
 from quire.cluster.metrics import catalogue as c
-from quire.kvstore.cost import Choice
-from quire.kvstore.failures import Cause
+from quire.cluster.metrics.gateway_meter import OK, Answered, GatewayNumbers
+from quire.kvstore.peers.cost import Choice
+from quire.kvstore.wire.failures import Cause
 from quire.replicas.config import SchedulerConfig
+from quire.replicas.engine.pressure import Pressure
+from quire.replicas.engine.step_clock import Part
 from quire.replicas.errors import Status
-from quire.replicas.pressure import Pressure
 from quire.replicas.request import EngineStats, ModelInfo
-from quire.replicas.step_clock import Part
 
 ASKING = ("Generate", "Chat")
 """The RPCs that carry requests."""

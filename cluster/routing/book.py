@@ -16,8 +16,8 @@ from threading import Lock
 
 from quire.cluster.routing.prefixes import MAX_BLOCKS, KnownBlocks
 from quire.cluster.routing.score import Candidate, Prediction, Prompt, Reason, Weights, rank
-from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
-from quire.replicas.load_report import LoadReport
+from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
+from quire.replicas.engine.load_report import LoadReport
 
 _BLOCKS_BEFORE_A_REPORT = 4096
 _CHOSEN_MEMORY = 0.9

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from quire.kvstore.keys import BlockKey
+from quire.kvstore.books.keys import BlockKey
 
 _HINT_BYTES = 8
 MAX_BLOCKS = 1 << 20

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from quire.replicas.load_report import LoadReport
+from quire.replicas.engine.load_report import LoadReport
 
 STALE_S = 3.0
 """A report so old says nothing any more: replicas report once a second at least."""

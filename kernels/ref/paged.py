@@ -1,6 +1,6 @@
 """References of the operations on pages. What a kernel returns is right iff it agrees with these.
 
-Legend: see `kernels/paged.py`; L tokens of one sequence.
+Legend: see `kernels/cache_view.py`; L tokens of one sequence.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quire.kernels.cache_view import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.codec import decode, encode
 from quire.kernels.formats import KVFormat
-from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 
 
 def write_kv_ref(cache: LayerCache, k_THD: Tensor, v_THD: Tensor, slots_T: Tensor) -> None:

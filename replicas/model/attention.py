@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from quire.kernels.paged import AttentionSpec
+from quire.kernels.cache_view import AttentionSpec
 from quire.replicas.errors import ModelNotServable
 
 ATTENTION = "quire"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quire.kernels.paged import AttentionSpec
+from quire.kernels.cache_view import AttentionSpec
 from quire.replicas.errors import ModelNotServable
 
 LEAST_TOKENS = 2

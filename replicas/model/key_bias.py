@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from quire.kernels.cache_view import AttentionSpec
 from quire.kernels.formats import Codes, LayerFormat, named_format
-from quire.kernels.paged import AttentionSpec
 from quire.replicas.model.attention import ATTENTION, layer_index
 from quire.replicas.model.checkpoint import WeightSource
 from quire.replicas.model.meta import meta_model

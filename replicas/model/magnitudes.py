@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quire.kernels.cache_view import AttentionSpec
 from quire.kernels.formats import KVFormat, LayerFormat, Scales
-from quire.kernels.paged import AttentionSpec
 from quire.kernels.ref.paged import attend_numbers
 from quire.kernels.transform import LayerTransform, SideTransform, default_transform
 from quire.replicas.model.attention import layer_index

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quire.kernels.cache_view import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.decode import decode_attention
 from quire.kernels.decode_plan import DecodeKind, DecodePlan, decode_kind, plan_items
-from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.prefill import prefill_attention
 from quire.kernels.write import write_kv, write_step
 from quire.replicas.model.attention import LayerHeads, layer_index
-from quire.replicas.plan import Ints, StepBatch
 from quire.replicas.staging import Array, stage
+from quire.replicas.step_batch import Ints, StepBatch
 
 _DECODE_TOKENS = 8
 """Sequences with so many new tokens or fewer are served by the decode kernel."""

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from quire.cluster.autoscaling import AutoscalingConfig, Observed, decide
+from quire.replicas.engine.pressure import Pressure
 from quire.replicas.errors import ConfigError
-from quire.replicas.pressure import Pressure
 
 CONFIG = AutoscalingConfig(max=8, occupancy=0.7, prefill_queue_s=1.0, prefill_use=0.8, first_token_s=2.0)
 HALF = Pressure(occupancy=0.35, prefill_queue_s=0.1, prefill_use=0.3, first_token_s=0.5)

@@ -6,7 +6,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.config import AutoscalingContext
 
 from quire.cluster.autoscaling_policy import observed
-from quire.replicas.pressure import Pressure
+from quire.replicas.engine.pressure import Pressure
 
 REPLICAS = [ReplicaID(unique_id=name, deployment_id=DeploymentID(name="Replica")) for name in "ab"]
 FULL = Pressure(occupancy=0.9, prefill_queue_s=0.5, prefill_use=0.4, first_token_s=3.0)

@@ -11,10 +11,10 @@ import ray
 import yaml
 from served_app import free_port, quire
 
-from quire.cluster.client import AsyncClient, SamplingParams, collect_async
+from quire.cluster.api.client import AsyncClient, SamplingParams, collect_async
+from quire.cluster.cli.local import APP, cluster, rolled_out, served
 from quire.cluster.config import parse
-from quire.cluster.gateways import addresses
-from quire.cluster.local import APP, cluster, rolled_out, served
+from quire.cluster.gateway_registry import addresses
 from quire.replicas.errors import ConfigError, ReplicaDied, UnknownModel
 
 pytestmark = pytest.mark.ray

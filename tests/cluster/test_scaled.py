@@ -7,12 +7,12 @@ import ray
 from ray import serve
 from recall import mixed_prompts
 
+from quire.cluster.api.client import AsyncClient, SamplingParams, collect_async
 from quire.cluster.autoscaling_policy import last_record
-from quire.cluster.client import AsyncClient, SamplingParams, collect_async
+from quire.cluster.cli.local import APP, cluster, served
 from quire.cluster.config import parse
-from quire.cluster.local import APP, cluster, served
-from quire.kvstore.directory_actor import NAMESPACE
-from quire.replicas.load import load_tokenizer
+from quire.kvstore.peers.directory_actor import NAMESPACE
+from quire.replicas.engine.load import load_tokenizer
 
 pytestmark = pytest.mark.ray
 

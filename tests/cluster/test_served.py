@@ -8,8 +8,8 @@ import psutil
 import pytest
 from served_app import Served
 
-from quire.cluster.client import AsyncClient, Client, SamplingParams, collect, collect_async
-from quire.cluster.demo import run_demo
+from quire.cluster.api.client import AsyncClient, Client, SamplingParams, collect, collect_async
+from quire.cluster.cli.demo import run_demo
 from quire.replicas.errors import ReplicaDied
 
 pytestmark = pytest.mark.ray

@@ -7,8 +7,8 @@ import pytest
 from recall import mixed_prompts
 from served_app import Served, quire_serve
 
-from quire.cluster.client import Client, SamplingParams, collect
-from quire.replicas.load import load_tokenizer
+from quire.cluster.api.client import Client, SamplingParams, collect
+from quire.replicas.engine.load import load_tokenizer
 
 pytestmark = pytest.mark.ray
 

@@ -11,9 +11,9 @@ from tiny_models import Chunk, make_model, reference_logits, some_tokens, step_o
 
 from quire.replicas import LLM, GpuConfig, PoolConfig, SamplingParams, SchedulerConfig
 from quire.replicas.config import EngineConfig
-from quire.replicas.load import load_tokenizer
+from quire.replicas.engine.load import load_tokenizer
 from quire.replicas.model.checkpoint import find_model
-from quire.replicas.shard import Shard
+from quire.replicas.runner.shard import Shard
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

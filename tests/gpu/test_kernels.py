@@ -12,12 +12,12 @@ from paged_cases import Case, make_scaled_step, make_step, relative_error
 from quire.kernels._transform import transform_query
 from quire.kernels.decode import decode_attention
 from quire.kernels.decode_plan import decode_kind, items_capacity, plan_items
+from quire.kernels.dequantize import unpack_pages
 from quire.kernels.formats import FORMATS, Codes, KVFormat, Scales
-from quire.kernels.pages import checksum_pages, gather_pages, scatter_pages
+from quire.kernels.page_copy import checksum_pages, gather_pages, scatter_pages
 from quire.kernels.prefill import launch_prefill, prefill_attention
+from quire.kernels.prefill_library import suits_library
 from quire.kernels.ref.paged import write_kv_ref
-from quire.kernels.unpack import unpack_pages
-from quire.kernels.unpacked import suits_library
 from quire.kernels.write import write_kv, write_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -8,8 +8,8 @@ pytest.importorskip("ray", reason="needs Ray")
 
 from served_app import quire_serve
 
-from quire.cluster.client import Client, SamplingParams, collect
-from quire.replicas.load import load_tokenizer
+from quire.cluster.api.client import Client, SamplingParams, collect
+from quire.replicas.engine.load import load_tokenizer
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 

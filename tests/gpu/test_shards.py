@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from quire.replicas.config import EngineConfig, PoolConfig
 from quire.replicas.model.checkpoint import load_config
-from quire.replicas.shard import Shard, check_config
+from quire.replicas.runner.shard import Shard, check_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,11 +16,11 @@ from aot import Compiled, compile_kernel
 
 from quire.kernels._combine import combine_kernel, combine_tile
 from quire.kernels.decode import decode_kernel
+from quire.kernels.dequantize import unpack_kernel
 from quire.kernels.formats import FORMATS, LayerFormat
 from quire.kernels.layout import PageLayout
-from quire.kernels.pages import copy_kernel
+from quire.kernels.page_copy import copy_kernel
 from quire.kernels.prefill import prefill_kernel
-from quire.kernels.unpack import unpack_kernel
 from quire.kernels.write import write_kernel
 
 P, D, H = 64, 128, 8

@@ -14,8 +14,8 @@ from paged_cases import Case, Step, make_step, relative_error
 from torch import Tensor
 
 from quire.kernels import cpu
+from quire.kernels.cache_view import PagedBatch
 from quire.kernels.formats import FORMATS, Codes, FormatError, KVFormat, Scales, Transform
-from quire.kernels.paged import PagedBatch
 from quire.kernels.ref.paged import attend_ref, read_kv_ref, write_kv_ref
 from quire.kernels.transform import SideTransform
 

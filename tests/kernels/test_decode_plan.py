@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from paged_cases import Case, make_step
 
+from quire.kernels.cache_view import AttentionSpec
 from quire.kernels.decode_plan import (
     DecodeKind,
     DecodePlan,
@@ -15,7 +16,6 @@ from quire.kernels.decode_plan import (
     items_capacity,
     plan_items,
 )
-from quire.kernels.paged import AttentionSpec
 
 RNG = np.random.default_rng(0)
 BATCHES = {

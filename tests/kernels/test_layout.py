@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quire.kernels.cache_view import LayerCache
 from quire.kernels.formats import FORMATS, Codes, FormatError, LayerFormat, layer_formats
 from quire.kernels.layout import PAGE_TOKENS, PageLayout
-from quire.kernels.paged import LayerCache
 from quire.kernels.ref.paged import write_kv_ref
 from quire.kernels.transform import SideTransform
 

@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from quire.kvstore.links import LinkConfig
-from quire.kvstore.tcp import TcpTransport
-from quire.kvstore.transport import Endpoint, Ticket
+from quire.kvstore.wire.links import LinkConfig
+from quire.kvstore.wire.tcp import TcpTransport
+from quire.kvstore.wire.transport import Endpoint, Ticket
 
 HOST = "127.0.0.1"
 QUICK = LinkConfig(operation_timeout_s=0.5)

@@ -17,7 +17,7 @@ from reweighed import reweighed
 from torch import Tensor
 
 from quire.cluster import app
-from quire.kvstore.mover import Outgoing
+from quire.kvstore.peers.mover import Outgoing
 from quire.replicas.deployment import Replica
 
 

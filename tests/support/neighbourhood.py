@@ -6,11 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from quire.kvstore.directory import Announcement, Directory, Holder, hints_of
-from quire.kvstore.keys import BlockKey
-from quire.kvstore.messages import Message, ReplicaId, from_bytes, to_bytes
-from quire.replicas.async_engine import AsyncEngine
+from quire.kvstore.books.keys import BlockKey
+from quire.kvstore.peers.directory import Announcement, Directory, Holder, hints_of
+from quire.kvstore.peers.messages import Message, ReplicaId, from_bytes, to_bytes
 from quire.replicas.config import EngineConfig
+from quire.replicas.engine.async_engine import AsyncEngine
 from quire.replicas.errors import ReplicaDied
 from quire.replicas.request import EngineStats, Event, Failure, Output, Request, RequestId, SamplingParams
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from quire.replicas.executor import Executor
-from quire.replicas.plan import StepBatch
+from quire.replicas.runner.executor import Executor
+from quire.replicas.step_batch import StepBatch
 
 
 class Overlapping:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from quire.kernels.cache_view import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.formats import FORMATS, KVFormat, LayerFormat, Scales
 from quire.kernels.layout import PageLayout
-from quire.kernels.paged import AttentionSpec, LayerCache, PagedBatch
 from quire.kernels.ref.paged import attend_ref, write_kv_ref
 from quire.kernels.transform import SideTransform, default_transform
 

@@ -60,7 +60,7 @@ def quire_serve(
     config = folder / "config.yaml"
     tree = {branch: CONFIG.get(branch, {}) | changes.get(branch, {}) for branch in CONFIG | changes}
     config.write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "quire.cluster.cli", "serve", "--config", str(config)]
+    command = [sys.executable, "-m", "quire.cluster.cli.main", "serve", "--config", str(config)]
     process = subprocess.Popen(
         [*command, "--port", str(free_port())],
         stderr=subprocess.PIPE,
@@ -96,7 +96,7 @@ def free_port() -> int:
 def quire(*args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     """One command, as a user types it."""
     return subprocess.run(
-        [sys.executable, "-m", "quire.cluster.cli", *args],
+        [sys.executable, "-m", "quire.cluster.cli.main", *args],
         input=stdin,
         capture_output=True,
         text=True,

@@ -9,16 +9,16 @@ from multiprocessing.connection import Connection
 
 import grpc
 
-from quire.cluster.client import AsyncClient
+from quire.cluster.api.client import AsyncClient
 from quire.cluster.config import GatewayConfig
 from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService
 from quire.cluster.gateway.server import Listener
 from quire.cluster.gateway.server import listen as listen_to_clients
 from quire.cluster.routing.book import Route
-from quire.kvstore.keys import KeySpace
-from quire.replicas import service
-from quire.replicas.load_report import LoadReport
+from quire.kvstore.books.keys import KeySpace
+from quire.replicas.engine import service
+from quire.replicas.engine.load_report import LoadReport
 from quire.replicas.model.checkpoint import find_model
 from quire.replicas.request import (
     EngineStats,
@@ -31,7 +31,7 @@ from quire.replicas.request import (
     Timings,
     Usage,
 )
-from quire.replicas.tokenizer_files import read_tokenizer
+from quire.replicas.text.tokenizer_files import read_tokenizer
 
 SECRET = "tests only"
 INFO = ModelInfo(

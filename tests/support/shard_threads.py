@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from quire.replicas.errors import QuireError
-from quire.replicas.shard_process import ShardSpec, serve_shard
+from quire.replicas.runner.shard_process import ShardSpec, serve_shard
 
 
 class Threads:

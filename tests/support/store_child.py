@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 import psutil
 from store_peers import StorePeer, peer_process
 
-from quire.kvstore.messages import Message, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.peers.messages import Message, ReplicaId, from_bytes, to_bytes
 
 CHILD = ReplicaId("child")
 

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
-from quire.kvstore.exchange import Exchange, ExchangeConfig, FetchDone
-from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
-from quire.kvstore.links import LinkConfig
-from quire.kvstore.messages import CompletePages, Message, Moved, Order, ReplicaId, from_bytes, to_bytes
-from quire.kvstore.mover import PageMover, ShardPool
-from quire.kvstore.open_transport import open_transport
-from quire.kvstore.peer import Peer
-from quire.kvstore.pool import PagePool
-from quire.kvstore.slices import shard_heads
-from quire.kvstore.transport import Endpoint, Sink, Source, Ticket, Transport
+from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
+from quire.kvstore.books.pool import PagePool
+from quire.kvstore.peers.exchange import Exchange, ExchangeConfig, FetchDone
+from quire.kvstore.peers.messages import CompletePages, Message, Moved, Order, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.peers.mover import PageMover, ShardPool
+from quire.kvstore.peers.peer import Peer
+from quire.kvstore.peers.slices import shard_heads
+from quire.kvstore.wire.links import LinkConfig
+from quire.kvstore.wire.open_transport import open_transport
+from quire.kvstore.wire.transport import Endpoint, Sink, Source, Ticket, Transport
 
 HOST, CPU = "127.0.0.1", torch.device("cpu")
 HEADS = 4

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quire.kvstore.groups import host_store, join_store
-from quire.replicas.collectives import TensorParallelGroup
+from quire.kvstore.wire.groups import host_store, join_store
 from quire.replicas.config import EngineConfig, PoolConfig
-from quire.replicas.plan import Ints, StepBatch
-from quire.replicas.shard import Shard
+from quire.replicas.runner.collectives import TensorParallelGroup
+from quire.replicas.runner.shard import Shard
+from quire.replicas.step_batch import Ints, StepBatch
 
 VOCAB = 130  # two shards divide it, four do not
 

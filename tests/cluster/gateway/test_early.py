@@ -6,10 +6,10 @@ from contextlib import asynccontextmanager
 import pytest
 from serving import Listed, ScriptedEngine, staged
 
-from quire.cluster.client import CallOptions, collect_async
+from quire.cluster.api.client import CallOptions, collect_async
 from quire.cluster.routing.book import Routes
 from quire.cluster.routing.score import Candidate
-from quire.replicas.load_report import LoadReport
+from quire.replicas.engine.load_report import LoadReport
 from quire.replicas.request import FinishReason, Output, Usage
 
 PROMPT = [5, 6, 7]

@@ -8,7 +8,7 @@ from serving import SECRET, TOKENIZER, Listed, ScriptedEngine
 
 from quire.cluster.gateway.fleet import Fleet, NoReplicaReady, ReplicaAddress
 from quire.cluster.routing.book import Routes
-from quire.replicas import service
+from quire.replicas.engine import service
 from quire.replicas.errors import ConfigError
 
 

@@ -9,15 +9,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from serving import Stage, staged
 
-from quire.cluster.client import AsyncClient, CallOptions, SamplingParams, collect_async
+from quire.cluster.api.client import AsyncClient, CallOptions, SamplingParams, collect_async
 from quire.cluster.config import GatewayConfig
 from quire.cluster.gateway.fleet import Fleet
 from quire.cluster.gateway.grpc_service import InferenceService
 from quire.cluster.gateway.prompts import Prompts
 from quire.cluster.gateway.server import listen
 from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
-from quire.replicas.async_engine import AsyncEngine
 from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig
+from quire.replicas.engine.async_engine import AsyncEngine
 from quire.replicas.errors import ConfigError, InvalidRequest, QueueFull, UnknownModel
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -9,7 +9,7 @@ from serving import SECRET, TOKENIZER, Listed, ScriptedEngine
 from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.prefill import PrefillFirst
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
-from quire.replicas import service
+from quire.replicas.engine import service
 from quire.replicas.errors import QueueFull, QuireError, Status
 from quire.replicas.request import Failure
 

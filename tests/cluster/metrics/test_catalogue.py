@@ -1,12 +1,12 @@
 import re
 from dataclasses import fields, replace
 
-from quire.cluster.gateway.meter import Answered, GatewayNumbers
 from quire.cluster.metrics.catalogue import CATALOGUE, Kind, Origin
+from quire.cluster.metrics.gateway_meter import Answered, GatewayNumbers
 from quire.cluster.metrics.samples import format_name, gateway_samples, observations, replica_samples
 from quire.cluster.routing.book import Routes
 from quire.replicas.config import SchedulerConfig
-from quire.replicas.pressure import Pressure
+from quire.replicas.engine.pressure import Pressure
 from quire.replicas.request import EngineStats, ModelInfo
 
 INFO = ModelInfo(

@@ -6,8 +6,8 @@ import pytest
 
 from quire.cluster.routing.book import Routes
 from quire.cluster.routing.score import Reason
-from quire.kvstore.keys import KeySpace
-from quire.replicas.load_report import LoadReport
+from quire.kvstore.books.keys import KeySpace
+from quire.replicas.engine.load_report import LoadReport
 
 KEYS = KeySpace(b"layout", b"weights", b"transforms")
 ADDRESSES = {"a": "127.0.0.1:1", "b": "127.0.0.1:2", "c": "127.0.0.1:3"}

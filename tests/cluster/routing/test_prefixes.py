@@ -1,7 +1,7 @@
 """Blocks that replicas are thought to hold, in bounded memory."""
 
 from quire.cluster.routing.prefixes import KnownBlocks
-from quire.kvstore.keys import BlockKey, KeySpace, extend_chain
+from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
 
 ROOT = KeySpace(b"l", b"m", b"t").root()
 

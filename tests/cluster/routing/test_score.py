@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from quire.cluster.routing.score import STALE_S, Candidate, Prompt, Reason, Weights, predict, rank, rates_of
-from quire.replicas.load_report import LoadReport
+from quire.replicas.engine.load_report import LoadReport
 
 PROMPT = Prompt(tokens=1000, page_tokens=64)
 IDLE = LoadReport(

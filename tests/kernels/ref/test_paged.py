@@ -1,6 +1,6 @@
 import torch
 
-from quire.kernels.paged import AttentionSpec
+from quire.kernels.cache_view import AttentionSpec
 from quire.kernels.ref.paged import attend_numbers
 
 

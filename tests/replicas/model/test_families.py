@@ -17,7 +17,7 @@ from tiny_models import Ranks, make_model, reference_logits, some_tokens, tiny_c
 from transformers import AutoModelForCausalLM
 
 from quire.replicas.errors import ModelNotServable
-from quire.replicas.shard import Shard
+from quire.replicas.runner.shard import Shard
 
 IDS = some_tokens(23)
 CHUNKS = [14, 1, 8]

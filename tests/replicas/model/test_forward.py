@@ -7,7 +7,7 @@ import torch
 from tiny_models import Chunk, make_model, reference_logits, some_tokens, step_of, tiny_config
 
 from quire.replicas.model.forward import ForwardPass
-from quire.replicas.shard import Shard
+from quire.replicas.runner.shard import Shard
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])  # one of them with windows and soft-caps

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from quire.replicas.errors import ModelNotServable, QuireError
 from quire.replicas.model.loading import check_servable
-from quire.replicas.shard import Shard
+from quire.replicas.runner.shard import Shard
 
 IDS = some_tokens(61)
 CHUNKS = [37, 1, 1, 9, 13]  # odd chunks of a prompt, with single tokens between them

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quire.kernels.formats import FORMATS, FormatError, layer_formats
 from quire.replicas.model.magnitudes import measured_transforms, static_exponent
-from quire.replicas.shard import Shard
+from quire.replicas.runner.shard import Shard
 
 IDS = some_tokens(120)
 PAGES = range(1, 9)

@@ -15,7 +15,7 @@ from quire.replicas.errors import ModelNotServable
 from quire.replicas.model.checkpoint import Checkpoint, load_config
 from quire.replicas.model.loading import load_model
 from quire.replicas.model.named_weights import NamedWeights
-from quire.replicas.shard import Shard
+from quire.replicas.runner.shard import Shard
 
 IDS = some_tokens(23)
 

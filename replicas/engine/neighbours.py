@@ -1,0 +1,138 @@
+"""The way to the other replicas of a deployment: Engine services by gRPC, the directory in the background.
+
+Knows no Ray: the directory is whatever can be announced to and asked. A replica's name among its neighbours
+ends in the address of its Engine service, so that whoever hears the name can answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Protocol
+
+import grpc
+
+from quire.kvstore.books.keys import BlockKey
+from quire.kvstore.peers.announcer import Announcer, ChannelLost
+from quire.kvstore.peers.directory import Announcement, Holder
+from quire.kvstore.peers.messages import Message, ReplicaId, to_bytes
+from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
+from quire.replicas.engine.service import INTERNAL_CHANNEL, SECRET_METADATA
+
+_SAY_TIMEOUT_S = 2.0
+_MAX_CHANNELS = 64
+_MAX_LOOKUPS = 256
+_LOOKUP_STALE_S = 1.0
+"""Who asked so long ago has stopped waiting."""
+
+log = logging.getLogger(__name__)
+
+
+def peer_name(address: str) -> ReplicaId:
+    """A new name for the replica that answers at `address`, host:port: one incarnation, never used again."""
+    return ReplicaId(f"{secrets.token_hex(8)}@{address}")
+
+
+class DirectoryAccess(Protocol):
+    """The directory, wherever it is. All may block, and raise ChannelLost."""
+
+    def announce(self, said: Announcement) -> bool: ...
+    def lookup(self, chain: Sequence[BlockKey]) -> tuple[Holder, ...]: ...
+    def owners(self) -> tuple[ReplicaId, ...]: ...
+
+
+class GrpcNeighbours:
+    """The `Neighbours` of one replica."""
+
+    def __init__(self, me: ReplicaId, secret: str, directory: DirectoryAccess) -> None:
+        """Begins to announce. `secret`: what Engine services of this deployment ask for."""
+        self._me, self._metadata = me, ((SECRET_METADATA, secret),)
+        self._directory = directory
+        self._announcer = Announcer(me, directory)
+        self._announcer.start()
+        self._lookups = ThreadPoolExecutor(1, thread_name_prefix="quire-lookup")
+        self._queued = 0
+        self._closed = False
+        self._channels: OrderedDict[str, grpc.Channel] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def say(self, to: ReplicaId, message: Message, failed: Callable[[], None]) -> None:
+        """Failed is also what was delivered to a later replica at the same address."""
+        if self._closed:
+            failed()
+            return
+        request = engine_pb2.PeerMessage(to=to, sender=self._me, message=to_bytes(message))
+        call = engine_pb2_grpc.EngineStub(self._channel(to.rpartition("@")[2])).Say.future(
+            request, timeout=_SAY_TIMEOUT_S, metadata=self._metadata
+        )
+        call.add_done_callback(partial(_said, to, failed))
+
+    def lookup(self, chain: Sequence[BlockKey], answer: Callable[[tuple[Holder, ...]], None]) -> None:
+        """With too many before it, or too late, a lookup is answered with nothing."""
+        with self._lock:
+            full = self._closed or self._queued >= _MAX_LOOKUPS
+            self._queued += not full
+        if full:
+            answer(())
+        else:
+            self._lookups.submit(self._look, tuple(chain), answer, time.monotonic())
+
+    def others(self) -> tuple[ReplicaId, ...]:
+        """Replicas that live, as far as the directory knows. Waits for it; none if it does not answer."""
+        try:
+            return tuple(owner for owner in self._directory.owners() if owner != self._me)
+        except ChannelLost as error:
+            log.warning("the directory does not answer, nothing is handed over: %s", error)
+            return ()
+
+    def added(self, keys: Sequence[BlockKey]) -> None:
+        self._announcer.added(keys)
+
+    def removed(self, keys: Sequence[BlockKey]) -> None:
+        self._announcer.removed(keys)
+
+    def close(self) -> None:
+        """From now on nobody is reached."""
+        self._closed = True
+        self._announcer.close()
+        self._lookups.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for channel in self._channels.values():
+                channel.close()
+            self._channels.clear()
+
+    def _look(
+        self, chain: tuple[BlockKey, ...], answer: Callable[[tuple[Holder, ...]], None], asked_s: float
+    ) -> None:
+        with self._lock:
+            self._queued -= 1
+        holders: tuple[Holder, ...] = ()
+        try:
+            if time.monotonic() - asked_s < _LOOKUP_STALE_S:
+                holders = self._directory.lookup(chain)
+        except ChannelLost as error:
+            log.warning("the directory does not answer, blocks are computed: %s", error)
+        answer(tuple(holder for holder in holders if holder.owner != self._me))
+
+    def _channel(self, address: str) -> grpc.Channel:
+        """The least recently used one makes room."""
+        with self._lock:
+            channel = self._channels.get(address)
+            if channel is None:
+                channel = self._channels[address] = grpc.insecure_channel(address, INTERNAL_CHANNEL)
+                if len(self._channels) > _MAX_CHANNELS:
+                    self._channels.popitem(last=False)[1].close()
+            self._channels.move_to_end(address)
+            return channel
+
+
+def _said(to: ReplicaId, failed: Callable[[], None], call: Future[engine_pb2.PeerHeard]) -> None:
+    if call.exception() is not None:
+        log.info("%s was not reached: %s", to, call.exception())
+        failed()

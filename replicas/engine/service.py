@@ -1,0 +1,305 @@
+"""The `quire.v1.Engine` service: many gateways' streams over one engine. Knows no Ray.
+
+Every stream is a lease: when it ends, its requests are cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import grpc
+
+from quire.kvstore.books.keys import KeySpace
+from quire.kvstore.peers.messages import Message, ReplicaId, from_bytes
+from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
+from quire.replicas.engine.load_report import LoadReport
+from quire.replicas.engine.wire import (
+    keys_to_proto,
+    load_to_proto,
+    model_to_proto,
+    request_from_proto,
+    stats_to_proto,
+    write_event,
+)
+from quire.replicas.errors import QuireError, ReplicaDied, Status
+from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Output, Request, RequestId
+from quire.replicas.text.tokenizer_files import digest_of
+
+SECRET_METADATA = "quire-secret"
+INTERNAL_CHANNEL = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    # A peer whose machine is gone sends no FIN: pings find it, which gRPC's own threads answer.
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 4_000),
+    ("grpc.http2.ping_timeout_ms", 4_000),  # without it a stopped process is waited for a minute
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),  # more often would be taken for an attack
+)
+"""Options of both ends of the stream between a gateway and a replica."""
+_QUIET_S = 0.25
+"""So often a gateway that gets no steps hears of the replica's load, if it has changed."""
+_SILENT_S = 1.0
+"""And so often in any case: a gateway takes an older report for no report."""
+
+
+_UNSAYABLE = "the replica cannot read this request or say its answer; the others go on"
+
+log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What the service needs of `AsyncEngine`."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+    @property
+    def keys(self) -> KeySpace: ...
+    @property
+    def load(self) -> LoadReport: ...
+
+    def start(self, deliver: Callable[[tuple[Event, ...]], None]) -> None: ...
+    def submit(self, request: Request) -> None: ...
+    def hear(self, sender: ReplicaId, message: Message) -> None: ...
+    def cancel(self, request_id: RequestId) -> None: ...
+    def stats(self) -> EngineStats: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Lease:
+    """One gateway's stream: its open requests and what waits to be sent on it."""
+
+    number: int
+    open: dict[int, RequestId] = field(default_factory=dict)
+    places: set[str] = field(default_factory=set)
+    """That it holds on this replica."""
+    outbox: list[engine_pb2.ReplicaMessage] = field(default_factory=list)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: bool = False
+    unseen: deque[tuple[int, int]] = field(default_factory=deque)
+    """Calls that the engine had not taken in when it was last looked at: (requests up to it, call)."""
+    seen_call: int = 0
+    told: LoadReport | None = None
+    told_s: float = 0.0
+
+    def post(self, message: engine_pb2.ReplicaMessage) -> None:
+        self.outbox.append(message)
+        self.wake.set()
+
+    def post_event(self, call: int, event: Event) -> None:
+        """Adds to the step that waits already: a slow gateway gets fewer and larger messages."""
+        large = isinstance(event, Output) and event.prompt_logprobs
+        if large or not self.outbox or self.outbox[-1].WhichOneof("message") != "step":
+            self.post(engine_pb2.ReplicaMessage(step=engine_pb2.Step()))
+        events = self.outbox[-1].step.events
+        try:
+            write_event(events.add(), call, event)
+        except Exception:
+            del events[-1]  # half an event
+            raise
+
+
+class EngineService(engine_pb2_grpc.EngineServicer):
+    """Runs on the event loop that creates it; the engine's thread only hands over whole steps."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        secret: str,
+        replica_id: str,
+        tokenizer: Mapping[str, bytes] = MappingProxyType({}),
+        peer_id: ReplicaId | None = None,
+        give_back: Callable[[Iterable[str]], None] = lambda places: None,
+    ) -> None:
+        """Starts the engine. `secret` is what gateways and other replicas must show; `peer_id` is how the
+        latter call this one, None where it shares nothing. `tokenizer`: its files, by name.
+        `give_back` is told the places that a gateway held when its stream ended.
+        """
+        self._tokenizer = engine_pb2.TokenizerFiles(files=tokenizer)
+        self._tokenizer_digest = digest_of(tokenizer)
+        self._engine = engine
+        self._peer_id = peer_id
+        self._secret = secret.encode()
+        self._replica_id = replica_id
+        self._give_back = give_back
+        self._started_s = time.monotonic()
+        self._leases = 0
+        self._submitted = 0
+        self._owners: dict[RequestId, tuple[_Lease, int]] = {}
+        self._loop = asyncio.get_running_loop()
+        engine.start(self._from_engine_thread)
+
+    async def Connect(
+        self, requests: AsyncIterator[engine_pb2.GatewayMessage], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[engine_pb2.ReplicaMessage]:
+        await self._authenticate(context)
+        self._leases += 1
+        lease = _Lease(self._leases)
+        reader = asyncio.create_task(self._read(lease, requests))
+        try:
+            hello = engine_pb2.Hello(
+                model=model_to_proto(self._engine.info),
+                replica_id=self._replica_id,
+                peer_id=self._peer_id or "",
+                keys=keys_to_proto(self._engine.keys),
+                tokenizer=self._tokenizer_digest,
+            )
+            yield engine_pb2.ReplicaMessage(hello=hello)
+            while not lease.ended:
+                self._tell_load(lease)
+                outbox, lease.outbox = lease.outbox, []
+                for message in outbox:
+                    yield message
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_QUIET_S):
+                        await lease.wake.wait()
+                lease.wake.clear()
+        finally:  # also on CancelledError and GeneratorExit: both happen when a gateway goes
+            reader.cancel()
+            lease.ended = True
+            for request_id in lease.open.values():
+                self._engine.cancel(request_id)
+            self._give_back(lease.places)
+
+    async def Say(
+        self, request: engine_pb2.PeerMessage, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> engine_pb2.PeerHeard:
+        await self._authenticate(context)
+        if request.to != self._peer_id:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.to} is not here (any more)")
+        try:
+            message = from_bytes(request.message)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        if not isinstance(message, Message):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a message between replicas")
+        try:
+            self._engine.hear(ReplicaId(request.sender), message)
+        except ReplicaDied as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        return engine_pb2.PeerHeard()
+
+    async def GetTokenizer(
+        self, request: engine_pb2.TokenizerQuery, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> engine_pb2.TokenizerFiles:
+        await self._authenticate(context)
+        return self._tokenizer
+
+    async def _authenticate(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        shown = dict(context.invocation_metadata() or ()).get(SECRET_METADATA, "")
+        if not hmac.compare_digest(str(shown).encode(), self._secret):
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                f"metadata {SECRET_METADATA!r} is missing or not this application's secret; "
+                "only gateways and replicas of the same deployment may connect",
+            )
+
+    async def _read(self, lease: _Lease, requests: AsyncIterator[engine_pb2.GatewayMessage]) -> None:
+        try:
+            async for message in requests:
+                match message.WhichOneof("message"):
+                    case "submit":
+                        self._submit(lease, message.submit)
+                    case "cancel" if message.cancel.call in lease.open:
+                        self._engine.cancel(lease.open[message.cancel.call])
+                    case "stats":
+                        lease.post(self._stats(message.stats.query))
+                    case "place" if message.place.held:
+                        lease.places.add(message.place.name)
+                    case "place":
+                        lease.places.discard(message.place.name)
+        finally:
+            lease.ended = True
+            lease.wake.set()
+
+    def _submit(self, lease: _Lease, submit: engine_pb2.Submit) -> None:
+        request_id = RequestId(f"{lease.number}.{submit.call}")
+        self._owners[request_id] = (lease, submit.call)
+        lease.open[submit.call] = request_id
+        with self._alone(request_id):
+            self._engine.submit(request_from_proto(submit, request_id))
+            self._submitted += 1
+            lease.unseen.append((self._submitted, submit.call))
+
+    def _tell_load(self, lease: _Lease) -> None:
+        """With the step that goes out anyhow, or alone."""
+        load, now_s = self._engine.load, time.monotonic()
+        if load == lease.told and now_s - lease.told_s < _SILENT_S:
+            return
+        lease.told, lease.told_s = load, now_s
+        while lease.unseen and lease.unseen[0][0] <= load.taken:
+            lease.seen_call = lease.unseen.popleft()[1]
+        said = load_to_proto(load, lease.seen_call)
+        if lease.outbox and lease.outbox[-1].WhichOneof("message") == "step":
+            lease.outbox[-1].step.load.CopyFrom(said)
+        else:
+            lease.outbox.append(engine_pb2.ReplicaMessage(load=said))
+
+    def _stats(self, query: int) -> engine_pb2.ReplicaMessage:
+        uptime_s = time.monotonic() - self._started_s
+        stats = stats_to_proto(self._engine.stats(), self._replica_id, uptime_s)
+        return engine_pb2.ReplicaMessage(stats=engine_pb2.StatsAnswer(query=query, stats=stats))
+
+    def _from_engine_thread(self, events: tuple[Event, ...]) -> None:
+        self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    def _dispatch(self, events: tuple[Event, ...]) -> None:
+        """Sorts a step's events by stream; an event of a request that is over has no owner and ends here."""
+        for event in events:
+            with self._alone(event.request_id):
+                self._post(event)
+
+    def _post(self, event: Event) -> None:
+        owner = self._owners.get(event.request_id)
+        if owner is None:
+            return
+        lease, call = owner
+        if not lease.ended:
+            lease.post_event(call, event)
+        if isinstance(event, Failure) or event.usage is not None:
+            del self._owners[event.request_id], lease.open[call]
+
+    @contextmanager
+    def _alone(self, request_id: RequestId) -> Iterator[None]:
+        """Around all that is done for one request: an error inside ends this request and nobody else."""
+        try:
+            yield
+        except QuireError as error:
+            self._post(Failure(request_id, error.status, str(error)))
+        except Exception as error:
+            log.exception("request %s fails, and the service goes on", request_id)
+            self._engine.cancel(request_id)
+            message = f"{_UNSAYABLE} ({type(error).__name__}: {error})"
+            self._post(Failure(request_id, Status.INTERNAL, message))
+
+
+def bind(host: str) -> tuple[grpc.aio.Server, str]:
+    """A server on a free port of `host`, which answers from `serve` on, and its address, host:port.
+
+    The address is known before the engine is: it is part of the name under which others find it.
+    """
+    server = grpc.aio.server(options=(*INTERNAL_CHANNEL, ("grpc.so_reuseport", 0)))
+    return server, f"{host}:{server.add_insecure_port(f'{host}:0')}"
+
+
+async def listen(service: EngineService, host: str) -> tuple[grpc.aio.Server, str]:
+    """Serves on a free port of `host`; returns the server and its address, host:port."""
+    server, address = bind(host)
+    await serve(server, service)
+    return server, address
+
+
+async def serve(server: grpc.aio.Server, service: EngineService) -> None:
+    """From now on the bound server answers."""
+    engine_pb2_grpc.add_EngineServicer_to_server(service, server)
+    await server.start()

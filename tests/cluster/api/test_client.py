@@ -1,0 +1,129 @@
+"""The synchronous client against a gateway in another thread; other tests use the asynchronous one."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import pytest
+from serving import ScriptedEngine, staged
+
+from quire.cluster.api.client import Answer, CallOptions, Client, SamplingParams, collect
+from quire.cluster.api.status import Cancelled, error_of_rpc
+from quire.protos.quire.v1 import inference_pb2
+from quire.replicas.errors import DeadlinePassed, InvalidRequest, ReplicaDied, UnknownModel
+
+
+@pytest.fixture
+def gateway():
+    """(address, engine): the engine answers with three tokens, a prompt of 13 with one and no end."""
+    engine = ScriptedEngine()
+    ready: dict[str, object] = {}
+    up = threading.Event()
+
+    async def main():
+        ready["stop"] = stop = asyncio.Event()
+        ready["loop"] = asyncio.get_running_loop()
+        async with staged(engine) as stage:
+            ready["address"] = stage.address
+            up.set()
+            answering = asyncio.create_task(_answer_all(engine))
+            await stop.wait()
+            answering.cancel()
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    assert up.wait(30)
+    yield ready["address"], engine
+    ready["loop"].call_soon_threadsafe(ready["stop"].set)
+    thread.join(30)
+
+
+async def _answer_all(engine):
+    while True:
+        request = await engine.requests.get()
+        engine.say(request, "one ", 1)
+        if request.prompt != (13,):
+            engine.say(request, "two ", 2)
+            engine.say(request, "three", 3, last=True)
+
+
+def test_deltas_are_iterated_and_collected(gateway):
+    address, _ = gateway
+    with Client(address) as client:
+        assert "".join(d.text for d in client.generate([5, 6])) == "one two three"
+        answer = collect(client.chat([("user", "Hello!")], SamplingParams(max_tokens=3)))
+        assert (answer.text, answer.outputs[0].token_ids) == ("one two three", [1, 2, 3])
+        assert answer.outputs[0].finish_reason == inference_pb2.FINISH_REASON_STOP
+        assert answer.usage.output_tokens == 9
+
+
+def test_the_smaller_calls_answer(gateway):
+    address, _ = gateway
+    with Client(address) as client:
+        ids = client.tokenize("Long ago")
+        assert client.detokenize(ids) == "Long ago"
+        assert len(client.tokenize(messages=[("user", "Long ago")])) > len(ids)
+        assert client.model().name == "demo"
+        assert client.stats().replicas[0].pages_total == 7
+        assert not client.cancel("nobody")
+
+
+def test_errors_are_the_servers_own(gateway):
+    address, _ = gateway
+    with Client(address) as client:
+        with pytest.raises(UnknownModel):
+            collect(client.generate("a", options=CallOptions(model="x")))
+        with pytest.raises(InvalidRequest, match=r"prompt\[0\] must be a token id"):
+            collect(client.generate([-1]))
+        with pytest.raises(DeadlinePassed):
+            collect(client.generate([13], options=CallOptions(deadline_s=0.2)))
+
+
+def test_leaving_the_loop_ends_the_request(gateway):
+    address, _ = gateway
+    with Client(address) as client:
+        for delta in client.generate([13]):
+            assert delta.text == "one "
+            break
+        deadline = time.monotonic() + 5
+        while client.stats().gateway_open_requests:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_nobody_listening_is_unavailable():
+    with Client("127.0.0.1:1") as client, pytest.raises(ReplicaDied):
+        client.model()
+
+
+def test_an_answer_keeps_outputs_apart():
+    answer = Answer()
+    for index, text in ((1, "b"), (0, "a"), (1, "B")):
+        answer.add(inference_pb2.Delta(index=index, text=text, token_ids=[index]))
+    assert (answer.text, answer.outputs[1].text, answer.outputs[1].token_ids) == ("a", "bB", [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("details", "kind"),
+    [("", ReplicaDied), ("CANCELLED", ReplicaDied), ("Locally cancelled by application!", Cancelled)],
+)
+def test_a_call_that_the_gateway_cancels_may_be_tried_again(details, kind):
+    error = grpc.RpcError()
+    error.code, error.details, error.trailing_metadata = (
+        lambda: grpc.StatusCode.CANCELLED,
+        lambda: details,
+        tuple,
+    )
+    assert type(error_of_rpc(error)) is kind
+
+
+def test_a_client_loads_no_torch_and_no_ray():
+    """They take seconds, which every command would pay."""
+    code = (
+        "import sys, quire.cluster.cli.main; sys.exit(str({'torch', 'transformers', 'ray'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"

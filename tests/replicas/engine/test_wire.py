@@ -1,0 +1,133 @@
+import time
+from dataclasses import fields, replace
+from typing import get_type_hints
+
+import pytest
+from serving import INFO
+
+from quire.protos.quire.v1 import engine_pb2, inference_pb2
+from quire.replicas.engine.wire import (
+    model_from_proto,
+    model_to_proto,
+    request_from_proto,
+    sampling_from_proto,
+    sampling_to_proto,
+    stats_to_proto,
+    write_event,
+)
+from quire.replicas.errors import InvalidRequest, Status
+from quire.replicas.request import (
+    EngineStats,
+    Failure,
+    FinishReason,
+    Output,
+    RequestId,
+    ResolvedSampling,
+    SamplingParams,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+
+ODD = SamplingParams(
+    max_tokens=7,
+    min_tokens=3,
+    temperature=0.7,
+    top_k=11,
+    top_p=0.9,
+    min_p=0.1,
+    repetition_penalty=1.1,
+    presence_penalty=-0.3,
+    frequency_penalty=0.2,
+    seed=0,
+    stop=("a", "bc"),
+    stop_token_ids=(4, 5),
+    ignore_eos=True,
+    logprobs=0,
+    prompt_logprobs=2,
+    n=3,
+)
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), ODD])
+def test_sampling_survives_the_way_there_and_back(sampling):
+    data = sampling_to_proto(sampling).SerializeToString()
+    assert sampling_from_proto(inference_pb2.Sampling.FromString(data)) == sampling
+
+
+def test_every_sampling_parameter_has_a_field():
+    assert {f.name for f in fields(SamplingParams)} == set(inference_pb2.Sampling.DESCRIPTOR.fields_by_name)
+    assert all(getattr(ODD, f.name) != f.default for f in fields(ODD)), "the round trip must see each"
+
+
+def test_an_unset_sampling_is_the_default_and_an_impossible_one_is_refused():
+    assert sampling_from_proto(inference_pb2.Sampling()) == SamplingParams()
+    with pytest.raises(InvalidRequest, match="max_tokens"):
+        sampling_from_proto(inference_pb2.Sampling(max_tokens=0))
+
+
+def test_an_explicit_zero_is_not_the_same_as_nothing():
+    zeros = SamplingParams(temperature=0, top_k=0, min_p=0)
+    data = sampling_to_proto(zeros).SerializeToString()
+    assert sampling_from_proto(inference_pb2.Sampling.FromString(data)) == zeros
+    assert zeros != SamplingParams()
+
+
+def test_a_gateway_knows_the_model_as_the_replica_does():
+    sampling = ResolvedSampling(temperature=0.7, top_k=20, top_p=0.9, min_p=0.25, repetition_penalty=1.5)
+    info = replace(INFO, sampling=sampling)
+    assert model_from_proto(model_to_proto(info)) == info
+    assert model_to_proto(info).sampling.temperature == 0.7
+
+
+def test_a_deadline_travels_as_what_remains():
+    submit = engine_pb2.Submit(token_ids=[1, 2], remaining_s=60, priority=-3, tenant="t")
+    before = time.monotonic()
+    request = request_from_proto(submit, RequestId("x"))
+    assert before + 60 <= request.deadline_s <= time.monotonic() + 60
+    assert (request.prompt, request.priority, request.tenant) == ((1, 2), -3, "t")
+    assert request_from_proto(engine_pb2.Submit(), RequestId("x")).deadline_s is None
+
+
+def test_an_output_keeps_all_it_says():
+    event = engine_pb2.Event()
+    output = Output(
+        request_id=RequestId("x"),
+        index=2,
+        token_ids=(7, 8),
+        text="é",
+        logprobs=(TokenLogprob(7, -0.5, ((7, -0.5), (9, -1.5))),),
+        prompt_logprobs=(TokenLogprob(3, -2.0),),
+        finish_reason=FinishReason.LENGTH,
+        usage=Usage(prompt_tokens=0, cached_tokens=0, output_tokens=0),
+        timings=Timings(queue_s=0.0, first_token_s=0.25, total_s=1.5),
+    )
+    write_event(event, 5, output)
+    delta = event.delta
+    assert (event.call, delta.index, list(delta.token_ids), delta.text) == (5, 2, [7, 8], "é")
+    assert [(t.token_id, t.logprob) for t in delta.logprobs[0].top] == [(7, -0.5), (9, -1.5)]
+    assert delta.prompt_logprobs[0].logprob == -2.0
+    assert delta.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+    assert delta.HasField("usage"), "a usage of zeros still ends the request"
+    assert delta.timings.total_s == 1.5
+
+
+def test_an_empty_output_is_still_a_delta_and_a_failure_is_none():
+    event = engine_pb2.Event()
+    write_event(event, 1, Output(request_id=RequestId("x"), index=0))
+    assert event.WhichOneof("what") == "delta"
+    assert not event.delta.HasField("usage")
+    write_event(event, 1, Failure(RequestId("x"), Status.UNAVAILABLE, "gone"))
+    assert (event.WhichOneof("what"), event.failure.status) == ("failure", "UNAVAILABLE")
+
+
+def test_every_counter_is_shown():
+    names = {f.name for f in fields(EngineStats)}
+    assert names <= set(inference_pb2.ReplicaStats.DESCRIPTOR.fields_by_name)
+    numbers = {name: n for n, name in enumerate(sorted(names), 1)}
+    for name, kind in get_type_hints(EngineStats).items():
+        if kind not in (int, float):
+            numbers[name] = {"some": numbers[name]}
+    shown = stats_to_proto(EngineStats(**numbers), "r", 3.5)
+    assert {name: getattr(shown, name) for name in names} == numbers
+    assert shown.output_tokens_per_s == numbers["output_tokens"] / numbers["step_seconds"]
