@@ -1,7 +1,7 @@
 """One result from the partial ones that the work items of a decode leave, and V's transform of it.
 
-Legend: see `cache_view.py`; here W work items, R query rows of a tile (row = token * query heads + head, within
-a sequence), X items taken at once.
+Legend: see `cache_view.py`; here W work items, R query rows of a tile (row = token * query heads + head,
+within a sequence), X items taken at once.
 """
 
 from __future__ import annotations
