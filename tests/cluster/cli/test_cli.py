@@ -6,7 +6,8 @@ import pytest
 from served_app import Served, quire
 
 from quire.cluster.cli.format_costs import format_costs
-from quire.cluster.cli.main import Replicas, with_replicas
+from quire.cluster.cli.options import Replicas
+from quire.cluster.cli.serve_commands import with_replicas
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
 

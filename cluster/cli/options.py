@@ -1,0 +1,67 @@
+"""Options that several commands of `quire` share, and how a file or a number of replicas is given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+APP = "quire"
+DEFAULT_ADDRESS = "127.0.0.1:8100"
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class Replicas(click.ParamType[dict[str, Any]]):
+    """`3`, or `1..4`: keys of the replicas' branch of the configuration."""
+
+    name = "number or LEAST..MOST"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(value))
+        if found is None:
+            self.fail(f"{value!r} is neither a number nor LEAST..MOST, such as 1..4", param, ctx)
+        least, most = found.groups()
+        return {"autoscaling": {"min": int(least), "max": int(most)}} if most else {"count": int(least)}
+
+
+def compose(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+kv_options = compose(
+    click.option("--kv", help="KV format: bf16, fp8, int8, int4, k8v4, ...  [default: int8]"),
+    click.option("--policy", type=FILE, help="JSON file with a format per layer and side, for --kv."),
+)
+cluster_options = compose(
+    click.option(
+        "--ray-address",
+        default="auto",
+        show_default=True,
+        envvar="RAY_ADDRESS",
+        help="The Ray cluster (RAY_ADDRESS).",
+    ),
+    click.option("--app", default=APP, show_default=True, help="The application's name in Ray Serve."),
+)
+address_option = click.option(
+    "--address",
+    default=DEFAULT_ADDRESS,
+    show_default=True,
+    envvar="QUIRE_ADDRESS",
+    help="The gateway, host:port, or several with commas (QUIRE_ADDRESS).",
+)
+sampling_options = compose(
+    click.option("--max-tokens", default=256, show_default=True, help="Output tokens at most."),
+    click.option("--temperature", type=float, help="0: greedy.  [default: the model's]"),
+    click.option("--top-p", type=float, help="Share of the likeliest tokens.  [default: the model's]"),
+    click.option("--seed", type=int, help="Same seed, same answer."),
+    click.option("--stop", multiple=True, help="End before this text; may be repeated."),
+    click.option("--deadline", type=float, help="Give up after so many seconds."),
+)
