@@ -34,7 +34,7 @@ import torch
 from rows import Row, merge, report
 from safetensors.torch import load_file, save_file
 
-from quire.cluster.api.client import AsyncClient, SamplingParams, collect_async
+from quire.cluster import AsyncClient, SamplingParams, collect_async
 from quire.cluster.cli.local import cluster, served
 from quire.cluster.config import ServeConfig, parse
 from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc

@@ -35,7 +35,7 @@ from ray.cluster_utils import Cluster
 from ray.serve.context import _get_global_client
 from rows import Row, merge, report
 
-from quire.cluster.api.client import AsyncClient, SamplingParams, collect_async
+from quire.cluster import AsyncClient, SamplingParams, collect_async
 from quire.cluster.cli.local import APP, rolled_out
 from quire.cluster.config import ServeConfig, parse
 from quire.cluster.gateway_registry import addresses, by_actor

@@ -29,7 +29,7 @@ from ray import serve
 from recall import mixed_prompts
 from rows import Row, report
 
-from quire.cluster.api.client import AsyncClient, SamplingParams
+from quire.cluster import AsyncClient, SamplingParams
 from quire.cluster.autoscaling import AutoscalingConfig
 from quire.cluster.autoscaling_policy import last_record
 from quire.cluster.cli.local import APP, cluster, served

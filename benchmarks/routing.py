@@ -33,7 +33,7 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 from routing_workloads import WORKLOADS, Arrival, Workload
 from rows import Row, merge, report
 
-from quire.cluster.api.client import AsyncClient, CallOptions, SamplingParams
+from quire.cluster import AsyncClient, CallOptions, SamplingParams
 from quire.cluster.app import ROUTER, application
 from quire.cluster.cli.local import cluster
 from quire.cluster.config import GatewayConfig, ReplicaConfig, ServeConfig

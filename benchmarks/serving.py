@@ -28,7 +28,7 @@ from pathlib import Path
 
 from rows import Row, alternate, median, report
 
-from quire.cluster.api.client import AsyncClient, SamplingParams
+from quire.cluster import AsyncClient, SamplingParams
 from quire.cluster.config import GatewayConfig
 from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService

@@ -24,7 +24,7 @@ from pathlib import Path
 from ray import serve
 from rows import Row, alternate, merge, report
 
-from quire.cluster.api.client import AsyncClient, SamplingParams
+from quire.cluster import AsyncClient, SamplingParams
 from quire.cluster.app import application
 from quire.cluster.cli.local import cluster
 from quire.cluster.config import GatewayConfig, PrefillConfig, ReplicaConfig, ServeConfig

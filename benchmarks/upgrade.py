@@ -30,7 +30,7 @@ import ray
 from rows import Row, merge, report
 from safetensors.torch import load_file, save_file
 
-from quire.cluster.api.client import CallOptions, Client, SamplingParams, collect
+from quire.cluster import CallOptions, Client, SamplingParams, collect
 from quire.cluster.cli.local import APP, cluster, rolled_out, served
 from quire.cluster.config import ServeConfig, parse
 from quire.replicas.errors import QuireError
@@ -73,7 +73,7 @@ class Load:
     def watch(self) -> None:
         """Until it is over."""
         before: dict[str, int] = {}
-        with Client(f"127.0.0.1:{PORT}", patience_s=60) as client:
+        with Client(f"127.0.0.1:{PORT}", retry_for_s=60) as client:
             while not self.over.wait(LOOK_S):
                 replicas = client.stats().replicas
                 alike = Counter(replica.fingerprint for replica in replicas)

@@ -16,28 +16,28 @@ from quire.replicas.errors import InvalidRequest
 from quire.replicas.request import MAX_NAME_CHARACTERS, MAX_PRIORITY, SamplingParams
 from quire.replicas.text.prompt import Messages, Prompt, as_messages, as_prompt
 
-Asked = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
+StreamRequest = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallOptions:
-    """What every request may carry besides its prompt and its sampling."""
+    """What a request may carry besides its prompt and its sampling."""
 
     deadline_s: float | None = None
-    """Seconds from now; then the request ends with DeadlinePassed."""
+    """Seconds from now until the request ends with DeadlinePassed; None: no deadline."""
     request_id: str = ""
-    """Unique among the open requests; needed to `cancel` from elsewhere."""
+    """An id that is unique among the open requests; needed to `cancel` from elsewhere."""
     priority: int = 0
-    """Higher goes first. -100..100."""
+    """-100..100; requests with a higher one go first."""
     tenant: str = ""
-    """Cached blocks are shared within a tenant only."""
+    """Cached blocks are shared between requests of one tenant only."""
     model: str = ""
-    """Empty: whatever is served."""
+    """The name of the model; empty: the one that is served."""
     explain_routing: bool = False
-    """Have the answer say why which replica was chosen."""
+    """Ask for the reason why a replica was chosen, in the last delta."""
 
     def __post_init__(self) -> None:
-        """Raises InvalidRequest, which names the option."""
+        """Check every option. Raises InvalidRequest, which names it."""
         if self.deadline_s is not None:
             object.__setattr__(self, "deadline_s", _deadline(self.deadline_s))
         priority = values.whole("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
@@ -66,7 +66,7 @@ def _deadline(value: object) -> float:
 def generate_request(
     prompt: Prompt, sampling: SamplingParams | None, options: CallOptions
 ) -> inference_pb2.GenerateRequest:
-    """Raises InvalidRequest for what is no prompt."""
+    """Build the message of Generate. Raises InvalidRequest for what is no prompt."""
     request = inference_pb2.GenerateRequest(**_common(sampling, options))
     given = as_prompt(prompt)
     if isinstance(given, str):
@@ -80,22 +80,22 @@ def generate_request(
 def chat_request(
     messages: Messages, sampling: SamplingParams | None, options: CallOptions
 ) -> inference_pb2.ChatRequest:
-    """Raises InvalidRequest for what are no messages."""
+    """Build the message of Chat. Raises InvalidRequest for what are no messages."""
     return inference_pb2.ChatRequest(messages=_turns(messages), **_common(sampling, options))
 
 
 def cancel_request(request_id: str) -> inference_pb2.CancelRequest:
-    """Raises InvalidRequest for what cannot be the id of a request."""
+    """Build the message of Cancel. Raises InvalidRequest for what cannot be the id of a request."""
     return inference_pb2.CancelRequest(request_id=values.text("request_id", request_id, MAX_NAME_CHARACTERS))
 
 
 def tokenize_request(text: str, messages: Messages) -> inference_pb2.TokenizeRequest:
-    """Raises InvalidRequest for what is no text or are no messages."""
+    """Build the message of Tokenize. Raises InvalidRequest for what is no text or are no messages."""
     return inference_pb2.TokenizeRequest(text=values.text("text", text), messages=_turns(messages))
 
 
 def detokenize_request(token_ids: Sequence[int]) -> inference_pb2.DetokenizeRequest:
-    """Raises InvalidRequest for what are no token ids."""
+    """Build the message of Detokenize. Raises InvalidRequest for what are no token ids."""
     return inference_pb2.DetokenizeRequest(token_ids=values.token_ids("token_ids", token_ids))
 
 

@@ -1,4 +1,4 @@
-"""An answer that goes on where another one stopped: only what is new is passed on, and the rest must agree.
+"""An answer that resumes where another one stopped: only what is new is passed on, and the rest must agree.
 
 Used by gateways when a replica dies, and by clients when a gateway does.
 """
@@ -13,13 +13,13 @@ from quire.replicas.errors import ReplicaDied
 
 
 class Differs(ReplicaDied):
-    """What was sent cannot be carried on by the replicas there are."""
+    """The answer that was sent in part cannot be resumed by the replicas there are."""
 
 
 def repeatable(sampling: inference_pb2.Sampling) -> bool:
-    """Whether the same model would draw the same tokens again; they are compared all the same.
+    """Return whether the same model would draw the same tokens again; they are compared all the same.
 
-    `sampling`: with the model's defaults filled in.
+    `sampling` must have the model's defaults filled in.
     """
     return sampling.temperature == 0 or sampling.HasField("seed")
 
@@ -31,7 +31,7 @@ class _Output:
 
 
 class Delivered:
-    """What somebody has of an answer."""
+    """The part of an answer that the client has received."""
 
     def __init__(self) -> None:
         self._outputs: defaultdict[int, _Output] = defaultdict(_Output)
@@ -41,9 +41,9 @@ class Delivered:
         return bool(self._outputs)
 
     def from_model(self, fingerprint: str) -> None:
-        """What comes next is this model's. Raises Differs if what there is was another's."""
+        """Take the model of what comes next. Raises Differs if another one began the answer."""
         if self and fingerprint != self._fingerprint:
-            raise Differs("whoever answered died, and another model has taken its place; try again")
+            raise Differs("the answer was cut off, and another model has taken its place; try again")
         self._fingerprint = fingerprint
 
     def add(self, delta: inference_pb2.Delta) -> None:
@@ -52,7 +52,7 @@ class Delivered:
         output.characters += len(delta.text)
 
     def again(self) -> Repeated:
-        """For the deltas of another answer to the same request."""
+        """Return what finds the new part of another answer to the same request."""
         return Repeated({at: _Output(list(o.token_ids), o.characters) for at, o in self._outputs.items()})
 
 
@@ -63,16 +63,16 @@ class Repeated:
         self._known = known
 
     def rest(self, delta: inference_pb2.Delta) -> inference_pb2.Delta | None:
-        """None: nothing of it is new. Raises Differs if the tokens are not those there are already."""
+        """Return what is new in a delta, or None. Raises Differs if its tokens are not those sent before."""
         output = self._known.get(delta.index)
         if output is None:
             return delta
         known = min(len(output.token_ids), len(delta.token_ids))
         if list(delta.token_ids[:known]) != output.token_ids[:known]:
-            raise Differs("whoever answered died, and another answer differs from what was sent; try again")
+            raise Differs("the answer was cut off, and another one differs from what was sent; try again")
         del output.token_ids[:known]
         if delta.finish_reason and output.token_ids:
-            raise Differs("whoever answered died, and another answer ends before what was sent; try again")
+            raise Differs("the answer was cut off, and another one ends before what was sent; try again")
         characters = min(output.characters, len(delta.text))
         output.characters -= characters
         rest = inference_pb2.Delta()

@@ -40,27 +40,27 @@ _ERRORS: dict[Status, type[QuireError]] = {
 
 
 def error_of(status: str, message: str) -> QuireError:
-    """The error with this status; QuireError itself (INTERNAL) for one that we never send."""
+    """Return the error with this status; QuireError itself (INTERNAL) for a status that we never send."""
     if status not in Status.__members__:
         return QuireError(f"{status}: {message}")
     return _ERRORS.get(Status(status), QuireError)(message)
 
 
 FINGERPRINT_METADATA = "quire-fingerprint"
-"""In an answer's initial metadata: equal where the same model, in the same formats, answers."""
+"""A key of an answer's initial metadata; its value is equal for the same model in the same formats."""
 REPEATABLE_METADATA = "quire-repeatable"
-"""There as well: "1" where the same request is answered with the same tokens again, greedy or with a seed."""
+"""Another key there; "1" if a retry would give the same tokens: the request is greedy or has a seed."""
 RETRY_METADATA = "grpc-retry-pushback-ms"
-"""In the trailing metadata of UNAVAILABLE: milliseconds after which another try may succeed."""
+"""A key of the trailing metadata of UNAVAILABLE: milliseconds after which a retry may succeed."""
 
 
 def answer_metadata(fingerprint: str, repeatable: bool) -> tuple[tuple[str, str], ...]:
-    """Initial metadata of an answer."""
+    """Return the initial metadata of an answer."""
     return ((FINGERPRINT_METADATA, fingerprint), (REPEATABLE_METADATA, str(int(repeatable))))
 
 
 def retry_hint(error: QuireError) -> tuple[tuple[str, str], ...]:
-    """Trailing metadata for it."""
+    """Return the trailing metadata that tells a client when to retry after this error."""
     if not isinstance(error, ReplicaDied):
         return ()
     return ((RETRY_METADATA, str(round(error.retry_s * 1000))),)
@@ -71,7 +71,7 @@ def code_of(error: QuireError) -> grpc.StatusCode:
 
 
 _OVERSIZED = re.compile(r"^(\w+): (?:Received|Sent) message larger than max \((\d+) vs\. (\d+)\)")
-"""gRPC's own words, under RESOURCE_EXHAUSTED; no other try helps."""
+"""gRPC's own words, under RESOURCE_EXHAUSTED; a retry does not help."""
 
 
 def _too_large(where: str, size: str, most: str) -> str:
@@ -84,11 +84,11 @@ def _too_large(where: str, size: str, most: str) -> str:
 
 
 def error_of_rpc(error: grpc.RpcError) -> QuireError:
-    """What the server said, as the error it was there."""
+    """Turn a failed call back into the error that the server raised."""
     code: grpc.StatusCode = error.code()
     details = error.details() or code.name
     if code is grpc.StatusCode.CANCELLED and details == code.name:
-        # Nobody's words: so gRPC ends calls that a server has received, and not begun, when it stops.
+        # A server that stops ends calls so that it has received and not begun.
         code, details = grpc.StatusCode.UNAVAILABLE, "the gateway stopped and ended the request; try again"
     if (oversized := _OVERSIZED.search(details)) is not None:
         code, details = grpc.StatusCode.INVALID_ARGUMENT, _too_large(*oversized.groups())

@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
-from quire.cluster.api.client import Answer, CallOptions, Client
+from quire.cluster.api.answer import Answer
+from quire.cluster.api.client import Client
+from quire.cluster.api.requests import CallOptions
 from quire.cluster.cli.options import address_option, sampling_options
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.errors import InvalidRequest, ReplicaDied

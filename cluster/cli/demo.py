@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from quire.cluster.api.client import Answer, Client
+from quire.cluster.api.answer import Answer
+from quire.cluster.api.client import Client
 from quire.cluster.cli.stats_text import stats_lines
 from quire.cluster.config import GatewayConfig, ReplicaConfig, ServeConfig
 from quire.replicas.config import EngineConfig, PoolConfig

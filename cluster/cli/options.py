@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
+from quire.cluster.api.client import DEFAULT_ADDRESS
+
 APP = "quire"
-DEFAULT_ADDRESS = "127.0.0.1:8100"
+
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 

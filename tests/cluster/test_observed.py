@@ -26,7 +26,7 @@ from observability.generate import rules_yaml
 from observability.operators import OPERATORS
 from observed import Prometheus, observed_app
 
-from quire.cluster.api.client import CallOptions, Client, SamplingParams, collect
+from quire.cluster import CallOptions, Client, SamplingParams, collect
 from quire.cluster.metrics.catalogue import CATALOGUE
 from quire.replicas.errors import QuireError
 

@@ -11,7 +11,7 @@ import ray
 import yaml
 from served_app import free_port, quire
 
-from quire.cluster.api.client import AsyncClient, SamplingParams, collect_async
+from quire.cluster import AsyncClient, SamplingParams, collect_async
 from quire.cluster.cli.local import APP, cluster, rolled_out, served
 from quire.cluster.config import parse
 from quire.cluster.gateway_registry import addresses

@@ -7,7 +7,7 @@ import time
 import pytest
 from served_app import Served, quire_serve
 
-from quire.cluster.api.client import AsyncClient, CallOptions, Client, SamplingParams, collect, collect_async
+from quire.cluster import AsyncClient, CallOptions, Client, SamplingParams, collect, collect_async
 
 pytestmark = pytest.mark.ray
 

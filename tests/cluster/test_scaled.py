@@ -7,7 +7,7 @@ import ray
 from ray import serve
 from recall import mixed_prompts
 
-from quire.cluster.api.client import AsyncClient, SamplingParams, collect_async
+from quire.cluster import AsyncClient, SamplingParams, collect_async
 from quire.cluster.autoscaling_policy import last_record
 from quire.cluster.cli.local import APP, cluster, served
 from quire.cluster.config import parse

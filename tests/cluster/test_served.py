@@ -8,7 +8,7 @@ import psutil
 import pytest
 from served_app import Served
 
-from quire.cluster.api.client import AsyncClient, Client, SamplingParams, collect, collect_async
+from quire.cluster import AsyncClient, Client, SamplingParams, collect, collect_async
 from quire.cluster.cli.demo import run_demo
 from quire.replicas.errors import ReplicaDied
 

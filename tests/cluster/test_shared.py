@@ -7,7 +7,7 @@ import pytest
 from recall import mixed_prompts
 from served_app import Served, quire_serve
 
-from quire.cluster.api.client import Client, SamplingParams, collect
+from quire.cluster import Client, SamplingParams, collect
 from quire.replicas.engine.load import load_tokenizer
 
 pytestmark = pytest.mark.ray

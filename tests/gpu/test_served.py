@@ -8,7 +8,7 @@ pytest.importorskip("ray", reason="needs Ray")
 
 from served_app import quire_serve
 
-from quire.cluster.api.client import Client, SamplingParams, collect
+from quire.cluster import Client, SamplingParams, collect
 from quire.replicas.engine.load import load_tokenizer
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from quire.cluster.api.client import CallOptions, Client, SamplingParams, collect
+from quire.cluster import CallOptions, Client, SamplingParams, collect
 from quire.replicas.errors import QuireError
 
 PROMPTS = [f"Long ago, a {who} named {name}" for who in ("cat", "fox", "hen", "owl") for name in "ABC"]

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 
 import grpc
 
-from quire.cluster.api.client import AsyncClient
+from quire.cluster import AsyncClient
 from quire.cluster.config import GatewayConfig
 from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService

@@ -1,16 +1,17 @@
-"""The synchronous client against a gateway in another thread; other tests use the asynchronous one."""
+"""The blocking client against a gateway in another thread; other tests use the asynchronous one."""
 
 import asyncio
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 from serving import ScriptedEngine, staged
 
-from quire.cluster.api.client import Answer, CallOptions, Client, SamplingParams, collect
+from quire.cluster import Answer, CallOptions, Client, SamplingParams, collect
 from quire.cluster.api.status import Cancelled, error_of_rpc
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.errors import DeadlinePassed, InvalidRequest, ReplicaDied, UnknownModel
@@ -69,6 +70,21 @@ def test_the_smaller_calls_answer(gateway):
         assert client.model().name == "demo"
         assert client.stats().replicas[0].pages_total == 7
         assert not client.cancel("nobody")
+
+
+async def test_a_blocking_client_may_be_used_where_an_event_loop_runs(gateway):
+    address, _ = gateway
+    with Client(address) as client:
+        assert collect(client.generate([5, 6])).text == "one two three"
+        for _ in client.generate([13]):
+            break
+
+
+def test_threads_may_share_a_client(gateway):
+    address, _ = gateway
+    with Client(address) as client, ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda _: collect(client.generate([5, 6])).text, range(8)))
+    assert answers == ["one two three"] * 8
 
 
 def test_errors_are_the_servers_own(gateway):

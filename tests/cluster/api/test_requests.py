@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from quire.cluster.api.client import CallOptions, Client, SamplingParams
+from quire.cluster import CallOptions, Client, SamplingParams
 from quire.cluster.api.requests import chat_request, detokenize_request, generate_request, tokenize_request
 from quire.replicas.errors import InvalidRequest
 

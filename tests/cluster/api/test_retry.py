@@ -9,8 +9,8 @@ import grpc
 import pytest
 from serving import INFO, KEYS, ScriptedEngine, staged
 
-from quire.cluster.api.client import AsyncClient, CallOptions, Client, SamplingParams, collect_async
-from quire.cluster.api.retry import Tries
+from quire.cluster import AsyncClient, CallOptions, Client, SamplingParams, collect_async
+from quire.cluster.api.retry import Attempts
 from quire.cluster.api.status import FINGERPRINT_METADATA, REPEATABLE_METADATA, RETRY_METADATA
 from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from quire.replicas.errors import ConfigError, DeadlinePassed, QueueFull, ReplicaDied, Status
@@ -131,7 +131,7 @@ async def test_patience_outlasts_a_gateway_that_is_replaced():
             return await asyncio.start_server(_pipe_to(stage.address), "127.0.0.1", port)
 
         server = asyncio.ensure_future(appear())
-        async with AsyncClient(address, patience_s=10) as client:
+        async with AsyncClient(address, retry_for_s=10) as client:
             answer = asyncio.ensure_future(collect_async(client.generate(PROMPT)))
             engine.say(await next_request(engine), "fine", 4, last=True)
             assert (await answer).text == "fine"
@@ -142,7 +142,7 @@ async def test_without_patience_or_time_it_fails():
     async with AsyncClient(f"{unused()},{unused()}") as client:
         with pytest.raises(ReplicaDied):
             await collect_async(client.generate(PROMPT))
-    async with AsyncClient(unused(), patience_s=30) as client:
+    async with AsyncClient(unused(), retry_for_s=30) as client:
         with pytest.raises(DeadlinePassed):
             await collect_async(client.generate(PROMPT, options=CallOptions(deadline_s=0.6)))
 
@@ -152,23 +152,23 @@ def test_no_address_is_refused():
         Client(" , ")
 
 
-def test_only_unavailable_is_tried_again():
-    tries = Tries(3, 2, patience_s=0.0)
+def test_only_unavailable_is_retried():
+    attempts = Attempts(3, 2, retry_for_s=0.0)
     with pytest.raises(QueueFull):
-        tries.failed(QueueFull("full"))
-    assert [tries.failed(ReplicaDied("")), tries.gateway] == [0.0, 0]
-    assert [tries.failed(ReplicaDied("")), tries.gateway] == [0.0, 1]
+        attempts.failed(QueueFull("full"))
+    assert [attempts.failed(ReplicaDied("")), attempts.gateway] == [0.0, 0]
+    assert [attempts.failed(ReplicaDied("")), attempts.gateway] == [0.0, 1]
     with pytest.raises(ReplicaDied):
-        tries.failed(ReplicaDied("third"))
+        attempts.failed(ReplicaDied("third"))
 
 
 def test_an_answer_of_another_model_is_not_carried_on():
-    tries = Tries(2, 0, patience_s=0.0)
-    tries.began({FINGERPRINT_METADATA: "aa", REPEATABLE_METADATA: "1"})
-    assert tries.rest(inference_pb2.Delta(text="ab", token_ids=[1])) is not None
-    tries.failed(ReplicaDied("gone"))
+    attempts = Attempts(2, 0, retry_for_s=0.0)
+    attempts.began({FINGERPRINT_METADATA: "aa", REPEATABLE_METADATA: "1"})
+    assert attempts.rest(inference_pb2.Delta(text="ab", token_ids=[1])) is not None
+    attempts.failed(ReplicaDied("gone"))
     with pytest.raises(ReplicaDied, match="another model"):
-        tries.began({FINGERPRINT_METADATA: "bb"})
+        attempts.began({FINGERPRINT_METADATA: "bb"})
 
 
 async def _all(stream):

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import pytest
 from serving import Listed, ScriptedEngine, staged
 
-from quire.cluster.api.client import CallOptions, collect_async
+from quire.cluster import CallOptions, collect_async
 from quire.cluster.routing.book import Routes
 from quire.cluster.routing.score import Candidate
 from quire.replicas.engine.load_report import LoadReport

@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from serving import Stage, staged
 
-from quire.cluster.api.client import AsyncClient, CallOptions, SamplingParams, collect_async
+from quire.cluster import AsyncClient, CallOptions, SamplingParams, collect_async
 from quire.cluster.config import GatewayConfig
 from quire.cluster.gateway.fleet import Fleet
 from quire.cluster.gateway.grpc_service import InferenceService

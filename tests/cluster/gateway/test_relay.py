@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from serving import INFO, ScriptedEngine, output, staged
 
-from quire.cluster.api.client import CallOptions, SamplingParams, collect_async
+from quire.cluster import CallOptions, SamplingParams, collect_async
 from quire.cluster.api.status import Cancelled
 from quire.replicas.errors import DeadlinePassed, QueueFull, QuireError, ReplicaDied, Status
 from quire.replicas.request import Failure, FinishReason, Output, ResolvedSampling, Usage

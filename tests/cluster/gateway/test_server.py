@@ -6,7 +6,7 @@ import grpc
 import pytest
 from serving import ScriptedEngine, staged
 
-from quire.cluster.api.client import AsyncClient, collect_async
+from quire.cluster import AsyncClient, collect_async
 from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from quire.replicas.errors import InvalidRequest
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from serving import INFO, KEYS, TOKENIZER, ScriptedEngine, staged
 
-from quire.cluster.api.client import SamplingParams, collect_async
+from quire.cluster import SamplingParams, collect_async
 from quire.replicas.errors import InvalidRequest, ReplicaDied, Status
 from quire.replicas.request import Failure, Request
 
