@@ -27,30 +27,30 @@ def generate(prompt: str, address: str, **options: Any) -> None:
     text = _read_standard_input() if prompt == "-" else prompt
     sampling, call = _sampling(options)
     with Client(address) as client:
-        _print_stream(client.generate(text, sampling, call))
+        _print_stream(client.generate(text, sampling, call), sampling)
 
 
 @click.command()
 @click.argument("message", required=False)
-@click.option("--system", help="What the model is told first.")
+@click.option("--system", help="The system message that begins the chat.")
 @sampling_options
 @address_option
 def chat(message: str | None, system: str | None, address: str, **options: Any) -> None:
-    """Chat: answer MESSAGE, or talk until end of input."""
-    turns = [("system", system)] if system else []
+    """Answer MESSAGE, or every line of standard input as one chat."""
+    turns = [{"role": "system", "content": system}] if system else []
     sampling, call = _sampling(options)
     with Client(address) as client:
         for said in [message] if message else _typed_lines():
-            turns.append(("user", said))
-            answer = _print_stream(client.chat(turns, sampling, call))
-            turns.append(("assistant", answer.text))
+            turns.append({"role": "user", "content": said})
+            answer = _print_stream(client.chat(turns, sampling, call), sampling)
+            turns.append({"role": "assistant", "content": answer.text})
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, for programs.")
 @address_option
 def stats(as_json: bool, address: str) -> None:
-    """What is served, in which formats, and how the cache is used."""
+    """Show what is served, in which formats, and how the cache is used."""
     from google.protobuf.json_format import MessageToJson
 
     from quire.cluster.cli.stats_text import stats_lines
@@ -63,11 +63,11 @@ def stats(as_json: bool, address: str) -> None:
 
 
 @click.command()
-@click.option("--once", is_flag=True, help="One look instead of one after the other, for scripts.")
-@click.option("--every", default=2.0, show_default=True, help="Seconds between two looks.")
+@click.option("--once", is_flag=True, help="Show them once, for scripts.")
+@click.option("--every", default=2.0, show_default=True, help="Seconds between updates.")
 @address_option
 def top(once: bool, every: float, address: str) -> None:
-    """Replicas, rates, cache and transfers, drawn again and again until interrupted."""
+    """Show replicas, rates, cache and transfers, again and again until interrupted."""
     from quire.cluster.cli.top import top_lines
 
     if every <= 0:
@@ -80,7 +80,7 @@ def top(once: bool, every: float, address: str) -> None:
                 now, now_s = client.stats(), time.monotonic()
                 text = "\n".join(top_lines(before, now, now_s - asked_s))
                 before, asked_s = now, now_s
-            except ReplicaDied as error:  # it may come back: look again
+            except ReplicaDied as error:  # it may come back: ask again
                 if once:
                     raise
                 text = f"no answer: {error}"
@@ -103,28 +103,41 @@ def _sampling(options: dict[str, Any]) -> tuple[SamplingParams, CallOptions]:
 
 
 def _read_standard_input() -> str:
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the prompt from standard input is not UTF-8: {error}") from error
+    return _decoded(sys.stdin.buffer.read())
 
 
 def _typed_lines() -> Iterator[str]:
-    """What the user types, line by line, until end of input."""
-    click.echo("you> ", nl=False, err=True)
-    for line in sys.stdin:
-        if said := line.strip():
+    """Yield the lines of standard input until its end; a person at a terminal is prompted for each."""
+    person = sys.stdin.isatty()
+    click.echo("you> " if person else "", nl=False, err=True)
+    for line in sys.stdin.buffer:
+        if said := _decoded(line).strip():
             yield said
-        click.echo("you> ", nl=False, err=True)
+        click.echo("you> " if person else "", nl=False, err=True)
+    click.echo(err=True, nl=person)
 
 
-def _print_stream(deltas: Iterable[inference_pb2.Delta]) -> Answer:
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"standard input is not UTF-8: {error}") from error
+
+
+def _print_stream(deltas: Iterable[inference_pb2.Delta], sampling: SamplingParams) -> Answer:
+    """Print an answer as it arrives. What is printed ends with a newline even if the answer is cut off."""
     answer = Answer()
-    for delta in deltas:
-        answer.add(delta)
-        click.echo(delta.text, nl=False)
-    click.echo()
+    try:
+        for delta in deltas:
+            answer.add(delta)
+            click.echo(delta.text, nl=False)
+    except ReplicaDied as error:
+        if not answer.outputs or sampling.seed is not None or sampling.temperature == 0:
+            raise
+        raise ReplicaDied(f"{error} (with --seed, an answer that is cut off can be resumed)") from error
+    finally:
+        if answer.outputs:
+            click.echo()
     return answer
 
 

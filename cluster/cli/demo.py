@@ -49,11 +49,11 @@ def run_demo(address: str, line: Callable[[str], None], piece: Callable[[str], N
 
     Raises QuireError if the model does not find a fact, or if nothing came from the cache.
     """
-    turns: list[tuple[str, str]] = []
+    turns: list[dict[str, str]] = []
     with Client(address) as client:
         _turn(client, turns, _FACTS, line, piece)
         for tale in _TALES:
-            turns += [("user", "Tell me a story."), ("assistant", _TALE.format(*tale))]
+            turns += [_message("user", "Tell me a story."), _message("assistant", _TALE.format(*tale))]
         line(f"\n           [{len(_TALES)} stories, told earlier]")
         _turn(client, turns, "Tell me a story.", line, piece)
         for question, expected in _QUESTIONS:
@@ -69,19 +69,19 @@ def run_demo(address: str, line: Callable[[str], None], piece: Callable[[str], N
 
 def _turn(
     client: Client,
-    turns: list[tuple[str, str]],
+    turns: list[dict[str, str]],
     said: str,
     line: Callable[[str], None],
     piece: Callable[[str], None],
 ) -> Answer:
-    turns.append(("user", said))
+    turns.append(_message("user", said))
     line(f"\nuser       {said}")
     piece("assistant  ")
     answer = Answer()
     for delta in client.chat(turns, _SAMPLING):
         answer.add(delta)
         piece(delta.text)
-    turns.append(("assistant", answer.text))
+    turns.append(_message("assistant", answer.text))
     usage, timings = answer.usage, answer.timings
     line(
         f"\n           [{usage.prompt_tokens} tokens of prompt, {usage.cached_tokens} from the cache; "
@@ -89,3 +89,7 @@ def _turn(
         f"in {timings.total_s:.1f} s]"
     )
     return answer
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

@@ -1,4 +1,4 @@
-"""Options that several commands of `quire` share, and how a file or a number of replicas is given."""
+"""Options that several commands of `quire` share, and the type of `--replicas`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 class Replicas(click.ParamType[dict[str, Any]]):
-    """`3`, or `1..4`: keys of the replicas' branch of the configuration."""
+    """Turns `3` or `1..4` into keys of the `replicas` branch of the configuration."""
 
     name = "number or LEAST..MOST"
 
@@ -48,7 +48,7 @@ cluster_options = compose(
         default="auto",
         show_default=True,
         envvar="RAY_ADDRESS",
-        help="The Ray cluster (RAY_ADDRESS).",
+        help="The address of the Ray cluster (RAY_ADDRESS).",
     ),
     click.option("--app", default=APP, show_default=True, help="The application's name in Ray Serve."),
 )
@@ -60,10 +60,14 @@ address_option = click.option(
     help="The gateway, host:port, or several with commas (QUIRE_ADDRESS).",
 )
 sampling_options = compose(
-    click.option("--max-tokens", default=256, show_default=True, help="Output tokens at most."),
-    click.option("--temperature", type=float, help="0: greedy.  [default: the model's]"),
-    click.option("--top-p", type=float, help="Share of the likeliest tokens.  [default: the model's]"),
-    click.option("--seed", type=int, help="Same seed, same answer."),
-    click.option("--stop", multiple=True, help="End before this text; may be repeated."),
-    click.option("--deadline", type=float, help="Give up after so many seconds."),
+    click.option("--max-tokens", default=256, show_default=True, help="Most tokens of an answer."),
+    click.option("--temperature", type=float, help="0 is greedy.  [default: the model's]"),
+    click.option(
+        "--top-p",
+        type=float,
+        help="Keep the likeliest tokens up to this sum.  [default: the model's]",
+    ),
+    click.option("--seed", type=int, help="The same seed gives the same answer, which can be resumed."),
+    click.option("--stop", multiple=True, help="End the answer before this text; may be repeated."),
+    click.option("--deadline", type=float, help="Give up after this many seconds."),
 )

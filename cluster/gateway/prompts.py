@@ -54,7 +54,7 @@ class Prompts:
         self._tokenizer.check_messages(len(messages), most_tokens)
 
         def encode(stopped: Callable[[], bool]) -> list[int]:
-            turns = as_messages([(message.role, message.content) for message in messages])
+            turns = as_messages([{"role": one.role, "content": one.content} for one in messages])
             return self._tokenizer.encode_chat(turns, most_tokens, stopped)
 
         return await self._tokenizing.run(size_bytes, encode)

@@ -1,4 +1,4 @@
-"""What a prompt may be: a text, token ids, or the messages of a chat, in the shapes callers write them.
+"""What a prompt may be: a text, token ids, or the messages of a chat.
 
 Offline batches, clients, the command line and gateways all read them here. Pure: no tokenizer, no template.
 """
@@ -14,8 +14,8 @@ from quire.replicas.values import is_whole, items, shown, text, token_ids
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
-Messages = Sequence[Mapping[str, Any] | tuple[str, str]]
-"""Of a chat, oldest first: {"role": "user", "content": "..."}, or ("user", "...").
+Messages = Sequence[Mapping[str, Any]]
+"""The messages of a chat, oldest first: {"role": "user", "content": "..."}.
 
 Content may be a list of text parts as well: [{"type": "text", "text": "..."}].
 """
@@ -59,15 +59,9 @@ def as_messages(value: Any) -> tuple[ChatMessage, ...]:
 
 
 def _message(name: str, value: Any) -> ChatMessage:
-    match value:
-        case ChatMessage(role=role, content=content):
-            pass
-        case Mapping():
-            role, content = _role_and_content(name, value)
-        case (role, content) if isinstance(value, tuple | list):
-            pass
-        case _:
-            raise InvalidRequest(f"{name} must be a mapping such as {_EXAMPLE}, got {shown(value)}")
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"{name} must be a mapping such as {_EXAMPLE}, got {shown(value)}")
+    role, content = _role_and_content(name, value)
     role = text(f"{name}.role", role, _MAX_ROLE_CHARACTERS)
     if not role:
         raise InvalidRequest(f'{name}.role is empty; give "system", "user" or "assistant"')

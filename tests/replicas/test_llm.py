@@ -78,7 +78,6 @@ def test_parts_of_a_message_are_its_text(llm):
     chats = [
         [{"role": "user", "content": parts}],
         [{"role": "user", "content": "The pass key is 71432."}],
-        [("user", "The pass key is 71432.")],
     ]
     assert len({llm.chat(chat, one).prompt for chat in chats}) == 1
 

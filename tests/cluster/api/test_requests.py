@@ -12,11 +12,11 @@ from quire.replicas.errors import InvalidRequest
 NONE = CallOptions()
 
 
-def test_a_chat_sends_roles_and_contents_in_every_shape():
+def test_a_chat_sends_roles_and_contents():
     mappings = [
         {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}]}
     ]
-    for messages in (mappings, [("user", "Hello!")], [{"role": "user", "content": "Hello!"}]):
+    for messages in (mappings, [{"role": "user", "content": "Hello!"}]):
         (sent,) = chat_request(messages, None, NONE).messages
         assert (sent.role, sent.content) == ("user", "Hello!")
         assert tokenize_request("", messages).messages[0] == sent
@@ -40,6 +40,7 @@ def test_what_is_not_said_is_not_sent_and_an_explicit_zero_is():
     [
         (lambda: chat_request([{"role": "user", "content": None}], None, NONE), r"messages\[0\]\.content"),
         (lambda: chat_request("Hello!", None, NONE), "messages"),
+        (lambda: chat_request([("user", "Hello!")], None, NONE), r"messages\[0\] must be a mapping"),
         (lambda: generate_request(["Hello"], None, NONE), r"prompt\[0\]"),
         (lambda: generate_request(None, None, NONE), "prompt"),
         (lambda: generate_request("half of \ud83e", None, NONE), "prompt.*surrogate"),
