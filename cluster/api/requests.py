@@ -11,9 +11,9 @@ from typing import Any
 
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas import values
-from quire.replicas.engine.wire import sampling_to_proto
 from quire.replicas.errors import InvalidRequest
 from quire.replicas.request import MAX_NAME_CHARACTERS, MAX_PRIORITY, SamplingParams
+from quire.replicas.sampling_proto import sampling_to_proto
 from quire.replicas.text.prompt import Messages, Prompt, as_messages, as_prompt
 
 StreamRequest = inference_pb2.GenerateRequest | inference_pb2.ChatRequest

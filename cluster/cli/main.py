@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import click
 
@@ -30,17 +31,25 @@ for module in (serve_commands, client_commands):
 
 
 def main() -> None:
-    """Entry point: errors meant for people become one line and an exit code."""
+    """Run the command: errors meant for people become one line and an exit code."""
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (QuireError, FormatError) as error:
-        click.echo(f"quire: {error}", err=True)
-        sys.exit(1)
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("quire"):
+            raise
+        _fail(f"this needs more than a client ({error.name} is missing): pip install 'quire[serve]'")
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
+
+
+def _fail(reason: str) -> NoReturn:
+    click.echo(f"quire: {reason}", err=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from quire.cluster.gateway.relay import Relay
 from quire.cluster.metrics.gateway_meter import GatewayNumbers, Meter, Send, Watch
 from quire.protos.quire.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
 from quire.replicas.admission import check_caller, check_prompt, check_sampling, check_token_ids
-from quire.replicas.engine.wire import sampling_from_proto
 from quire.replicas.errors import InvalidRequest, QueueFull, QuireError, Status, UnknownModel
+from quire.replicas.sampling_proto import sampling_from_proto
 
 _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -9,9 +9,9 @@ from __future__ import annotations
 from quire.cluster.api.status import error_of
 from quire.cluster.gateway.fleet import Fleet
 from quire.protos.quire.v1 import engine_pb2
-from quire.replicas.engine.wire import sampling_to_proto
 from quire.replicas.errors import ReplicaDied, Status
 from quire.replicas.request import ResolvedSampling
+from quire.replicas.sampling_proto import sampling_to_proto
 
 _ONE_TOKEN = sampling_to_proto(ResolvedSampling(max_tokens=1, ignore_eos=True))
 """Greedy whatever the model's defaults are: nobody reads the token."""

@@ -1,4 +1,4 @@
-"""Requests, events and stats as protos and back: the only place that knows both spellings.
+"""Requests, events and stats as protos and back: the only place, beside `sampling_proto.py`, that knows both.
 
 The replica's service and the gateway both speak through it.
 """
@@ -14,7 +14,6 @@ from quire.kvstore.peers.messages import ReplicaId
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
 from quire.replicas.engine.load_report import LoadReport
 from quire.replicas.request import (
-    DEFAULTED,
     EngineStats,
     Event,
     Failure,
@@ -24,19 +23,16 @@ from quire.replicas.request import (
     Request,
     RequestId,
     ResolvedSampling,
-    SamplingParams,
     TokenLogprob,
     resolved,
 )
+from quire.replicas.sampling_proto import sampling_from_proto, sampling_to_proto
 
 _FINISH = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
 }
-_DEFAULTS = SamplingParams()
-_PLAIN_SAMPLING = ("min_tokens", "presence_penalty", "frequency_penalty")
-_OPTIONAL_SAMPLING = (*DEFAULTED, "max_tokens", "seed", "logprobs", "prompt_logprobs", "n")
 _COUNTERS = (
     "running", "queued", "pages_total", "pages_free", "pages_cached", "pages_used", "steps",
     "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "requests_finished",
@@ -48,30 +44,6 @@ _COUNTERS = (
 
 
 _LOAD = tuple(field.name for field in fields(LoadReport) if field.name != "taken")
-
-
-def sampling_from_proto(message: inference_pb2.Sampling) -> SamplingParams:
-    """Raises InvalidRequest, naming the value that cannot be."""
-    return SamplingParams(
-        **{name: getattr(message, name) for name in _PLAIN_SAMPLING},
-        **{
-            name: getattr(message, name) if message.HasField(name) else getattr(_DEFAULTS, name)
-            for name in _OPTIONAL_SAMPLING
-        },
-        stop=tuple(message.stop),
-        stop_token_ids=tuple(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
-    )
-
-
-def sampling_to_proto(sampling: SamplingParams) -> inference_pb2.Sampling:
-    """What is None stays unset."""
-    return inference_pb2.Sampling(
-        **{name: getattr(sampling, name) for name in (*_PLAIN_SAMPLING, *_OPTIONAL_SAMPLING)},
-        stop=sampling.stop,
-        stop_token_ids=sampling.stop_token_ids,
-        ignore_eos=sampling.ignore_eos,
-    )
 
 
 def request_from_proto(submit: engine_pb2.Submit, request_id: RequestId) -> Request:

@@ -23,7 +23,7 @@ def gateway_thread(answer: Callable[[ScriptedEngine, Request], None]) -> Iterato
         engine, stop = ScriptedEngine(), asyncio.Event()
         loop = asyncio.get_running_loop()
         stopping.append(lambda: loop.call_soon_threadsafe(stop.set))
-        async with staged(engine) as stage:
+        async with staged(engine, wait_s=60.0) as stage:
             address.append(stage.address)
             up.set()
             answering = asyncio.create_task(_answer_all(engine, answer))

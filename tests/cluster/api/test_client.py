@@ -1,7 +1,5 @@
 """The blocking client against a gateway in another thread; other tests use the asynchronous one."""
 
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -106,12 +104,3 @@ def test_a_call_that_the_gateway_cancels_may_be_tried_again(details, kind):
         tuple,
     )
     assert type(error_of_rpc(error)) is kind
-
-
-def test_a_client_loads_no_torch_and_no_ray():
-    """They take seconds, which every command would pay."""
-    code = (
-        "import sys, quire.cluster.cli.main; sys.exit(str({'torch', 'transformers', 'ray'} & {*sys.modules}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stderr.strip() == "set()"
