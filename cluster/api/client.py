@@ -119,8 +119,8 @@ class AsyncClient:
             try:
                 return await self._calls.result(getattr(stubs[attempts.gateway], rpc)(request))
             except grpc.RpcError as error:
-                pause_s = attempts.failed(error_of_rpc(error))
-            await self._calls.sleep(pause_s)
+                failure = error_of_rpc(error)
+            await self._calls.sleep(attempts.failed(failure))
 
     async def _cancel_at(self, gateway: int, request: inference_pb2.CancelRequest) -> bool:
         try:
@@ -146,10 +146,11 @@ class AsyncClient:
                         yield rest
                 return
             except grpc.RpcError as error:
-                pause_s = attempts.failed(error_of_rpc(error))
-                self._first = attempts.gateway
+                failure = error_of_rpc(error)
             finally:
                 call.cancel()  # has no effect once the stream has ended
+            pause_s = attempts.failed(failure)
+            self._first = attempts.gateway
             await self._calls.sleep(pause_s)
 
 

@@ -72,6 +72,8 @@ def code_of(error: QuireError) -> grpc.StatusCode:
 
 _OVERSIZED = re.compile(r"^(\w+): (?:Received|Sent) message larger than max \((\d+) vs\. (\d+)\)")
 """gRPC's own words, under RESOURCE_EXHAUSTED; a retry does not help."""
+_UNREACHABLE = re.compile(r"^failed to connect to all addresses; last error: \w+: (?:ipv[46]:)?")
+"""gRPC's own words, under UNAVAILABLE."""
 
 
 def _too_large(where: str, size: str, most: str) -> str:
@@ -94,7 +96,7 @@ def error_of_rpc(error: grpc.RpcError) -> QuireError:
         code, details = grpc.StatusCode.INVALID_ARGUMENT, _too_large(*oversized.groups())
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         details = "the deadline passed before the answer was complete; give a longer one, or ask for less"
-    raised = error_of(code.name, details)
+    raised = error_of(code.name, _UNREACHABLE.sub("no gateway answers at ", details))
     pairs: Any = error.trailing_metadata() or ()  # its stubs know pairs that cannot be taken apart
     hint = dict(pairs).get(RETRY_METADATA)
     if isinstance(raised, ReplicaDied) and hint is not None:
