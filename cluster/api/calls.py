@@ -1,6 +1,6 @@
 """How a gateway is called: on an event loop, or blocking the thread.
 
-The client is written once, as coroutines over one of these two. Over blocking calls a coroutine never
+The client is written once, as coroutines over `Calls`. Over blocking calls a coroutine never
 suspends, so its first step is its last, and no event loop is needed to run it.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -24,19 +24,10 @@ _OPTIONS = (
 )
 
 
-class Calls(Protocol):
-    """What the client needs of gRPC."""
-
-    def channel(self, address: str) -> Any: ...
-    async def result(self, call: Any) -> Any: ...
-    def items(self, call: Any) -> AsyncIterator[Any]: ...
-    async def sleep(self, seconds: float) -> None: ...
-
-
-class EventLoopCalls:
+class Calls:
     """Calls of grpc.aio, for the event loop that the client is made in."""
 
-    def channel(self, address: str) -> grpc.aio.Channel:
+    def channel(self, address: str) -> Any:
         return grpc.aio.insecure_channel(address, options=_OPTIONS)
 
     async def result(self, call: Any) -> Any:
@@ -49,10 +40,10 @@ class EventLoopCalls:
         await asyncio.sleep(seconds)
 
 
-class BlockingCalls:
+class BlockingCalls(Calls):
     """Calls of grpc's blocking API, whose results are there once a call returns."""
 
-    def channel(self, address: str) -> grpc.Channel:
+    def channel(self, address: str) -> Any:
         return grpc.insecure_channel(address, options=_OPTIONS)
 
     async def result(self, call: Any) -> Any:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any
 
 import grpc
 
-from quire.cluster.api.calls import BlockingCalls, Calls, EventLoopCalls, iterate, run
+from quire.cluster.api.calls import BlockingCalls, Calls, iterate, run
 from quire.cluster.api.requests import (
     CallOptions,
     StreamRequest,
@@ -45,7 +45,7 @@ class AsyncClient:
     Every method raises QuireErrors. Closing a stream, or cancelling the task that reads it, ends its request.
     """
 
-    _calls: ClassVar[Calls] = EventLoopCalls()
+    _calls = Calls()
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, retry_for_s: float = 0.0) -> None:
         """`address` is host:port, or several with commas; nothing is sent before the first call.
@@ -157,7 +157,7 @@ class AsyncClient:
 class _BlockingClient(AsyncClient):
     """An `AsyncClient` whose coroutines block instead of suspending."""
 
-    _calls: ClassVar[Calls] = BlockingCalls()
+    _calls = BlockingCalls()
 
 
 class Client:
