@@ -1,7 +1,8 @@
 """How a gateway is called: on an event loop, or blocking the thread.
 
-The client is written once, as coroutines over `Calls`. Over blocking calls a coroutine never
-suspends, so its first step is its last, and no event loop is needed to run it.
+The client is written once, as coroutines over `Calls`. Over blocking calls a coroutine never suspends, so its
+first step is its last, and no event loop is needed to run it. A thread with an event loop would do as well,
+but the client would then have to care about forks, interrupts and the loops of its callers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Statistics in words, for terminals."""
+"""The statistics of a gateway as text for a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quire.protos.quire.v1 import inference_pb2
 
 
 def stats_lines(stats: inference_pb2.Stats) -> Iterator[str]:
-    """The model's line, then a few for each replica."""
+    """Yield a few lines for the model and the gateway, then a few for each replica."""
     model = stats.model
     formats = Counter((layer.k, layer.v) for layer in model.kv_formats)
     stored = ", ".join(f"{layers} layers K {k} V {v}" for (k, v), layers in formats.items())

@@ -1,4 +1,4 @@
-"""The service at a glance, from two answers of its gateway. Pure: `main.py` asks and draws."""
+"""The service at a glance, from two answers of its gateway. Pure: `client_commands.py` asks and draws."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SOURCES = ("local", "host", "remote")
 
 
 def top_lines(before: inference_pb2.Stats, now: inference_pb2.Stats, seconds: float) -> Iterator[str]:
-    """Gauges of now, and what happened in the `seconds` between the two. A replica that is new began at 0."""
+    """Yield the gauges of `now`, and the rates over the `seconds` between both; a new replica began at 0."""
     earlier = {replica.replica_id: replica for replica in before.replicas}
     pairs = [
         (earlier.get(replica.replica_id, inference_pb2.ReplicaStats()), replica) for replica in now.replicas
