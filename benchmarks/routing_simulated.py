@@ -27,7 +27,8 @@ from rows import Row, report
 from quire.cluster.routing.book import Route, Routes
 from quire.cluster.routing.score import Reason, Weights
 from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
-from quire.replicas.engine.load_report import LoadReport, Pace
+from quire.kvstore.peers.cost import Average, PrefillPace
+from quire.replicas.engine.load_report import LoadReport
 
 REPLICAS, PAGES, PAGE_TOKENS, MAX_RUNNING, STEP_TOKENS, NEW_TOKENS = 3, 58, 64, 16, 512, 12
 STEP_S, PROMPT_TOKEN_S, SEQUENCE_S = 0.036, 0.00075, 0.003
@@ -83,9 +84,10 @@ class Replica:
         self._computed: list[tuple[Asked, int]] = []
         """Prompts of the step under way, and tokens of each."""
         self._took_s = 0.0
-        self._pace = Pace()
+        self._prefill, self._step, self._hold = PrefillPace(), Average(32.0), Average(64.0)
 
     def load(self) -> LoadReport:
+        prefill_s, prefill_s_before = self._prefill.line if self._prefill.known else (0.0, 0.0)
         queued = sum(asked.left for asked in self.running)
         queued += sum(len(a.prompt) - self._match(a) * PAGE_TOKENS for a in self.waiting)
         return LoadReport(
@@ -97,7 +99,10 @@ class Replica:
             pages_total=PAGES,
             pages_free=self._free(),
             pages_cached=len(self._unread()),
-            **self._pace.numbers(),
+            prefill_s_per_token=prefill_s,
+            prefill_s_per_token_before=prefill_s_before,
+            step_s=self._step.value if self._step.known else 0.0,
+            hold_s=self._hold.value if self._hold.known else 0.0,
         )
 
     def begin_step(self, now_s: float) -> float | None:
@@ -122,7 +127,8 @@ class Replica:
         """Those that got their first token, and those that got their last one."""
         if tokens := sum(n for _, n in self._computed):
             before = sum(n * a.done for a, n in self._computed) / tokens
-            self._pace.stepped(self._took_s, tokens, before)
+            self._step.add(self._took_s)
+            self._prefill.add(tokens, self._took_s, before)
         for asked, tokens in self._computed:
             asked.done += tokens
         first = [asked for asked, _ in self._computed if not asked.left]
@@ -137,7 +143,7 @@ class Replica:
             for key in reversed(asked.chain):
                 if key in self._cached:
                     self._cached.move_to_end(key)
-            self._pace.released(now_s - asked.admitted_s)
+            self._hold.add(now_s - asked.admitted_s)
         return first, last
 
     def _admit(self, asked: Asked, now_s: float) -> bool:

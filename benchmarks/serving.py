@@ -41,7 +41,6 @@ from quire.replicas.engine.async_engine import AsyncEngine
 from quire.replicas.engine.load_report import LoadReport
 from quire.replicas.model.checkpoint import find_model
 from quire.replicas.request import (
-    EngineStats,
     Event,
     Failure,
     FinishReason,
@@ -52,6 +51,7 @@ from quire.replicas.request import (
     Timings,
     Usage,
 )
+from quire.replicas.stats import EngineStats
 from quire.replicas.text.tokenizer_files import read_tokenizer
 
 SECRET = "benchmark"

@@ -17,7 +17,6 @@ from quire.replicas.config import EngineConfig, GpuConfig, PoolConfig, Scheduler
 from quire.replicas.engine.load import load_engine, load_tokenizer
 from quire.replicas.errors import InvalidRequest, QuireError
 from quire.replicas.request import (
-    EngineStats,
     Event,
     Failure,
     FinishReason,
@@ -30,6 +29,7 @@ from quire.replicas.request import (
     TokenLogprob,
     Usage,
 )
+from quire.replicas.stats import EngineStats
 from quire.replicas.text.prompt import Messages, Prompt, as_messages, as_prompts
 from quire.replicas.text.tokenize import PromptTokenizer
 from quire.replicas.values import items

@@ -5,7 +5,7 @@ Plain values. Whoever reads them has read what the engine does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NewType
@@ -264,66 +264,3 @@ class ModelInfo:
     """The same in bf16."""
     sampling: ResolvedSampling = field(default_factory=ResolvedSampling)
     """What a request gets that says nothing else."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """Counters since start and gauges of now."""
-
-    running: int = 0
-    queued: int = 0
-    pages_total: int = 0
-    pages_free: int = 0
-    """Never used, or given back and not cached."""
-    pages_cached: int = 0
-    """Hold blocks nobody uses at the moment; evicted when pages are needed."""
-    pages_used: int = 0
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    remote_tokens: int = 0
-    """Of those, in blocks that other replicas sent for their request."""
-    host_tokens: int = 0
-    """Of those, in blocks that came from host memory for their request."""
-    output_tokens: int = 0
-    nonfinite_outputs: int = 0
-    """Outputs given up because the model's logits were not finite."""
-    preemptions: int = 0
-    requests_finished: int = 0
-    requests_failed: int = 0
-    requests_cancelled: int = 0
-    step_seconds: float = 0.0
-    """Time spent in steps."""
-    step_part_seconds: Mapping[str, float] = field(default_factory=dict)
-    """The same, by part (`step_clock.py`)."""
-    demoted_blocks: int = 0
-    """That made room in the pool and went to host memory."""
-    promoted_blocks: int = 0
-    """That came back from there."""
-    dropped_blocks: int = 0
-    """That made room in the pool and found none in host memory, or made room there."""
-    host_blocks: int = 0
-    """That are in host memory now."""
-    host_slots: int = 0
-    """Blocks that host memory takes."""
-    fetches: int = 0
-    """Asked of other replicas."""
-    fetch_seconds: float = 0.0
-    """From question to end, summed over them."""
-    fetched_blocks: int = 0
-    """That came from other replicas."""
-    failed_fetches: int = 0
-    """That ended in computing."""
-    fetch_failures: Mapping[str, int] = field(default_factory=dict)
-    """The same, by cause (`kvstore/wire/failures.py`)."""
-    loans: int = 0
-    """Granted to other replicas."""
-    loan_failures: Mapping[str, int] = field(default_factory=dict)
-    """Loans that ended badly, by cause; each shard's part counts."""
-    fetch_choices: Mapping[str, int] = field(default_factory=dict)
-    """How often each choice of fetching and recomputing was taken."""
-    bytes_received: int = 0
-    """Of pages, from other replicas."""
-    bytes_sent: int = 0
-    bytes_saved: int = 0
-    """What the received blocks would have been in bf16, less what they are."""

@@ -21,8 +21,9 @@ from quire.cluster.gateway.tokenizing import Tokenizing
 from quire.cluster.gateway_registry import addresses, announce, withdraw
 from quire.cluster.metrics.gateway_meter import Answered, Meter
 from quire.cluster.metrics.publish import Publisher
-from quire.cluster.metrics.samples import gateway_samples, observations
+from quire.cluster.metrics.samples import gateway_samples
 from quire.cluster.routing.book import Route
+from quire.replicas.metric import samples_of
 
 _STOP_S = 1.0
 """Of the time it has to stop: for what comes after the last request."""
@@ -96,8 +97,8 @@ class Gateway:
         return f"{host}:{port}"
 
     def _observe(self, answered: Answered) -> None:
-        for metric, value in observations(answered):
-            self._metrics.observe(metric, value)
+        for sample in samples_of(answered):
+            self._metrics.observe(sample.metric, sample.value)
 
     async def __del__(self) -> None:
         """New requests go elsewhere from now on; open ones may end as long as there is time."""

@@ -1,6 +1,6 @@
 """What a gateway's clients see: how calls end, and how long they wait. Knows no Ray.
 
-A call costs a few additions for each of its messages; what they come to is handed on once, at its end.
+A call costs a few additions for each of its messages; its totals are handed on once, at its end.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from quire.cluster.metrics import catalogue as c
 from quire.cluster.routing.book import RoutingNumbers
 from quire.protos.quire.v1 import inference_pb2
+from quire.replicas.metric import series
 
 Send = Callable[[inference_pb2.Delta], Awaitable[None]]
 OK = "OK"
@@ -22,28 +24,27 @@ OK = "OK"
 class Answered:
     """A request that ended well."""
 
-    first_token_s: float
-    inter_token_s: float | None
-    """Mean between two tokens of an output; None: no output has two."""
-    longest_pause_s: float | None
-    """Between two messages with tokens; None: there was one."""
-    total_s: float
-    queue_s: float
-    """At the replica."""
-    prompt_tokens: int
-    output_tokens: int
+    first_token_s: float = series(c.FIRST_TOKEN)
+    inter_token_s: float | None = series(c.INTER_TOKEN)
+    """None: no output has two tokens."""
+    longest_pause_s: float | None = series(c.LONGEST_PAUSE)
+    """None: there was one message with tokens."""
+    total_s: float = series(c.END_TO_END)
+    queue_s: float = series(c.QUEUE)
+    prompt_tokens: int = series(c.PROMPT_SIZE)
+    output_tokens: int = series(c.OUTPUT_SIZE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayNumbers:
     """What a gateway counts."""
 
-    open_requests: int
-    max_open_requests: int
-    retries: int
-    replicas: int
+    open_requests: int = series(c.GATEWAY_OPEN)
+    max_open_requests: int = series(c.GATEWAY_LIMIT)
+    retries: int = series(c.RETRIES)
+    replicas: int = series(c.GATEWAY_REPLICAS)
     outcomes: Mapping[tuple[str, str], int]
-    """By RPC and status."""
+    """Calls that ended, by RPC and gRPC status."""
     routing: RoutingNumbers
 
 
@@ -63,7 +64,7 @@ class Watch:
         self.status = OK
 
     def watched(self, send: Send) -> Send:
-        """`send`, seen from here."""
+        """A `send` that is watched from here."""
 
         async def send_watched(delta: inference_pb2.Delta) -> None:
             if delta.token_ids:
@@ -115,7 +116,7 @@ class Meter:
 
     @contextmanager
     def call(self, method: str) -> Iterator[Watch]:
-        """A call of the RPC `method`; whoever answers it sets the watch's `status`."""
+        """A call of the RPC `method`; the handler sets the watch's `status`."""
         watch = Watch(self._clock)
         try:
             yield watch

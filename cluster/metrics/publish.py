@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray.serve import metrics
 
-from quire.cluster.metrics.catalogue import Kind, Metric
-from quire.cluster.metrics.samples import Sample, replica_samples
+from quire.cluster.metrics.samples import replica_samples
+from quire.replicas.metric import Kind, Metric, Sample
 
 if TYPE_CHECKING:  # a gateway publishes too, and loads no model's code
     from quire.replicas.config import EngineConfig

@@ -16,7 +16,8 @@ from observability.grafana import dashboard_json
 from observability.operators import OPERATORS
 from observability.panels import Dashboard
 
-from quire.cluster.metrics.catalogue import CATALOGUE, Metric, Origin
+from quire.cluster.metrics.catalogue import CATALOGUE
+from quire.replicas.metric import Metric, Origin
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,6 +12,7 @@ from enum import StrEnum
 from observability.promql import TARGET_REPLICAS, Scope
 
 from quire.cluster.metrics import catalogue as c
+from quire.replicas.metric import Metric
 
 
 class Unit(StrEnum):
@@ -70,7 +71,7 @@ def hits(*sources: str) -> str:
     return HERE.share(c.PROMPT_TOKENS, source=sources)
 
 
-def quantiles(metric: c.Metric, *quantiles: float) -> tuple[Query, ...]:
+def quantiles(metric: Metric, *quantiles: float) -> tuple[Query, ...]:
     """Of a histogram, one course each."""
     return tuple(Query(HERE.quantile(q, metric), f"p{q * 100:g}") for q in quantiles)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from quire.cluster.metrics.catalogue import Metric
+from quire.replicas.metric import Metric
 
 Label = str | tuple[str, ...]
 """A value, or any of several."""

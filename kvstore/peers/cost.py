@@ -29,8 +29,6 @@ class CostConfig:
 
     memory: float = 16.0
     """Observations of a link that count: each new one weighs 1 / memory, the first ones more."""
-    prefill_memory: float = 64.0
-    """Full steps of prefill that count."""
     hysteresis: float = 0.05
     """A choice between the same peers changes when the other one is sooner by this share."""
     retry_s: float = 10.0
@@ -122,9 +120,10 @@ class PrefillPace:
     to compute are steps of a few tokens, whose pace says little about full ones.
     """
 
-    def __init__(self, memory: float) -> None:
+    def __init__(self, memory: float = 64.0) -> None:
+        """`memory`: how many full steps count."""
         self._memory, self._most = memory, 0
-        self._tokens = self._x = self._y = self._xx = self._xy = 0.0
+        self._tokens = self._x = self._y = self._xx = self._xy = self._rates = 0.0
 
     @property
     def known(self) -> bool:
@@ -143,6 +142,12 @@ class PrefillPace:
         self._y = kept * self._y + seconds
         self._xx = kept * self._xx + tokens * before * before
         self._xy = kept * self._xy + seconds * before
+        self._rates = kept * self._rates + tokens * tokens / seconds
+
+    @property
+    def tokens_s(self) -> float | None:
+        """Prompt tokens a second in the steps that computed many; None before the first."""
+        return self._rates / self._tokens if self.known else None
 
     def pace(self, before: float) -> float:
         """Seconds a token."""
@@ -175,7 +180,7 @@ class CostModel:
     def __init__(self, config: CostConfig | None = None) -> None:
         self.stats = CostStats()
         self._config = config or CostConfig()
-        self._prefill = PrefillPace(self._config.prefill_memory)
+        self.prefill = PrefillPace()
         self._prefilled_s = -math.inf
         self._all_links = _Line(self._config.memory)
         self._links: OrderedDict[ReplicaId, _Link] = OrderedDict()
@@ -191,9 +196,9 @@ class CostModel:
         `before`: tokens that stood before each of them, on average.
         """
         if tokens > 0 and seconds > 0:
-            if self._prefill.full(tokens):
+            if self.prefill.full(tokens):
                 self._prefilled_s = now_s
-            self._prefill.add(tokens, seconds, before)
+            self.prefill.add(tokens, seconds, before)
 
     def fetched(
         self, owner: ReplicaId, size_bytes: int, seconds: float, now_s: float, decision: Decision
@@ -236,8 +241,8 @@ class CostModel:
         link = self._link(owner)
         fetch_s = link.line.seconds(size_bytes) if link.line.known else None
         recompute_s = None
-        if self._prefill.known:
-            recompute_s = (queued_tokens + tokens) * self._prefill.pace(before + tokens / 2)
+        if self.prefill.known:
+            recompute_s = (queued_tokens + tokens) * self.prefill.pace(before + tokens / 2)
         explores = False
         if link.trying or now_s - link.failed_s < self._config.retry_s or recompute_s is None:
             choice = Choice.RECOMPUTE

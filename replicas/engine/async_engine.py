@@ -20,9 +20,10 @@ from quire.replicas.engine.load_report import LoadReport
 from quire.replicas.engine.pressure import Pressure
 from quire.replicas.engine.sharing import Neighbours
 from quire.replicas.errors import QueueFull, QuireError, ReplicaDied, Status
-from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Request, RequestId
+from quire.replicas.request import Event, Failure, ModelInfo, Request, RequestId
 from quire.replicas.runner.executor import Executor, ShardLauncher
 from quire.replicas.runner.shard_process import use_threads
+from quire.replicas.stats import EngineStats
 
 _IDLE_WAKE_S = 0.2
 """How often an idle engine looks at the deadlines of its queue and at its shards."""

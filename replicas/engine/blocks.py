@@ -85,12 +85,11 @@ class BlockStore:
         """Its part of `EngineStats`."""
         pool, host, moved = self.pool, self.host, self.sharing.stats
         return {
-            "pages_total": pool.total,
             "pages_free": pool.free,
             "pages_cached": pool.cached,
             "pages_used": pool.used,
-            "host_slots": host.slots,
             "host_blocks": host.used,
+            "host_free": host.slots - host.used,
             "demoted_blocks": host.stats.demoted,
             "promoted_blocks": host.stats.promoted,
             "dropped_blocks": host.stats.dropped,
@@ -98,7 +97,6 @@ class BlockStore:
             "fetches": moved.fetches,
             "fetch_seconds": moved.seconds_fetching,
             "fetched_blocks": moved.blocks_fetched,
-            "failed_fetches": moved.fetch_failures.total(),
             "fetch_failures": {cause.value: count for cause, count in moved.fetch_failures.items()},
             "loans": moved.loans,
             "loan_failures": {cause.value: count for cause, count in moved.loan_failures.items()},

@@ -37,7 +37,6 @@ from quire.replicas.engine.sharing import Alone, BlockSharing
 from quire.replicas.engine.step_clock import Part
 from quire.replicas.errors import QueueFull, Status
 from quire.replicas.request import (
-    EngineStats,
     Event,
     Failure,
     FinishReason,
@@ -47,6 +46,7 @@ from quire.replicas.request import (
     RequestId,
     resolved,
 )
+from quire.replicas.stats import EngineStats
 from quire.replicas.step_batch import PROMPT_ROWS
 from quire.replicas.text.detokenize import Detokenizer, special_tokens
 from quire.replicas.text.stopping import StopRules

@@ -6,31 +6,32 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from quire.replicas import stats
+from quire.replicas.metric import series
+
 _PERIOD_S = 0.2
-"""How often it is worth counting."""
-_RATE_STEPS = 32.0
-"""Full steps of prefill that count for the rate: each new one weighs about 1 / this."""
+"""How often the figures are taken."""
 _USE_WINDOW_S = 5.0
 _FIRST_TOKEN_WINDOW_S = 10.0
 _FIRST_TOKENS = 512
-"""Remembered at most."""
+"""How many times to first token are remembered at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pressure:
     """One replica at one moment. All but `first_token_s` add up: halved on each of twice as many replicas."""
 
-    occupancy: float = 0.0
+    occupancy: float = series(stats.OCCUPANCY)
     """Pages that sequences hold or, while they wait, will need for their tokens, as a share of the pool; or
     sequences as a share of scheduler.max_running if that is scarcer. What is merely cached does not count;
-    above 1 some wait for room."""
-    prefill_queue_s: float = 0.0
-    """Seconds to compute the prompt tokens that are still to be computed, at the rate measured here."""
-    prefill_use: float = 0.0
-    """Prompt tokens computed lately, as a share of what that rate could have computed."""
-    first_token_s: float = 0.0
-    """Time to first token: the 90th percentile of the last seconds, or the age of the request that waits for
-    its first one longest, if that is more."""
+    above 1 some wait for pages or a slot."""
+    prefill_queue_s: float = series(stats.PREFILL_QUEUE)
+    """Seconds to compute the prompt tokens that are still to be computed, at the measured rate."""
+    prefill_use: float = series(stats.PREFILL_USE)
+    """Prompt tokens computed in the last seconds, as a share of what that rate could have computed."""
+    first_token_s: float = series(stats.RECENT_FIRST_TOKEN)
+    """TTFT: the 90th percentile of the last seconds, or the age of the request that waits for its first token
+    longest, if that is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class Load:
     sequences: int
     prompt_tokens: int
     """Still to be computed."""
+    prefill_tokens_s: float | None
+    """Prompt tokens that full steps compute in a second; None before the first was measured."""
     oldest_s: float | None
     """When the request was submitted that has waited longest for its first token."""
 
@@ -55,30 +58,18 @@ class PressureGauge:
         self._pages, self._max_running, self._latest_s = pages, max_running, float("-inf")
         self._prefills: deque[tuple[float, int]] = deque()
         self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_FIRST_TOKENS)
-        self._most_tokens = 0
-        self._weight = self._rate_sum = 0.0
 
-    @property
-    def prefill_tokens_s(self) -> float | None:
-        """Prompt tokens a second of the steps that computed many; None before the first."""
-        return self._rate_sum / self._weight if self._weight else None
-
-    def prefilled(self, tokens: int, seconds: float, now_s: float) -> None:
-        """A step that took so long computed so many prompt tokens; it weighs as much as they are."""
-        if tokens < 1 or seconds <= 0:
-            return
-        self._most_tokens = max(self._most_tokens, tokens)
-        kept = 1 - tokens / self._most_tokens / _RATE_STEPS
-        self._weight = kept * self._weight + tokens
-        self._rate_sum = kept * self._rate_sum + tokens * (tokens / seconds)
-        self._prefills.append((now_s, tokens))
+    def prefilled(self, tokens: int, now_s: float) -> None:
+        """A step has computed this many prompt tokens."""
+        if tokens:
+            self._prefills.append((now_s, tokens))
 
     def first_token(self, after_s: float, now_s: float) -> None:
-        """A request has got its first token, so long after it came."""
+        """A request has got its first token, `after_s` after it came."""
         self._first_tokens.append((now_s, after_s))
 
     def update(self, load: Callable[[], Load], now_s: float) -> None:
-        """Take a new reading, unless the latest is of just now."""
+        """Take a new reading, unless the latest is very recent."""
         if now_s >= self._latest_s + _PERIOD_S:
             self.latest, self._latest_s = self.read(load(), now_s), now_s
 
@@ -86,7 +77,7 @@ class PressureGauge:
         """Before the first prefill was measured there is no rate, and what depends on it is 0."""
         _forget(self._prefills, now_s - _USE_WINDOW_S)
         _forget(self._first_tokens, now_s - _FIRST_TOKEN_WINDOW_S)
-        rate = self.prefill_tokens_s
+        rate = load.prefill_tokens_s
         recent = sum(tokens for _, tokens in self._prefills)
         waits = 0.0 if load.oldest_s is None else now_s - load.oldest_s
         return Pressure(

@@ -166,14 +166,11 @@ class Sequence:
         return self.keys()[: (len(self.tokens) - 1) // self.page_tokens]
 
     def hits(self) -> dict[str, int]:
-        """Tokens that are cached as it is admitted, and of these the ones whose blocks came for it."""
+        """Tokens that are cached as it is admitted, by where their blocks were."""
         remote = min(self.fetched_blocks, len(self.pages))
         host = min(self.promoted_blocks, len(self.pages) - remote)
-        return {
-            "cached_tokens": self.computed,
-            "remote_tokens": remote * self.page_tokens,
-            "host_tokens": host * self.page_tokens,
-        }
+        blocks = {"local": len(self.pages) - remote - host, "host": host, "remote": remote}
+        return {f"{source}_tokens": count * self.page_tokens for source, count in blocks.items()}
 
     def complete_blocks(self, computed: int) -> Iterator[tuple[BlockKey, PageId]]:
         """Blocks that are complete once `computed` tokens are, and that were not returned before."""

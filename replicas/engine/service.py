@@ -31,7 +31,8 @@ from quire.replicas.engine.wire import (
     write_event,
 )
 from quire.replicas.errors import QuireError, ReplicaDied, Status
-from quire.replicas.request import EngineStats, Event, Failure, ModelInfo, Output, Request, RequestId
+from quire.replicas.request import Event, Failure, ModelInfo, Output, Request, RequestId
+from quire.replicas.stats import EngineStats
 from quire.replicas.text.tokenizer_files import digest_of
 
 SECRET_METADATA = "quire-secret"

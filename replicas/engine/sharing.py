@@ -24,7 +24,7 @@ from typing import Protocol
 from quire.kvstore.books.keys import BlockKey
 from quire.kvstore.books.pool import PagePool
 from quire.kvstore.books.prefix_index import PageId
-from quire.kvstore.peers.cost import Choice, CostModel, Decision
+from quire.kvstore.peers.cost import Choice, CostModel, Decision, PrefillPace
 from quire.kvstore.peers.directory import Holder
 from quire.kvstore.peers.exchange import Exchange, FetchDone, TransferStats
 from quire.kvstore.peers.messages import Message, ReplicaId, TransferId
@@ -95,6 +95,7 @@ class Alone:
     def __init__(self) -> None:
         self.stats = TransferStats()
         self.choices: Mapping[str, int] = {}
+        self.prefill = PrefillPace()
 
     def holds_back(self, seq: SeqId) -> bool:
         return False
@@ -107,10 +108,13 @@ class Alone:
     def consider(self, seq: Sequence, here: int, now_s: float) -> None: ...
     def forget(self, seq: SeqId) -> None: ...
     def computed(self, seq: SeqId, now_s: float) -> None: ...
-    def prefilled(self, tokens: int, seconds: float, before: float, now_s: float) -> None: ...
     def published(self, keys: Seq[BlockKey]) -> None: ...
     def evicted(self, keys: Seq[BlockKey]) -> None: ...
     def poll(self, now_s: float, queued_tokens: int) -> None: ...
+
+    def prefilled(self, tokens: int, seconds: float, before: float, now_s: float) -> None:
+        if tokens and seconds > 0:
+            self.prefill.add(tokens, seconds, before)
 
 
 class BlockSharing:
@@ -148,6 +152,11 @@ class BlockSharing:
         """How often blocks that another replica held were fetched, and how often computed all the same."""
         made = self._cost.stats
         return {Choice.FETCH.value: made.fetches, Choice.RECOMPUTE.value: made.recomputes}
+
+    @property
+    def prefill(self) -> PrefillPace:
+        """How long computing prompts takes here: measured once, for all who ask."""
+        return self._cost.prefill
 
     @property
     def has_news(self) -> bool:

@@ -14,7 +14,6 @@ from quire.kvstore.peers.messages import ReplicaId
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
 from quire.replicas.engine.load_report import LoadReport
 from quire.replicas.request import (
-    EngineStats,
     Event,
     Failure,
     FinishReason,
@@ -27,23 +26,17 @@ from quire.replicas.request import (
     resolved,
 )
 from quire.replicas.sampling_proto import sampling_from_proto, sampling_to_proto
+from quire.replicas.stats import EngineStats
 
 _FINISH = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
 }
-_COUNTERS = (
-    "running", "queued", "pages_total", "pages_free", "pages_cached", "pages_used", "steps",
-    "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "requests_finished",
-    "requests_failed", "requests_cancelled", "step_seconds", "fetched_blocks", "failed_fetches",
-    "bytes_received", "bytes_sent", "bytes_saved", "demoted_blocks", "promoted_blocks",
-    "remote_tokens", "host_tokens", "nonfinite_outputs", "step_part_seconds", "dropped_blocks", "host_blocks",
-    "host_slots", "fetches", "fetch_seconds", "fetch_failures", "loans", "loan_failures", "fetch_choices",
-)  # fmt: skip
-
-
 _LOAD = tuple(field.name for field in fields(LoadReport) if field.name != "taken")
+_STATS = tuple(
+    name for name in inference_pb2.ReplicaStats.DESCRIPTOR.fields_by_name if hasattr(EngineStats, name)
+)
 
 
 def request_from_proto(submit: engine_pb2.Submit, request_id: RequestId) -> Request:
@@ -154,11 +147,7 @@ def load_from_proto(message: engine_pb2.Load) -> LoadReport:
 
 
 def stats_to_proto(stats: EngineStats, replica_id: str, uptime_s: float) -> inference_pb2.ReplicaStats:
-    """Counters as they are, and the rate that follows from two of them."""
-    rate = stats.output_tokens / stats.step_seconds if stats.step_seconds else 0.0
+    """Everything that the engine counts, by the names of its fields and sums."""
     return inference_pb2.ReplicaStats(
-        **{name: getattr(stats, name) for name in _COUNTERS},
-        replica_id=replica_id,
-        uptime_s=uptime_s,
-        output_tokens_per_s=rate,
+        **{name: getattr(stats, name) for name in _STATS}, replica_id=replica_id, uptime_s=uptime_s
     )

@@ -12,7 +12,8 @@ from quire.kvstore.peers.messages import Message, ReplicaId, from_bytes, to_byte
 from quire.replicas.config import EngineConfig
 from quire.replicas.engine.async_engine import AsyncEngine
 from quire.replicas.errors import ReplicaDied
-from quire.replicas.request import EngineStats, Event, Failure, Output, Request, RequestId, SamplingParams
+from quire.replicas.request import Event, Failure, Output, Request, RequestId, SamplingParams
+from quire.replicas.stats import EngineStats
 
 
 class Town:

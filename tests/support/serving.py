@@ -21,7 +21,6 @@ from quire.replicas.engine import service
 from quire.replicas.engine.load_report import LoadReport
 from quire.replicas.model.checkpoint import find_model
 from quire.replicas.request import (
-    EngineStats,
     Event,
     FinishReason,
     ModelInfo,
@@ -31,6 +30,7 @@ from quire.replicas.request import (
     Timings,
     Usage,
 )
+from quire.replicas.stats import EngineStats
 from quire.replicas.text.tokenizer_files import read_tokenizer
 
 SECRET = "tests only"
@@ -74,7 +74,7 @@ class ScriptedEngine:
         self.cancelled.put_nowait(request_id)
 
     def stats(self) -> EngineStats:
-        return EngineStats(running=1, pages_total=7, step_seconds=2.0, output_tokens=10)
+        return EngineStats(running=1, pages_free=7, step_part_seconds={"forward": 2.0}, output_tokens=10)
 
     def send(self, *events: Event) -> None:
         """One step's events."""

@@ -287,7 +287,7 @@ class Stats(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStats, _Mapping]]] = ..., gateway_open_requests: _Optional[int] = ..., gateway_retries: _Optional[int] = ...) -> None: ...
 
 class ReplicaStats(_message.Message):
-    __slots__ = ("replica_id", "running", "queued", "pages_total", "pages_free", "pages_cached", "pages_used", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "requests_finished", "requests_failed", "requests_cancelled", "step_seconds", "uptime_s", "output_tokens_per_s", "fetched_blocks", "failed_fetches", "bytes_received", "bytes_sent", "bytes_saved", "demoted_blocks", "promoted_blocks", "remote_tokens", "host_tokens", "nonfinite_outputs", "step_part_seconds", "dropped_blocks", "host_blocks", "host_slots", "fetches", "fetch_seconds", "fetch_failures", "loans", "loan_failures", "fetch_choices", "fingerprint")
+    __slots__ = ("replica_id", "fingerprint", "uptime_s", "running", "queued", "preemptions", "requests_finished", "requests_failed", "requests_cancelled", "steps", "step_seconds", "step_part_seconds", "prompt_tokens", "cached_tokens", "local_tokens", "host_tokens", "remote_tokens", "output_tokens", "output_tokens_per_s", "nonfinite_outputs", "pages_total", "pages_used", "pages_cached", "pages_free", "host_blocks", "host_free", "demoted_blocks", "promoted_blocks", "dropped_blocks", "fetches", "fetch_seconds", "fetch_choices", "failed_fetches", "fetch_failures", "fetched_blocks", "loans", "loan_failures", "bytes_received", "bytes_sent", "bytes_saved")
     class StepPartSecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -295,6 +295,13 @@ class ReplicaStats(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class FetchChoicesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     class FetchFailuresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -309,89 +316,84 @@ class ReplicaStats(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
-    class FetchChoicesEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
-    PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
-    PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
-    PAGES_CACHED_FIELD_NUMBER: _ClassVar[int]
-    PAGES_USED_FIELD_NUMBER: _ClassVar[int]
-    STEPS_FIELD_NUMBER: _ClassVar[int]
-    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FINISHED_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FAILED_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_PART_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
-    FETCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NONFINITE_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PAGES_USED_FIELD_NUMBER: _ClassVar[int]
+    PAGES_CACHED_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOST_FREE_FIELD_NUMBER: _ClassVar[int]
+    DEMOTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PROMOTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FETCHES_FIELD_NUMBER: _ClassVar[int]
+    FETCH_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_CHOICES_FIELD_NUMBER: _ClassVar[int]
     FAILED_FETCHES_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FAILURES_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LOANS_FIELD_NUMBER: _ClassVar[int]
+    LOAN_FAILURES_FIELD_NUMBER: _ClassVar[int]
     BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
     BYTES_SAVED_FIELD_NUMBER: _ClassVar[int]
-    DEMOTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    PROMOTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    REMOTE_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    NONFINITE_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
-    STEP_PART_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    DROPPED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    HOST_SLOTS_FIELD_NUMBER: _ClassVar[int]
-    FETCHES_FIELD_NUMBER: _ClassVar[int]
-    FETCH_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    FETCH_FAILURES_FIELD_NUMBER: _ClassVar[int]
-    LOANS_FIELD_NUMBER: _ClassVar[int]
-    LOAN_FAILURES_FIELD_NUMBER: _ClassVar[int]
-    FETCH_CHOICES_FIELD_NUMBER: _ClassVar[int]
-    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
+    fingerprint: str
+    uptime_s: float
     running: int
     queued: int
-    pages_total: int
-    pages_free: int
-    pages_cached: int
-    pages_used: int
-    steps: int
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
     preemptions: int
     requests_finished: int
     requests_failed: int
     requests_cancelled: int
+    steps: int
     step_seconds: float
-    uptime_s: float
+    step_part_seconds: _containers.ScalarMap[str, float]
+    prompt_tokens: int
+    cached_tokens: int
+    local_tokens: int
+    host_tokens: int
+    remote_tokens: int
+    output_tokens: int
     output_tokens_per_s: float
-    fetched_blocks: int
+    nonfinite_outputs: int
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    pages_free: int
+    host_blocks: int
+    host_free: int
+    demoted_blocks: int
+    promoted_blocks: int
+    dropped_blocks: int
+    fetches: int
+    fetch_seconds: float
+    fetch_choices: _containers.ScalarMap[str, int]
     failed_fetches: int
+    fetch_failures: _containers.ScalarMap[str, int]
+    fetched_blocks: int
+    loans: int
+    loan_failures: _containers.ScalarMap[str, int]
     bytes_received: int
     bytes_sent: int
     bytes_saved: int
-    demoted_blocks: int
-    promoted_blocks: int
-    remote_tokens: int
-    host_tokens: int
-    nonfinite_outputs: int
-    step_part_seconds: _containers.ScalarMap[str, float]
-    dropped_blocks: int
-    host_blocks: int
-    host_slots: int
-    fetches: int
-    fetch_seconds: float
-    fetch_failures: _containers.ScalarMap[str, int]
-    loans: int
-    loan_failures: _containers.ScalarMap[str, int]
-    fetch_choices: _containers.ScalarMap[str, int]
-    fingerprint: str
-    def __init__(self, replica_id: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., pages_used: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., step_seconds: _Optional[float] = ..., uptime_s: _Optional[float] = ..., output_tokens_per_s: _Optional[float] = ..., fetched_blocks: _Optional[int] = ..., failed_fetches: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_saved: _Optional[int] = ..., demoted_blocks: _Optional[int] = ..., promoted_blocks: _Optional[int] = ..., remote_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., nonfinite_outputs: _Optional[int] = ..., step_part_seconds: _Optional[_Mapping[str, float]] = ..., dropped_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., host_slots: _Optional[int] = ..., fetches: _Optional[int] = ..., fetch_seconds: _Optional[float] = ..., fetch_failures: _Optional[_Mapping[str, int]] = ..., loans: _Optional[int] = ..., loan_failures: _Optional[_Mapping[str, int]] = ..., fetch_choices: _Optional[_Mapping[str, int]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    def __init__(self, replica_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., uptime_s: _Optional[float] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., steps: _Optional[int] = ..., step_seconds: _Optional[float] = ..., step_part_seconds: _Optional[_Mapping[str, float]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., local_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., remote_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., output_tokens_per_s: _Optional[float] = ..., nonfinite_outputs: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_cached: _Optional[int] = ..., pages_free: _Optional[int] = ..., host_blocks: _Optional[int] = ..., host_free: _Optional[int] = ..., demoted_blocks: _Optional[int] = ..., promoted_blocks: _Optional[int] = ..., dropped_blocks: _Optional[int] = ..., fetches: _Optional[int] = ..., fetch_seconds: _Optional[float] = ..., fetch_choices: _Optional[_Mapping[str, int]] = ..., failed_fetches: _Optional[int] = ..., fetch_failures: _Optional[_Mapping[str, int]] = ..., fetched_blocks: _Optional[int] = ..., loans: _Optional[int] = ..., loan_failures: _Optional[_Mapping[str, int]] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_saved: _Optional[int] = ...) -> None: ...

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from quire.kvstore.peers.cost import Average, Choice, CostConfig, CostModel, Decision
+from quire.kvstore.peers.cost import Average, Choice, CostConfig, CostModel, Decision, PrefillPace
 from quire.kvstore.peers.messages import ReplicaId
 
 A, B = ReplicaId("a"), ReplicaId("b")
@@ -80,6 +80,18 @@ def test_steps_of_a_few_tokens_say_little_about_prefill():
         cost.prefilled(100, 0.1, 0.0)
         cost.prefilled(1, 0.02, 0.0)
     assert decide(cost, 1000).recompute_s == pytest.approx(1.0, rel=0.25)
+
+
+def test_the_rate_of_prefill_is_that_of_full_steps_and_follows_the_machine():
+    pace = PrefillPace()
+    assert pace.tokens_s is None
+    pace.add(1000, 0.5, 0.0)
+    for _ in range(50):
+        pace.add(1, 0.05, 0.0)
+    assert 1850 < pace.tokens_s <= 2000
+    for _ in range(250):
+        pace.add(1000, 1.0, 0.0)
+    assert pace.tokens_s == pytest.approx(1000, rel=0.05)
 
 
 def test_a_choice_is_kept_until_the_other_is_clearly_better():

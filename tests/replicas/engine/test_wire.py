@@ -14,7 +14,6 @@ from quire.replicas.engine.wire import (
 )
 from quire.replicas.errors import Status
 from quire.replicas.request import (
-    EngineStats,
     Failure,
     FinishReason,
     Output,
@@ -24,6 +23,7 @@ from quire.replicas.request import (
     TokenLogprob,
     Usage,
 )
+from quire.replicas.stats import EngineStats
 
 
 def test_a_gateway_knows_the_model_as_the_replica_does():
@@ -76,11 +76,31 @@ def test_an_empty_output_is_still_a_delta_and_a_failure_is_none():
 
 def test_every_counter_is_shown():
     names = {f.name for f in fields(EngineStats)}
-    assert names <= set(inference_pb2.ReplicaStats.DESCRIPTOR.fields_by_name)
+    sums = {name for name, member in vars(EngineStats).items() if isinstance(member, property)}
+    shown = set(inference_pb2.ReplicaStats.DESCRIPTOR.fields_by_name)
+    assert names | sums == shown - {"replica_id", "uptime_s", "fingerprint"}
     numbers = {name: n for n, name in enumerate(sorted(names), 1)}
     for name, kind in get_type_hints(EngineStats).items():
         if kind not in (int, float):
             numbers[name] = {"some": numbers[name]}
-    shown = stats_to_proto(EngineStats(**numbers), "r", 3.5)
-    assert {name: getattr(shown, name) for name in names} == numbers
-    assert shown.output_tokens_per_s == numbers["output_tokens"] / numbers["step_seconds"]
+    stats = EngineStats(**numbers)
+    proto = stats_to_proto(stats, "r", 3.5)
+    assert {name: getattr(proto, name) for name in names} == numbers
+    assert {name: getattr(proto, name) for name in sums} == {name: getattr(stats, name) for name in sums}
+
+
+def test_sums_follow_from_what_is_counted():
+    stats = EngineStats(
+        local_tokens=1,
+        host_tokens=2,
+        remote_tokens=4,
+        pages_used=1,
+        pages_cached=2,
+        pages_free=4,
+        output_tokens=6,
+        step_part_seconds={"plan": 0.5, "emit": 1.5},
+        fetch_failures={"busy": 1, "checksum": 2},
+    )
+    assert (stats.cached_tokens, stats.pages_total, stats.failed_fetches) == (7, 7, 3)
+    assert (stats.step_seconds, stats.output_tokens_per_s) == (2.0, 3.0)
+    assert EngineStats().output_tokens_per_s == 0
