@@ -12,7 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
+from msgspec import Meta
+
+from quire.replicas.config_decoder import Count, NotNegative, Positive
 from quire.replicas.engine.pressure import Pressure
 from quire.replicas.errors import ConfigError
 
@@ -25,50 +29,40 @@ that takes long to compute by itself takes as long on any number of replicas."""
 class AutoscalingConfig:
     """Between which numbers replicas are scaled, and what one replica is meant to carry."""
 
-    max: int
+    max: Count
     """Replicas at most."""
-    min: int = 1
-    """Replicas at least. 0: none while nobody asks; the request that comes then waits for one to load."""
-    occupancy: float = 0.7
+    min: Annotated[int, Meta(ge=0)] = 1
+    """Replicas at least. 0: none while there are no requests; the next one waits for a replica to load."""
+    occupancy: Positive = 0.7
     """Share of a replica's KV pages (or of scheduler.max_running) that sequences hold or wait for."""
-    prefill_queue_s: float = 1.0
+    prefill_queue_s: Positive = 1.0
     """Seconds of prefill that wait on a replica."""
-    prefill_use: float = 0.8
+    prefill_use: Positive = 0.8
     """Share of the prompt tokens a replica could compute that it does compute."""
-    first_token_s: float = 2.0
+    first_token_s: Positive = 2.0
     """Time to first token, 90th percentile. A busy replica that exceeds it gets another one beside it."""
-    margin: float = 0.3
+    margin: Annotated[float, Meta(ge=0, lt=1)] = 0.3
     """Replicas are taken away only if every load then stays below its target by this share."""
-    look_back_s: float = 10.0
-    """Figures are averaged over so long."""
-    report_period_s: float = 1.0
+    look_back_s: Positive = 10.0
+    """Figures are averaged over this time."""
+    report_period_s: Positive = 1.0
     """How often replicas report them."""
-    upscale_delay_s: float = 5.0
-    """For so long more replicas must be wanted before they are started."""
-    downscale_delay_s: float = 60.0
-    """For so long fewer must be wanted before one is taken down."""
-    downscale_to_zero_delay_s: float = 600.0
+    upscale_delay_s: NotNegative = 5.0
+    """How long more replicas must be wanted before they are started."""
+    downscale_delay_s: NotNegative = 60.0
+    """How long fewer must be wanted before one is taken down."""
+    downscale_to_zero_delay_s: NotNegative = 600.0
     """The same for the last one, where min is 0."""
 
     def __post_init__(self) -> None:
         where = "replicas.autoscaling"
-        if self.max < 1 or not 0 <= self.min <= self.max:
-            raise ConfigError(
-                f"{where} needs 0 <= min <= max and 1 <= max, got min={self.min}, max={self.max}"
-            )
-        for name in ("occupancy", "prefill_queue_s", "prefill_use", "first_token_s", "report_period_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{where}.{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.margin < 1:
-            raise ConfigError(f"{where}.margin lies in [0, 1), got {self.margin}")
+        if self.min > self.max:
+            raise ConfigError(f"{where} needs min <= max, got min={self.min}, max={self.max}")
         if self.look_back_s <= self.report_period_s:
             raise ConfigError(
                 f"{where}.look_back_s ({self.look_back_s}) must exceed report_period_s "
                 f"({self.report_period_s}), or there is nothing to average"
             )
-        for name in ("upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{where}.{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)

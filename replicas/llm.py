@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Literal
 
 from quire.replicas.config import EngineConfig, GpuConfig, PoolConfig, SchedulerConfig
+from quire.replicas.config_decoder import checked
 from quire.replicas.engine.load import load_engine, load_tokenizer
 from quire.replicas.errors import InvalidRequest, QuireError
 from quire.replicas.request import (
@@ -100,7 +101,7 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """See `EngineConfig` for the options. Raises ConfigError, UnknownModel, ModelNotServable."""
-        config = EngineConfig(
+        options = EngineConfig(
             model=os.fspath(model) if isinstance(model, os.PathLike) else model,
             weights=weights,
             kv=kv,
@@ -114,6 +115,7 @@ class LLM:
             pool=pool or PoolConfig(),
             scheduler=scheduler or SchedulerConfig(),
         )
+        config = checked(options)
         self.tokenizer = load_tokenizer(config.model)
         self._max_queued = config.scheduler.max_queued
         self._executor, self._engine = load_engine(config, progress=progress)
