@@ -26,19 +26,19 @@ from quire.replicas.runner.shard_process import use_threads
 from quire.replicas.stats import EngineStats
 
 _IDLE_WAKE_S = 0.2
-"""How often an idle engine looks at the deadlines of its queue and at its shards."""
+"""How often an idle engine checks the deadlines of its queue and its shards."""
 
 _STALLED_WAKE_S = 0.01
-"""How soon an engine that can do nothing looks again."""
+"""After how long a stalled engine tries again."""
 
 _POLL_S = 0.02
-"""How often a hand-over looks whether it is done."""
+"""How often a hand-over checks whether it is done."""
 
 log = logging.getLogger(__name__)
 
 
 class AsyncEngine:
-    """Loads at construction (blocking), steps from `start` to `close`."""
+    """An engine that loads at construction (blocking) and steps from `start` to `close`."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class AsyncEngine:
     ) -> None:
         """`host`: the address at which other shards and replicas reach this process.
 
-        `neighbours`: the way to other replicas, with whom this one shares blocks. Raises as `load_engine`.
+        `neighbours`: the way to other replicas, with which this one shares blocks. Raises as `load_engine`.
         """
         self._arrived = threading.Condition()
         self._executor: Executor
@@ -66,7 +66,7 @@ class AsyncEngine:
         self._closing = False
         self._death: ReplicaDied | None = None
         self._verdict: tuple[Status, str] | None = None
-        """For the requests that were being computed when the engine died."""
+        """Status and message for the requests that were being computed when the engine died."""
         self._thread: threading.Thread | None = None
 
     @property
@@ -75,12 +75,12 @@ class AsyncEngine:
 
     @property
     def keys(self) -> KeySpace:
-        """What its blocks' keys begin with."""
+        """What the keys of its blocks begin with."""
         return self._engine.keys
 
     @property
     def load(self) -> LoadReport:
-        """As of the end of the last step."""
+        """The load at the end of the last step."""
         return self._engine.load
 
     def start(self, deliver: Callable[[tuple[Event, ...]], None]) -> None:
@@ -110,13 +110,13 @@ class AsyncEngine:
             self._arrived.notify()
 
     def hear(self, sender: ReplicaId, message: Message) -> None:
-        """What another replica says about blocks. Raises ReplicaDied where nobody listens any more."""
+        """Take another replica's message about blocks. Raises ReplicaDied once the engine has stopped."""
         if self._death or self._closing:
             raise self._death or ReplicaDied("the replica is shutting down")
         self._engine.sharing.hear(sender, message)
 
     def hand_over(self, peers: Sequence[ReplicaId], within_s: float) -> None:
-        """Offer the hottest blocks to these replicas; back when they have what they want, or time is up."""
+        """Offer the hottest blocks to these replicas, until they have what they want or time is up."""
         if not peers or self._death:
             return
         deadline = time.monotonic() + within_s
@@ -128,16 +128,16 @@ class AsyncEngine:
         return self._engine.stats()
 
     def pressure(self) -> Pressure:
-        """What autoscaling looks at; from any thread."""
+        """The figures that autoscaling uses. From any thread."""
         return self._engine.pressure
 
     def check(self) -> None:
-        """Between two steps, hold the pool's books against what requests hold. Raises IntegrityError."""
+        """Between two steps, compare the pool's books with what requests hold. Raises IntegrityError."""
         with self._stepping:
             self._engine.check()
 
     def check_health(self) -> None:
-        """Raises ReplicaDied once a shard is gone or silent."""
+        """Raise ReplicaDied once a shard is gone or silent."""
         if self._death:
             raise self._death
         self._executor.check()
@@ -152,7 +152,7 @@ class AsyncEngine:
         return True
 
     def close(self) -> None:
-        """Fail what is open, stop the thread and the shards."""
+        """Fail all open requests, stop the thread and the shards."""
         with self._arrived:
             self._closing = True
             self._arrived.notify()
@@ -196,13 +196,13 @@ class AsyncEngine:
                 self._arrived.wait(min(max(left_s, _STALLED_WAKE_S), _IDLE_WAKE_S))
 
     def _rest(self) -> None:
-        """Sequences wait for pages that others read or fill: look again soon, or when there is news."""
+        """Wait a little, or until there is news: sequences wait for pages that others read or fill."""
         with self._arrived:
             if not (self._inbox or self._engine.sharing.has_news or self._closing):
                 self._arrived.wait(_STALLED_WAKE_S)
 
     def _take_inbox(self) -> None:
-        """Hand submissions and cancellations to the engine, one by one; what came too late fails here."""
+        """Hand submissions and cancellations to the engine, one by one; requests that came too late fail."""
         while True:
             with self._arrived:
                 if not self._inbox:
@@ -215,8 +215,6 @@ class AsyncEngine:
             else:
                 try:
                     self._engine.add(message)
-                except QuireError as error:  # the queue has grown since `submit`: by outputs, by preemption
-                    self._late.append(Failure(message.id, error.status, str(error)))
                 except Exception as error:
                     self._late.append(Failure(message.id, Status.INTERNAL, _failed(error), begun=True))
                     raise
@@ -226,8 +224,8 @@ class AsyncEngine:
         return late
 
     def _die(self, error: Exception) -> None:
-        """A lost shard says nothing of the requests. Any other error may be the fault of one of them, which
-        must not go on to end the next engine."""
+        """Note why the engine stops. A lost shard is no request's fault. Any other error may be the fault of
+        one, which must not go on to end the next engine."""
         log.error("the engine stops: %s", error, exc_info=not isinstance(error, QuireError))
         lost = isinstance(error, ReplicaDied)
         self._verdict = (Status.UNAVAILABLE, str(error)) if lost else (Status.INTERNAL, _failed(error))

@@ -100,14 +100,15 @@ def test_bad_requests_are_refused_where_they_are_submitted(start):
 
 def test_the_queue_bound_counts_what_the_engine_has_not_seen_yet(start, events):
     engine = start(max_queued=3, max_running=1)
-    accepted, refused = 0, 0
+    accepted, refused = 0, []
     for i in range(30):
         try:
             engine.submit(_request(str(i), 5))
             accepted += 1
-        except QueueFull:
-            refused += 1
-    assert refused > 0
+        except QueueFull as error:
+            refused.append(str(error))
+    assert refused
+    assert all("scheduler.max_queued=3" in message for message in refused)
     assert len(events.until_last(accepted)) == accepted
 
 

@@ -10,7 +10,7 @@ from recall import mixed_prompts, recall_prompt
 from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig
 from quire.replicas.engine.engine import Engine
 from quire.replicas.engine.load import load_engine, load_tokenizer
-from quire.replicas.errors import InvalidRequest, QueueFull, Status
+from quire.replicas.errors import InvalidRequest, Status
 from quire.replicas.request import Failure, FinishReason, Output, Request, RequestId, SamplingParams
 
 TOKENIZER = load_tokenizer("demo")
@@ -79,7 +79,7 @@ def _tokens(outputs: list[Output], index: int = 0) -> list[int]:
 )
 def test_what_can_never_be_served_is_refused_at_once(engine, prompt, sampling, message):
     with pytest.raises(InvalidRequest, match=message):
-        engine.add(_request("bad", prompt, **sampling))
+        engine.validate(_request("bad", prompt, **sampling))
     assert not engine.has_work
 
 
@@ -97,15 +97,6 @@ def test_what_can_never_be_served_is_refused_at_once(engine, prompt, sampling, m
 def test_impossible_sampling_is_refused_by_name(field, value):
     with pytest.raises(InvalidRequest, match=field):
         SamplingParams(**({"max_tokens": 8} | {field: value}))
-
-
-def test_the_queue_has_a_bound(make_engine):
-    engine = make_engine(max_queued=2)
-    for name in "ab":
-        engine.add(_request(name))
-    with pytest.raises(QueueFull, match=r"max_queued=2"):
-        engine.add(_request("c"))
-    assert set(_run(engine)) == {"a", "b"}
 
 
 def test_a_fact_told_far_back_is_recalled(engine):
