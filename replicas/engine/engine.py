@@ -181,7 +181,7 @@ class Engine:
     # ---- before the step
 
     def _state(self) -> SchedulerState:
-        """What a plan is made from. Only for waiting sequences that the step can reach, blocks are looked up."""
+        """Make the state to plan from. Blocks are looked up only where the step can reach a sequence."""
         ready = [seq for seq in self._open.waiting.values() if not self._sharing.holds_back(seq.id)]
         state = SchedulerState(
             running=[seq.as_running(self.info.max_model_tokens) for seq in self._open.running.values()],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 from quire.kvstore.books.keys import KeySpace
 from quire.kvstore.peers.messages import ReplicaId
@@ -37,10 +37,14 @@ _LOAD = tuple(field.name for field in fields(LoadReport) if field.name != "taken
 _STATS = tuple(
     name for name in inference_pb2.ReplicaStats.DESCRIPTOR.fields_by_name if hasattr(EngineStats, name)
 )
+_MODEL = (
+    "architecture", "vocab_size", "max_model_tokens", "tp", "page_tokens", "bytes_per_token",
+    "bf16_bytes_per_token",
+)  # fmt: skip
 
 
 def request_from_proto(submit: engine_pb2.Submit, request_id: RequestId) -> Request:
-    """What the gateway submitted, with its remaining seconds put on this process' clock."""
+    """The request that a gateway submitted, with its deadline on this process's clock."""
     deadline_s = time.monotonic() + submit.remaining_s if submit.HasField("remaining_s") else None
     return Request(
         id=request_id,
@@ -54,7 +58,7 @@ def request_from_proto(submit: engine_pb2.Submit, request_id: RequestId) -> Requ
 
 
 def write_event(into: engine_pb2.Event, call: int, event: Event) -> None:
-    """What a step did to the request that its gateway calls `call`; in place, because a step has many."""
+    """Write what a step did to the request that its gateway calls `call`. In place: a step has many."""
     into.call = call
     if isinstance(event, Failure):
         into.failure.status = event.status
@@ -76,17 +80,9 @@ def _write_delta(delta: inference_pb2.Delta, output: Output) -> None:
     if output.finish_reason is not None:
         delta.finish_reason = _FINISH[output.finish_reason]
     if output.usage is not None:
-        usage = output.usage
-        delta.usage.SetInParent()
-        delta.usage.prompt_tokens = usage.prompt_tokens
-        delta.usage.cached_tokens = usage.cached_tokens
-        delta.usage.output_tokens = usage.output_tokens
+        delta.usage.CopyFrom(inference_pb2.Usage(**asdict(output.usage)))
     if output.timings is not None:
-        timings = output.timings
-        delta.timings.SetInParent()
-        delta.timings.queue_s = timings.queue_s
-        delta.timings.first_token_s = timings.first_token_s
-        delta.timings.total_s = timings.total_s
+        delta.timings.CopyFrom(inference_pb2.Timings(**asdict(output.timings)))
 
 
 def _logprobs(logprobs: Iterable[TokenLogprob]) -> Iterable[inference_pb2.TokenLogprob]:
@@ -96,35 +92,24 @@ def _logprobs(logprobs: Iterable[TokenLogprob]) -> Iterable[inference_pb2.TokenL
 
 
 def model_to_proto(info: ModelInfo) -> inference_pb2.Model:
+    """The model as clients and gateways see it."""
     return inference_pb2.Model(
         name=info.model,
-        architecture=info.architecture,
-        vocab_size=info.vocab_size,
-        max_model_tokens=info.max_model_tokens,
         eos_token_ids=info.eos_token_ids,
-        tp=info.tp,
-        page_tokens=info.page_tokens,
         kv_formats=[inference_pb2.LayerFormat(k=k, v=v) for k, v in info.kv_formats],
-        bytes_per_token=info.bytes_per_token,
-        bf16_bytes_per_token=info.bf16_bytes_per_token,
         sampling=sampling_to_proto(info.sampling),
+        **{name: getattr(info, name) for name in _MODEL},
     )
 
 
 def model_from_proto(message: inference_pb2.Model) -> ModelInfo:
-    """As `model_to_proto` was given it."""
+    """The model as it was given to `model_to_proto`."""
     return ModelInfo(
         model=message.name,
-        architecture=message.architecture,
-        vocab_size=message.vocab_size,
-        max_model_tokens=message.max_model_tokens,
         eos_token_ids=tuple(message.eos_token_ids),
-        tp=message.tp,
-        page_tokens=message.page_tokens,
         kv_formats=tuple((layer.k, layer.v) for layer in message.kv_formats),
-        bytes_per_token=message.bytes_per_token,
-        bf16_bytes_per_token=message.bf16_bytes_per_token,
         sampling=resolved(sampling_from_proto(message.sampling), ResolvedSampling()),
+        **{name: getattr(message, name) for name in _MODEL},
     )
 
 
@@ -137,12 +122,12 @@ def keys_from_proto(message: engine_pb2.KeySpace) -> KeySpace:
 
 
 def load_to_proto(load: LoadReport, seen_call: int) -> engine_pb2.Load:
-    """`seen_call`: `taken`, in the words of one stream."""
+    """`seen_call`: the last call of one stream that the report counts."""
     return engine_pb2.Load(seen_call=seen_call, **{name: getattr(load, name) for name in _LOAD})
 
 
 def load_from_proto(message: engine_pb2.Load) -> LoadReport:
-    """`taken` stays with the replica."""
+    """The report without `taken`, which stays with the replica."""
     return LoadReport(**{name: getattr(message, name) for name in _LOAD})
 
 
