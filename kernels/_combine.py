@@ -1,4 +1,4 @@
-"""One result from the partial ones that the work items of a decode leave, and V's transform of it.
+"""Combining the partial results of a decode's work items into one, and V's transform of it.
 
 Legend: see `cache_view.py`; here W work items, R query rows of a tile (row = token * query heads + head,
 within a sequence), X items taken at once.
@@ -25,7 +25,7 @@ def combine_items(
     query_start_S1: Tensor,
     out_TQD: Tensor,
 ) -> None:
-    """Each row's items weighted by their base-2 log-sum-exp, then `transform.output`, in one launch.
+    """Sum each row's items, weighted by their base-2 log-sum-exp, then apply `transform.output`: one launch.
 
     Partial results are fp32; their T is the token's number within its sequence. A sequence without items
     gives what the transform makes of zeros; rows of no sequence are left alone.
@@ -58,8 +58,9 @@ def combine_items(
 
 
 def combine_tile(items: int, sequences: int, head_dim: int) -> tuple[int, int]:
-    """Rows of a tile and items taken at once: twice what a sequence owns on average, for some own more. Few
-    sequences get narrow tiles and so many programs; many share the rotation's matrix among many rows. Pure.
+    """Choose the rows of a tile and the items taken at once: twice a sequence's average, as some own more.
+
+    Few sequences get narrow tiles, to make many programs; many share the rotation's matrix among many rows.
     """
     at_once = max(_FEW_ITEMS, min(2 * items // sequences, _MANY_ITEMS, _TILE_NUMBERS // head_dim))
     at_once = 1 << (at_once.bit_length() - 1)

@@ -17,12 +17,12 @@ from quire.kernels._triton import (
     MAGIC,
     factor_of,
     first_channel,
+    fp8_to_fp16,
     group_of,
+    int4_to_fp16,
+    int8_to_fp16,
     pieces,
     scale_of,
-    unpack_fp8,
-    unpack_int4,
-    unpack_int8,
     without_nan,
     zero_of,
 )
@@ -66,7 +66,7 @@ def logits(
 ):
     """Scaled logits in base 2, fp32 [P, R]. Zero points and the magic 1024 leave through the sums of Q."""
     if KC == "int4" and KG <= 1:
-        low, high = unpack_int4(codes[0], ASM)
+        low, high = int4_to_fp16(codes[0], ASM)
         dot_PR = tl.dot(high, q[1], tl.dot(low, q[0]))
         if KG == 1:
             zero_P = zero_of(words[0])
@@ -81,7 +81,7 @@ def logits(
     elif KC == "int4":
         logit_PR = tl.zeros([P, R], tl.float32)
         for g in tl.static_range(KG // 2):
-            low, high = unpack_int4(codes[g], ASM)
+            low, high = int4_to_fp16(codes[g], ASM)
             low_word, high_word = words[g], words[KG // 2 + g]
             low_PR = tl.dot(low, q[2 * g]) - q_sum[2 * g][None, :] * (zero_of(low_word) + MAGIC)[:, None]
             high_PR = (
@@ -104,9 +104,9 @@ def logits(
 def _dot_bytes(codes_PW, q_WR, q_sum_R, KC: tl.constexpr, ASM: tl.constexpr, FP8_NATIVE: tl.constexpr):
     """codes . q of a part of one number per byte (or 16 bits), fp32 [P, R]."""
     if KC == "int8":
-        dot_PR = tl.dot(unpack_int8(codes_PW, ASM), q_WR) - (q_sum_R * INT8_ZERO)[None, :]
+        dot_PR = tl.dot(int8_to_fp16(codes_PW, ASM), q_WR) - (q_sum_R * INT8_ZERO)[None, :]
     elif KC == "fp8":
-        dot_PR = tl.dot(unpack_fp8(codes_PW, ASM, FP8_NATIVE), q_WR)
+        dot_PR = tl.dot(fp8_to_fp16(codes_PW, ASM, FP8_NATIVE), q_WR)
     else:
         dot_PR = tl.dot(codes_PW, q_WR)
     return dot_PR
@@ -140,15 +140,15 @@ def accumulate(
         if VC == "bf16":
             dot_WR = tl.dot(tl.trans(codes[0]), scaled_PR.to(tl.bfloat16))
         elif VC == "fp8":
-            v_WP = without_nan(unpack_fp8(codes[i], ASM, FP8_NATIVE), FP8_NATIVE)
+            v_WP = without_nan(fp8_to_fp16(codes[i], ASM, FP8_NATIVE), FP8_NATIVE)
             dot_WR = tl.dot(v_WP, scaled_PR.to(tl.float16))
         elif VC == "int8":
             scaled_PR = scaled_PR.to(tl.float16)
-            dot_WR = tl.dot(unpack_int8(codes[i], ASM), scaled_PR)
+            dot_WR = tl.dot(int8_to_fp16(codes[i], ASM), scaled_PR)
             dot_WR -= (tl.sum(scaled_PR.to(tl.float32), 0) * INT8_ZERO)[None, :]
         else:
             scaled_PR = scaled_PR.to(tl.float16)
-            nibbles = unpack_int4(codes[i // 2], ASM)
+            nibbles = int4_to_fp16(codes[i // 2], ASM)
             if VG > 0:
                 offset_P = tl.where(written_P, zero_of(word_P), 0.0) * factor_of(i, VC) + MAGIC
                 offset_R = tl.sum(scaled_PR.to(tl.float32) * offset_P[:, None], 0)

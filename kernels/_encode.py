@@ -1,4 +1,4 @@
-"""A tile of numbers as the codes and scales of a page: what `codec.encode` defines, in a kernel.
+"""Quantizing a tile of numbers into the codes and scales of a page: `codec.encode` in a kernel.
 
 Legend: see `write.py`; here g groups of a half of the channels.
 """
@@ -89,7 +89,7 @@ def _scale_halves(
 
 @triton.jit
 def _range(x_TgC, CODES: tl.constexpr):
-    """Least and greatest number of each group, zero included; symmetric formats take them from |x|."""
+    """Find the least and greatest number of each group and zero; symmetric formats take them from |x|."""
     if CODES == "int4":
         bottom_Tg, top_Tg = tl.minimum(tl.min(x_TgC, 2), 0.0), tl.maximum(tl.max(x_TgC, 2), 0.0)
     else:
@@ -100,7 +100,7 @@ def _range(x_TgC, CODES: tl.constexpr):
 
 @triton.jit
 def _scale_and_zero(bottom_Tg, top_Tg, CODES: tl.constexpr):
-    """fp32 scale, rounded to fp16 before its use as the reader will see it, and integer zero."""
+    """Compute the fp32 scale, rounded to fp16 as it is stored, and the integer zero."""
     STEPS: tl.constexpr = 15.0 if CODES == "int4" else (127.0 if CODES == "int8" else 448.0)
     scale_Tg = tl.clamp(divide(top_Tg - bottom_Tg, STEPS), 2.0**-24, 65504.0).to(tl.float16).to(tl.float32)
     if CODES == "int4":
@@ -124,7 +124,7 @@ def _store_scale(section_ptr_T, place_Tg, stored_T, scale_Tg, zero_Tg, CODES: tl
 
 @triton.jit
 def _nibble(x_TC, DYNAMIC: tl.constexpr):
-    """Codes as integers: dynamic ones count from their zero already."""
+    """Round to 4-bit codes; numbers with dynamic scales already include their zero."""
     code_TC = _round(tl.clamp(x_TC, 0.0, 15.0)) if DYNAMIC else _round(tl.clamp(x_TC, -7.0, 7.0)) + 8.0
     return code_TC.to(tl.int32)
 
@@ -140,7 +140,7 @@ def _byte(x_TC, CODES: tl.constexpr):
 
 @triton.jit
 def _fp8_bits(x_TC):
-    """e4m3 to the nearest even, saturating at 448, by bits: the same on every device."""
+    """Round to e4m3 (nearest even, saturating at 448) by bits: the same on every device."""
     bits_TC = x_TC.to(tl.int32, bitcast=True)
     size_TC = tl.minimum(tl.abs(x_TC), 448.0)
     size_bits_TC = size_TC.to(tl.int32, bitcast=True)
@@ -153,18 +153,18 @@ def _fp8_bits(x_TC):
 
 @triton.jit
 def _round(x):
-    """To the nearest even integer, for |x| < 2**22."""
+    """Round to the nearest even integer, for |x| < 2**22."""
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def divide(x, y):
-    """IEEE division: the fast one would flip codes that lie half way."""
+    """Divide as IEEE does: the fast one would flip codes that are half way."""
     x, y = tl.broadcast(x, y + tl.zeros_like(x))
     return tl.div_rn(x, y)
 
 
 @triton.jit
 def _finite(x_TC):
-    """NaN becomes 0; infinities saturate later."""
+    """Replace NaN by 0; infinities saturate later."""
     return tl.where(x_TC == x_TC, x_TC, 0.0)

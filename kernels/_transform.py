@@ -19,7 +19,7 @@ from torch import Tensor
 from quire.kernels.transform import SideTransform, hadamard
 
 _TILE_ROWS = 16
-_MANY_ROWS = 1 << 15  # from here on programs abound, and wider tiles load the rotation less often
+_MANY_ROWS = 1 << 15  # enough programs for wider tiles, which load the rotation less often
 _WIDE_TILE_ROWS = 64
 
 
@@ -29,7 +29,7 @@ def changes_query(transform: SideTransform) -> bool:
 
 
 def transform_query(transform: SideTransform, q_TQD: Tensor) -> Tensor:
-    """`transform.query` in one launch: fp32 [T, Q, D]; or q itself, where there is nothing to do."""
+    """Apply `transform.query` in one launch: fp32 [T, Q, D], or q itself where there is nothing to do."""
     if not changes_query(transform):
         return q_TQD if q_TQD.stride(2) == 1 else q_TQD.contiguous()
     out_TQD = q_TQD.new_empty(q_TQD.shape, dtype=torch.float32)
@@ -37,25 +37,25 @@ def transform_query(transform: SideTransform, q_TQD: Tensor) -> Tensor:
 
 
 def transform_query_into(transform: SideTransform, q_TQD: Tensor, out_TQD: Tensor) -> Tensor:
-    """`transform.query` written to `out_TQD`, contiguous and of any type; what fp16 cannot hold saturates."""
+    """Write `transform.query` to `out_TQD`, contiguous and of any type; what fp16 cannot hold saturates."""
     return _launch(transform, q_TQD, out_TQD, of_query=True)
 
 
 def transform_output(transform: SideTransform, o_TQD: Tensor, dtype: torch.dtype) -> Tensor:
-    """`transform.output` in one launch, as `dtype`; or o itself, where there is nothing to do."""
+    """Apply `transform.output` in one launch, as `dtype`; or return o itself where there is nothing to do."""
     if transform.identity and o_TQD.dtype == dtype:
         return o_TQD
     return _launch(transform, o_TQD, o_TQD.new_empty(o_TQD.shape, dtype=dtype), of_query=False)
 
 
 def bf16_terms(dtype: torch.dtype, affine: bool) -> int:
-    """How many bf16 numbers sum up to a number of `dtype`, shifted and scaled or not."""
+    """Count the bf16 numbers whose sum is a number of `dtype`, after shift and scale if `affine`."""
     return 3 if affine or dtype == torch.float32 else 2 if dtype == torch.float16 else 1
 
 
 @lru_cache(maxsize=64)
 def rotation_signs(head_dim: int, device: torch.device) -> Tensor:
-    """bf16 [D, D] of +1 and -1: `transform.hadamard` without its factor."""
+    """Return `transform.hadamard` without its factor: bf16 [D, D] of +1 and -1."""
     return hadamard(head_dim, device).sign().bfloat16()
 
 
@@ -109,7 +109,7 @@ def _transform_kernel(
     D: tl.constexpr,
     T: tl.constexpr,
 ):
-    """A query is scaled, then rotated; an output rotated, then scaled and shifted."""
+    """Scale, then rotate a query; rotate, then scale and shift an output."""
     row_T = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     inside_T = row_T < rows
     head_T = row_T % Q
@@ -141,7 +141,7 @@ def _store_rows(ptr_TC, x_TC, inside_T):
 
 @triton.jit
 def rotated(x_TD, signs_ptr, channel_C, TERMS: tl.constexpr, D: tl.constexpr):
-    """The given channels of x R, fp32 [T, C]."""
+    """Compute the given channels of x R, fp32 [T, C]."""
     signs_DC = tl.load(signs_ptr + tl.arange(0, D)[:, None] * D + channel_C[None, :])
     term_TD = x_TD.to(tl.bfloat16)
     sum_TC = tl.dot(term_TD, signs_DC)

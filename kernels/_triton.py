@@ -21,7 +21,7 @@ INT8_ZERO = tl.constexpr(1152.0)  # the offset-binary 128 on top of it
 
 
 def groups_of(fmt: KVFormat, head_dim: int) -> int:
-    """Dynamic scales per token, as the kernels' constexpr. Raises FormatError if a dot cannot split so."""
+    """Count dynamic scales per token, for constexprs. Raises FormatError if dots cannot be split that way."""
     groups = fmt.groups(head_dim)
     if groups > 1 and head_dim // groups < 16:
         raise FormatError(f"GPU kernels need groups of 16 channels or more, got {head_dim // groups}")
@@ -29,7 +29,7 @@ def groups_of(fmt: KVFormat, head_dim: int) -> int:
 
 
 def check_head_dim(cache: LayerCache) -> int:
-    """The head_dim. Raises FormatError if the kernels cannot tile it."""
+    """Return the head_dim. Raises FormatError if the kernels cannot tile it."""
     head_dim = cache.layout.head_dim
     if head_dim < 32 or head_dim & (head_dim - 1):
         raise FormatError(
@@ -45,8 +45,8 @@ def instructions(device: torch.device) -> tuple[bool, bool]:
 
 
 @triton.jit
-def unpack_int8(x, ASM: tl.constexpr):
-    """Bytes u to fp16 1024 + u: two PRMT for four."""
+def int8_to_fp16(x, ASM: tl.constexpr):
+    """Convert bytes u to fp16 1024 + u: two PRMT for four."""
     if ASM:
         y = tl.inline_asm_elementwise(
             "prmt.b32 $0, $2, 0x64646464, 0x4140; prmt.b32 $1, $2, 0x64646464, 0x4342;",
@@ -62,8 +62,8 @@ def unpack_int8(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def unpack_int4(x, ASM: tl.constexpr):
-    """Bytes l | h << 4 to two fp16, 1024 + l and 1024 + 16 h: two PRMT and four LOP3 for eight numbers."""
+def int4_to_fp16(x, ASM: tl.constexpr):
+    """Convert bytes l | h << 4 to fp16 1024 + l and 1024 + 16 h: two PRMT and four LOP3 for eight numbers."""
     if ASM:
         low, high = tl.inline_asm_elementwise(
             """{ .reg .b32 a, b;
@@ -87,8 +87,8 @@ def unpack_int4(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def unpack_fp8(x, ASM: tl.constexpr, NATIVE: tl.constexpr):
-    """e4m3 bytes to fp16. Without the instruction (before sm_89) by moving bits: exponent bias 7 to 15."""
+def fp8_to_fp16(x, ASM: tl.constexpr, NATIVE: tl.constexpr):
+    """Convert e4m3 bytes to fp16; before sm_89 by moving bits: exponent bias 7 to 15."""
     if NATIVE:
         y = x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     elif ASM:
@@ -117,7 +117,7 @@ def unpack_fp8(x, ASM: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def without_nan(x, NATIVE: tl.constexpr):
-    """fp16 from e4m3 with the top value for NaN. An unwritten token of V holds any byte, and 0 * NaN is NaN.
+    """Replace NaN from e4m3 by the top value: an unwritten token of V holds any byte, and 0 * NaN is NaN.
 
     A minimum returns the operand that is a number, two at a time; a mask along [d][token] would be bytewise.
     """
@@ -128,19 +128,19 @@ def without_nan(x, NATIVE: tl.constexpr):
 
 @triton.constexpr_function
 def parts(codes, groups):
-    """Loads per page and side; their bytes hold one group each, for int4 two (one a nibble)."""
+    """Count the loads per page and side; their bytes hold one group each, for int4 two (one per nibble)."""
     return max(1, groups // 2 if codes == "int4" else groups)
 
 
 @triton.constexpr_function
 def nibbles(codes):
-    """Numbers per byte of codes."""
+    """Count the numbers in a byte of codes."""
     return 2 if codes == "int4" else 1
 
 
 @triton.constexpr_function
 def pieces(codes, groups):
-    """Runs of channels with a dot of their own: the numbers of a part, or its low, then its high nibbles."""
+    """Count runs of channels with a dot each: the numbers of a part, or its low, then its high nibbles."""
     return parts(codes, groups) * nibbles(codes)
 
 
@@ -152,7 +152,7 @@ def first_channel(piece, codes, groups, head_dim):
 
 @triton.constexpr_function
 def group_of(piece, codes, groups):
-    """Which scale a piece has: high nibbles the second half of them."""
+    """Tell which scale a piece has: high nibbles have the second half of them."""
     if groups <= 1 or codes != "int4":
         return piece if groups > 1 else 0
     return piece // 2 + piece % 2 * (groups // 2)
@@ -160,7 +160,7 @@ def group_of(piece, codes, groups):
 
 @triton.constexpr_function
 def factor_of(piece, codes):
-    """A piece's codes arrive times this: high nibbles as they stand in their byte."""
+    """A piece's codes arrive multiplied by this: high nibbles are not shifted down."""
     return 16.0 if codes == "int4" and piece % 2 else 1.0
 
 
@@ -174,7 +174,7 @@ def load_codes(
     P: tl.constexpr,
     IS_V: tl.constexpr,
 ):
-    """One side's codes of a page in parts: K and 16-bit V [P, W], V of 8 bits and less [W, P].
+    """Load one side's codes of a page in parts: K and 16-bit V [P, W], V of 8 bits and less [W, P].
 
     Integer codes of unwritten tokens are numbers whatever the bytes; only 16-bit V is masked (0 * NaN).
     """
@@ -197,7 +197,7 @@ def load_codes(
 
 @triton.jit
 def load_scales(section_ptr, token_P, CODES: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr):
-    """The scale entries of one page as raw words, one [P] per group: [group][token] in the page."""
+    """Load the scales of one page as raw words, one [P] per group: [group][token] in the page."""
     words = ()
     for g in tl.static_range(GROUPS):
         if CODES == "int4":
@@ -210,14 +210,14 @@ def load_scales(section_ptr, token_P, CODES: tl.constexpr, GROUPS: tl.constexpr,
 
 @triton.jit
 def scale_of(word, CODES: tl.constexpr):
-    """fp32 scale of a raw word."""
+    """Extract the fp32 scale of a raw word."""
     bits = (word & 0xFFFF).to(tl.uint16) if CODES == "int4" else word
     return bits.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def zero_of(word):
-    """fp32 zero point of an int4 word, an integer 0..15."""
+    """Extract the fp32 zero point of an int4 word, an integer 0..15."""
     return (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 

@@ -1,4 +1,4 @@
-"""The values every operation on pages takes: where one layer lies in the pool, and who reads what.
+"""The arguments of every operation on pages: one layer's place in the pool, and which tokens read what.
 
 Tensor legend of this folder: N pages in the pool, B bytes, P tokens per page, T tokens of the step
 (all sequences, one after the other), S sequences, M pages per sequence at most, H kv heads, Q query
@@ -56,7 +56,7 @@ class PagedBatch:
     """int32 [S + 1]: sequence s owns the step's tokens query_start[s] .. query_start[s + 1]."""
     kv_tokens_S: Tensor
     """int32 [S]: tokens of the sequence in its pages once this step's are written. Its queries are the last
-    of them: query row i of n stands at position kv_tokens - n + i."""
+    of them: query row i of n is at position kv_tokens - n + i."""
     page_table_SM: Tensor
     """int32 [S, M]: page ids in token order; entries past the sequence's last page are never read."""
     slots_T: Tensor
@@ -80,9 +80,9 @@ class AttentionSpec:
     """Logits become softcap * tanh(logits / softcap)."""
 
     def check(self, cache: LayerCache) -> None:
-        """Raises FormatError where the stored keys cannot serve this attention."""
+        """Raise FormatError where the stored keys cannot serve this attention."""
         if self.softcap and cache.k_transform.shift_HD is not None:
             raise FormatError(
-                f"layer {cache.layer}: a shift of K is not invisible under a logit soft-cap; "
+                f"layer {cache.layer}: a shift of K changes the result under a logit soft-cap; "
                 "choose a K transform without shift (hadamard or identity) for this model"
             )

@@ -1,7 +1,7 @@
-"""Numbers to codes and back: the definition every kernel must agree with.
+"""Quantizing numbers to codes and back: the definition that every kernel must agree with.
 
 Works on one side of one cell, `[..., P, D]` fp32 numbers (P tokens, D head_dim) that `transform.py` has
-already mapped. Bytes come out exactly as they lie in a page.
+already mapped. Bytes are returned exactly as a page stores them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MIN_SCALE = 2.0**-24  # the smallest fp16 above zero: a token of zeros must not
 
 
 def encode(x: Tensor, fmt: KVFormat) -> tuple[Tensor, Tensor | None]:
-    """Codes and dynamic scales of `x` [..., P, D].
+    """Quantize `x` [..., P, D] to codes and dynamic scales.
 
     Returns: codes uint8 [..., P, bytes per token], not yet transposed;
     scales uint8 [..., groups, P, scale_bytes] or None.
@@ -45,7 +45,7 @@ def encode(x: Tensor, fmt: KVFormat) -> tuple[Tensor, Tensor | None]:
 
 
 def decode(codes: Tensor, scales: Tensor | None, fmt: KVFormat, head_dim: int) -> Tensor:
-    """fp32 [..., P, D] from what `encode` returned."""
+    """Dequantize what `encode` returned: fp32 [..., P, D]."""
     if fmt.codes is Codes.FP32:
         return _view(codes, torch.float32)
     if fmt.codes is Codes.BF16:
@@ -68,7 +68,7 @@ def decode(codes: Tensor, scales: Tensor | None, fmt: KVFormat, head_dim: int) -
 
 
 def _encode_static(x: Tensor, codes: Codes) -> Tensor:
-    """Codes whose scale is 1: the static transform has already divided."""
+    """Quantize with scale 1: the static transform has already divided."""
     if codes is Codes.FP8:
         return _bytes(x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
     if codes is Codes.INT8:
@@ -77,12 +77,12 @@ def _encode_static(x: Tensor, codes: Codes) -> Tensor:
 
 
 def _fp16_scale(scale: Tensor) -> Tensor:
-    """Rounded to fp16 first, so that writer and reader use the same number."""
+    """Round scales to fp16 first, so that writer and reader use the same number."""
     return scale.clamp(_MIN_SCALE, 65504.0).half().float()
 
 
 def _pack_nibbles(q: Tensor) -> Tensor:
-    """Half-split: byte j = element j (low nibble) | element j + D/2 (high nibble)."""
+    """Pack nibbles half-split: byte j = element j (low nibble) | element j + D/2 (high nibble)."""
     low, high = q.to(torch.uint8).chunk(2, -1)
     return low | high << 4
 

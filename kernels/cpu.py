@@ -41,7 +41,7 @@ _MAX_HEAD_DIM = 1024
 
 
 def backend() -> Literal["c++", "reference"]:
-    """Which code serves pages on this machine's CPU. The first call compiles (a few seconds)."""
+    """Tell which code serves pages on this machine's CPU. The first call compiles (a few seconds)."""
     return "reference" if _library() is None else "c++"
 
 
@@ -62,9 +62,7 @@ def write_kv(cache: LayerCache, k_THD: Tensor, v_THD: Tensor, slots_T: Tensor) -
     k, v = _Rows.of(k_THD), _Rows.of(v_THD)
     tokens, threads = slots_T.shape[0], torch.get_num_threads()
     if not library.quire_write(byref(native), byref(k), byref(v), slots_T.data_ptr(), tokens, threads):
-        raise IndexError(
-            f"a slot of {slots_T.tolist()} lies outside the pool's {cache.pool_NB.shape[0]} pages"
-        )
+        raise IndexError(f"a slot of {slots_T.tolist()} is outside the pool's {cache.pool_NB.shape[0]} pages")
 
 
 def attend(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec) -> Tensor:
@@ -117,7 +115,7 @@ def copy_pages(
     *,
     scatter: bool,
 ) -> bool:
-    """Between pages of a pool, whose rows may lie apart, and contiguous bytes, by the calling thread alone.
+    """Copy between pages of a pool, with any stride, and contiguous bytes, by the calling thread alone.
 
     Checksums are added to `sum_M` if there is one. False where no C++ compiler is found: nothing was done.
     """
@@ -126,7 +124,7 @@ def copy_pages(
         return False
     pages_M = pages_M.to(torch.int64).contiguous()
     if pages_M.numel() and not 0 <= int(pages_M.min()) <= int(pages_M.max()) < pool_NB.shape[0]:
-        raise IndexError(f"pages {pages_M.tolist()} do not all lie in a pool of {pool_NB.shape[0]}")
+        raise IndexError(f"pages {pages_M.tolist()} are not all in a pool of {pool_NB.shape[0]}")
     library.quire_copy_pages(
         pool_NB.data_ptr(), pool_NB.stride(0), pages_M.data_ptr(), len(pages_M), bytes_MB.shape[1],
         bytes_MB.data_ptr(), scatter,
@@ -136,7 +134,7 @@ def copy_pages(
 
 
 def checksum_pages(bytes_MB: Tensor) -> Tensor | None:
-    """`pages.checksum_pages` by the calling thread alone; None where no C++ compiler is found."""
+    """Run `page_copy.checksum_pages` by the calling thread alone; None where no C++ compiler is found."""
     library = _library()
     if library is None:
         return None
@@ -146,7 +144,7 @@ def checksum_pages(bytes_MB: Tensor) -> Tensor | None:
 
 
 def _dense_rows(x_THD: Tensor) -> Tensor:
-    """In a type that the C++ reads, the last axis dense; other strides are passed on."""
+    """Convert to a type that the C++ reads, with a dense last axis; other strides are passed on."""
     if x_THD.dtype not in (torch.float32, torch.bfloat16):
         x_THD = x_THD.float()
     return x_THD if x_THD.stride(-1) == 1 else x_THD.contiguous()
@@ -262,18 +260,18 @@ def _address(x_HD: Tensor | None) -> int | None:
 
 @once
 def _library() -> ctypes.CDLL | None:
-    """The compiled cpu.cpp, or None (said once in the log) where it cannot be had."""
+    """Load the compiled cpu.cpp; None, with one warning in the log, where it cannot be built."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
-        _LOG.warning("no C++ compiler (g++) found: attention on this CPU runs by the slow reference")
+        _LOG.warning("no C++ compiler (g++) found: attention on this CPU runs the slow reference")
         return None
     try:
         library = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or error
-        _LOG.warning("cannot build cpu.cpp: attention on this CPU runs by the slow reference: %s", said)
+        _LOG.warning("cannot build cpu.cpp: attention on this CPU runs the slow reference: %s", said)
         return None
-    _LOG.info("attention on this CPU runs by %s", library._name)
+    _LOG.info("attention on this CPU runs %s", library._name)
     library.quire_write.argtypes = [
         POINTER(_Cache), POINTER(_Rows), POINTER(_Rows), c_void_p, c_int64, c_int,
     ]  # fmt: skip
@@ -290,9 +288,9 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _compiled(compiler: str) -> Path:
-    """The shared object for this source, compiler and CPU: from the user's cache, or built into it now.
+    """Find the shared object for this source, compiler and CPU in the user's cache, or build it there.
 
-    Raises OSError or CalledProcessError (with the compiler's words) if that fails.
+    Raises OSError or CalledProcessError (with the compiler's output) if that fails.
     """
     sources = [Path(__file__).with_name(name) for name in _SOURCES]
     macros = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)  # names compiler and CPU features
@@ -309,7 +307,7 @@ def _compiled(compiler: str) -> Path:
 
 
 def _cache_folder() -> Path:
-    """Where builds are kept: of this user alone, because what lies there is executed.
+    """Find a folder for builds that this user alone can write to, because its files are executed.
 
     Raises OSError if there is no such place.
     """

@@ -46,7 +46,7 @@ inline uint16_t bf16_of(float x) {
   return x != x ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// fp16 of a number in -0..65504, and back. No bit pattern decodes to NaN: what lies in slots not yet written may
+// fp16 of a number in -0..65504, and back. No bit pattern decodes to NaN: what is in slots not yet written may
 // be multiplied by 0.
 inline uint16_t half_of(float x) {
   const uint32_t u = bits<uint32_t>(x), sign = (u >> 16) & 0x8000;
@@ -178,7 +178,7 @@ class Reader {
 
   // From the words of rows: emit(element within a row's 16 bytes, numbers of the rows, half), where half
   // is 1 for int4's high nibbles, which belong D/2 channels further on.
-  template <Codes C, class Emit> static void unpack(const U w[4], Emit emit) {
+  template <Codes C, class Emit> static void integers_to_floats(const U w[4], Emit emit) {
     for (int j = 0; j < 4; j++) {
       if constexpr (C == FP32) emit(j, (F)w[j], 0);
       if constexpr (C == BF16) {
@@ -209,7 +209,7 @@ class Reader {
         const float* s[2] = {scales + d[0] / group * P + t, scales + d[1] / group * P + t};
         const F scale[2] = {load<F>(s[0]), load<F>(s[1])};
         const F zero[2] = {load<F>(s[0] + zeros), load<F>(s[1] + zeros)};
-        unpack<C>(w, [&](int i, F x, int half) {
+        integers_to_floats<C>(w, [&](int i, F x, int half) {
           if constexpr (C == INT4) x -= zero[half];
           if constexpr (C >= FP8) x *= scale[half];
           store(k_DP + (d[half] + i) * P + t, x);
@@ -225,7 +225,7 @@ class Reader {
       for (int t = 0; t < tokens; t += 16) {
         U w[4];
         transpose_words(cell + side.codes_at + d0 * P + t, P, w);
-        unpack<C>(w, [&](int i, F x, int half) {
+        integers_to_floats<C>(w, [&](int i, F x, int half) {
           if constexpr (C == INT4) x -= s[half][zeros + t + i];
           store(v_PD + (t + i) * D + d[half], x * s[half][t + i]);
         });
@@ -233,7 +233,7 @@ class Reader {
     }
   }
 
-  // For int4 of an odd number of half vectors and groups that are no multiple of 16: right, not quick.
+  // For int4 of an odd number of half vectors and groups that are no multiple of 16: right, not fast.
   void one_by_one(const uint8_t* cell, const float* scales, float* out, int d_stride, int t_stride) const {
     const int code_rows = side.codes == INT4 ? D / 2 : D, zeros = side.scale_rows() * P;
     for (int d = 0; d < D; d++)

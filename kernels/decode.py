@@ -1,6 +1,6 @@
 """Attention of few query rows per sequence over its pages: cut into work items, then combined.
 
-One program holds a tile of query rows of one kv head and walks one item (`decode_plan.py`), a page a turn.
+One program holds a tile of query rows of one kv head and walks one item (`decode_plan.py`), page by page.
 
 Legend: see `cache_view.py`; here W work items, R query rows of a tile (row = token * group + head in group).
 """
@@ -43,9 +43,9 @@ def decode_attention(
 ) -> Tensor:
     """Causal attention of each sequence's last rows over all its pages: [T, Q, D] of `dtype` (None: q's).
 
-    Right for any number of rows, quick for few (8 and less). Rows of no sequence are undefined.
+    Correct for any number of rows, fast for few (8 and fewer). Rows of no sequence are undefined.
     plan: `plan_items` of this batch's lengths and this layer's kind, on the device; a CPU needs none. Without
-    one the lengths are fetched from the device, which waits for it: for tests and single calls.
+    one the lengths are fetched from the device, which blocks: for tests and single calls.
     transformed: `q_TQD` is what `write.write_step` returned for this layer.
     Raises FormatError where the stored format cannot serve this attention. Source: `ref.paged.attend_ref`.
     """
@@ -64,7 +64,7 @@ def decode_attention(
 def plan_batch(
     cache: LayerCache, query_heads: int, batch: PagedBatch, spec: AttentionSpec, multiprocessors: int
 ) -> DecodePlan:
-    """The plan of one layer's decode of a batch, whose lengths are fetched from its device."""
+    """Plan one layer's decode of a batch, whose lengths are fetched from its device."""
     kind = decode_kind(cache, query_heads, spec, batch.max_query_tokens, multiprocessors)
     query_tokens_S = batch.query_start_S1.diff().cpu().numpy()
     return plan_items(kind, query_tokens_S, batch.kv_tokens_S.cpu().numpy()).to(batch.kv_tokens_S.device)
@@ -98,8 +98,10 @@ def _launch_attend(
     partial_WTQD: Tensor,
     lse_WTQ: Tensor,
 ) -> None:
-    """Fill both at the place of every item: results normalized, and their base-2 log-sum-exp. T is the
-    token's number within its sequence."""
+    """Fill `partial_WTQD` with every item's normalized results and `lse_WTQ` with their base-2 log-sum-exp.
+
+    T is the token's number within its sequence.
+    """
     layout, cell, fmt = cache.layout, cache.cell, cache.format
     head_dim = check_head_dim(cache)
     group = q_TQD.shape[1] // layout.kv_heads
@@ -202,7 +204,7 @@ def decode_kernel(
     if WINDOW:
         first_seen = kv_tokens - new_tokens + first_row // G - window + 1
         first_page = tl.maximum(first_page, tl.maximum(first_seen, 0) // P)
-    # Asked for before the lengths have arrived. Where nothing is left to walk it is a page of the item still.
+    # Loaded before the lengths have arrived; where nothing is left to walk, it is still a page of the item.
     page = tl.load(page_table_ptr + tl.minimum(first_page, end_page - 1)).to(tl.int64)
     if first_row >= new_tokens * G:
         return
@@ -225,7 +227,7 @@ def decode_kernel(
 
     token_P = tl.arange(0, P)
     cell_ptr = pool_ptr + (page * page_bytes + head * head_bytes + layer_at)
-    # Scales are too narrow for asynchronous copies: they travel one page ahead, in registers.
+    # Scales are too narrow for asynchronous copies: they are loaded one page ahead, into registers.
     k_words = load_scales(cell_ptr + K_SCALES, token_P, KC, KG, P)
     v_words = load_scales(cell_ptr + V_SCALES, token_P, VC, VG, P)
     for i in tl.range(first_page, end_page, num_stages=2):
@@ -245,7 +247,7 @@ def decode_kernel(
         logit_PR = tl.where(seen_PR, logit_PR, float("-inf"))
         new_top_R = tl.maximum(top_R, tl.max(logit_PR, 0))
         decay_R = tl.exp2(top_R - new_top_R)
-        # Probabilities stand 2**6 too high (sum_R alike): times a small V scale they stay normal in fp16.
+        # Probabilities (and sum_R) are 2**6 too high: times a small V scale they stay normal in fp16.
         prob_PR = tl.exp2(logit_PR - (new_top_R - 6.0)[None, :])
         sum_R = sum_R * decay_R + tl.sum(prob_PR, 0)
         top_R = new_top_R

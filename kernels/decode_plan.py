@@ -1,7 +1,7 @@
 """How decode attention cuts a step's pages into work items: made on the host, which knows all lengths.
 
 An item is a run of one sequence's pages. A program per item, kv head and tile of query rows walks it, the
-largest items first. A plan lies in device memory and pads to a size, so that one captured launch serves
+largest items first. A plan is padded to a size in device memory, so that one captured launch serves
 batches of any lengths. Knows numbers, no kernels.
 
 Legend: see `cache_view.py`; here W work items.
@@ -39,10 +39,10 @@ class DecodeTile:
 
 
 def decode_tile(cache: LayerCache, query_heads: int, max_query_tokens: int) -> DecodeTile:
-    """The widest that pays, up to the rows there are.
+    """Choose the widest tile that pays, up to the rows there are.
 
     Every tile reads the pages again, so bf16 takes as many rows as registers hold. Codes are read from the
-    cache the second time and unpacked quicker by two narrow tiles than by a wide one, as measured.
+    cache the second time, and two narrow tiles dequantize them faster than a wide one, as measured.
     """
     layout, codes = cache.layout, {cache.format.k.codes, cache.format.v.codes}
     rows = max_query_tokens * (query_heads // layout.kv_heads)
@@ -57,7 +57,7 @@ def decode_tile(cache: LayerCache, query_heads: int, max_query_tokens: int) -> D
 
 @dataclass(frozen=True, slots=True)
 class DecodeKind:
-    """All that a plan depends on beside the lengths: layers of one kind share their plan of a step."""
+    """Everything but the lengths that a plan depends on: layers of one kind share their plan of a step."""
 
     page_tokens: int
     window: int | None
@@ -68,7 +68,7 @@ class DecodeKind:
 def decode_kind(
     cache: LayerCache, query_heads: int, spec: AttentionSpec, max_query_tokens: int, multiprocessors: int
 ) -> DecodeKind:
-    """The kind of a layer's decode attention on a device of so many multiprocessors."""
+    """The kind of a layer's decode attention on a device with this many multiprocessors."""
     kv_heads, tile = cache.layout.kv_heads, decode_tile(cache, query_heads, max_query_tokens)
     row_tiles = -(-max_query_tokens * (query_heads // kv_heads) // tile.rows)
     programs = multiprocessors * _WARPS_PER_MULTIPROCESSOR // tile.warps
@@ -91,7 +91,7 @@ class DecodePlan:
 
 
 def items_capacity(kind: DecodeKind, sequences: int) -> int:
-    """Items that suffice for every batch of up to so many sequences, whatever their lengths."""
+    """Return how many items suffice for every batch of up to `sequences`, whatever their lengths."""
     return max(2 * kind.fitting, sequences + kind.fitting)
 
 
@@ -100,7 +100,7 @@ def plan_items(
 ) -> DecodePlan:
     """Cut the pages that some query row sees into items about as long as each other; padded to `capacity`.
 
-    One wave of items or two, whichever ends sooner: two even out lengths, one starts fewer programs. A
+    One wave of items or two, whichever takes less time: two even out lengths, one starts fewer programs. A
     sequence without query rows or without tokens owns no items. Pure.
     Raises ValueError if `capacity` is below the number of sequences that own items.
     """
@@ -121,7 +121,7 @@ def plan_items(
 
 
 def _seen_pages(kind: DecodeKind, query_tokens_S: Ints, kv_tokens_S: Ints) -> tuple[Ints, Ints]:
-    """First page and number of pages of each sequence that any of its query rows sees."""
+    """Find the first page and number of pages of each sequence that any of its query rows sees."""
     end_S = -(-kv_tokens_S // kind.page_tokens)
     first_S = np.zeros_like(end_S)
     if kind.window:
@@ -131,14 +131,14 @@ def _seen_pages(kind: DecodeKind, query_tokens_S: Ints, kv_tokens_S: Ints) -> tu
 
 
 def _cut(pages_S: Ints, budget: int) -> Ints:
-    """Items of each sequence: none longer than the least that leaves `budget` items or fewer in all.
+    """Count the items of each sequence for the shortest item length that needs at most `budget` in all.
 
     `budget` is one for each sequence with pages, or more.
     """
     total, owners = int(pages_S.sum()), int(np.count_nonzero(pages_S))
     low = max(_MIN_ITEM_PAGES, -(-total // max(1, budget)))
     high = max(low, int(pages_S.max(initial=0)))
-    if budget > owners:  # so long are enough: rounding up adds less than one item a sequence
+    if budget > owners:  # this length is enough: rounding up adds less than one item a sequence
         high = max(low, min(high, -(-total // (budget - owners))))
     while low < high:
         middle = (low + high) // 2
@@ -150,7 +150,7 @@ def _cut(pages_S: Ints, budget: int) -> Ints:
 
 
 def _makespan(pages_S: Ints, items_S: Ints, fitting: int) -> int:
-    """When the last item ends, in pages' time, if whichever place is free takes the largest item left."""
+    """Estimate when the last item ends, in pages' time, if free places take the largest item left."""
     some_S = np.maximum(items_S, 1)
     short_S, longer_S = pages_S // some_S, pages_S % some_S
     size_W = np.repeat(np.concatenate([short_S + 1, short_S]), np.concatenate([longer_S, items_S - longer_S]))
@@ -164,7 +164,7 @@ def _makespan(pages_S: Ints, items_S: Ints, fitting: int) -> int:
 
 
 def _lay_out(first_page_S: Ints, pages_S: Ints, items_S: Ints, capacity: int | None) -> DecodePlan:
-    """The plan in which each sequence's pages are spread evenly over its items."""
+    """Spread each sequence's pages evenly over its items."""
     first_item_S1 = np.zeros(len(items_S) + 1, dtype=np.int32)
     np.cumsum(items_S, out=first_item_S1[1:])
     used = int(first_item_S1[-1])

@@ -1,4 +1,4 @@
-"""Pages as numbers: what a page holds, decoded for kernels that read plain 16-bit tensors.
+"""Dequantizing pages into plain 16-bit tensors, for kernels that read those.
 
 Legend: see `cache_view.py`; here L tokens of one sequence, W channels of a piece (see `_triton.py`).
 """
@@ -15,16 +15,16 @@ from quire.kernels._triton import (
     check_head_dim,
     factor_of,
     first_channel,
+    fp8_to_fp16,
     group_of,
     groups_of,
     instructions,
+    int4_to_fp16,
+    int8_to_fp16,
     load_codes,
     load_scales,
     pieces,
     scale_of,
-    unpack_fp8,
-    unpack_int4,
-    unpack_int8,
     without_nan,
     zero_of,
 )
@@ -34,29 +34,29 @@ from quire.kernels.ref.paged import read_kv_ref
 
 
 def number_type(cache: LayerCache) -> torch.dtype:
-    """The 16-bit type that holds both sides of this layer best: fp16, except for what is stored as bf16."""
+    """Choose the 16-bit type for both sides of this layer: bf16 if either is stored as bf16, else fp16."""
     codes = (cache.format.k.codes, cache.format.v.codes)
     return torch.bfloat16 if Codes.BF16 in codes else torch.float16
 
 
-def unpack_pages(cache: LayerCache, pages_M: Tensor, tokens: int, length: int) -> tuple[Tensor, Tensor]:
-    """K and V of the first `tokens` tokens of the given pages, as stored (still transformed).
+def dequantize_pages(cache: LayerCache, pages_M: Tensor, tokens: int, length: int) -> tuple[Tensor, Tensor]:
+    """Dequantize the first `tokens` tokens of the given pages, K and V as stored (still transformed).
 
     Returns: two [H, length, D] of `number_type`; rows past `tokens` are zero, whatever the pages hold there.
-    Source: `unpack_pages_ref`.
+    Source: `dequantize_pages_ref`.
     """
     if tokens > min(length, pages_M.shape[0] * cache.layout.page_tokens):
         raise ValueError(
-            f"{tokens} tokens were asked of {pages_M.shape[0]} pages of {cache.layout.page_tokens} tokens, "
+            f"{tokens} tokens requested of {pages_M.shape[0]} pages of {cache.layout.page_tokens} tokens, "
             f"into {length} rows; pass all the pages of the sequence and as many rows"
         )
     if cache.pool_NB.device.type == "cpu":
-        return unpack_pages_ref(cache, pages_M, tokens, length)
-    return launch_unpack(cache, pages_M, tokens, length)
+        return dequantize_pages_ref(cache, pages_M, tokens, length)
+    return launch_dequantize(cache, pages_M, tokens, length)
 
 
-def launch_unpack(cache: LayerCache, pages_M: Tensor, tokens: int, length: int) -> tuple[Tensor, Tensor]:
-    """One program per page, head and side."""
+def launch_dequantize(cache: LayerCache, pages_M: Tensor, tokens: int, length: int) -> tuple[Tensor, Tensor]:
+    """Launch one program per page, head and side."""
     layout, cell, fmt = cache.layout, cache.cell, cache.format
     head_dim = check_head_dim(cache)
     asm, fp8_native = instructions(cache.pool_NB.device)
@@ -64,7 +64,7 @@ def launch_unpack(cache: LayerCache, pages_M: Tensor, tokens: int, length: int) 
         cache.pool_NB.new_empty((layout.kv_heads, length, head_dim), dtype=number_type(cache))
         for _ in range(2)
     )
-    unpack_kernel[(triton.cdiv(length, layout.page_tokens), layout.kv_heads, 2)](
+    dequantize_kernel[(triton.cdiv(length, layout.page_tokens), layout.kv_heads, 2)](
         cache.pool_NB,
         pages_M,
         k_HLD,
@@ -91,7 +91,7 @@ def launch_unpack(cache: LayerCache, pages_M: Tensor, tokens: int, length: int) 
 
 
 @triton.jit(do_not_specialize=["tokens", "length"])
-def unpack_kernel(
+def dequantize_kernel(
     pool_ptr,
     pages_ptr,
     k_ptr,
@@ -120,19 +120,19 @@ def unpack_kernel(
     cell_ptr = pool_ptr + (page * page_bytes + head * head_bytes + layer_at)
     row_ptr_P = (head * length + at_P) * D
     if tl.program_id(2) == 0:
-        _unpack_side(
+        _dequantize_side(
             cell_ptr, cell_ptr + K_SCALES, k_ptr + row_ptr_P, at_P, tokens, length,
             False, KC, KG, D, P, ASM, FP8_NATIVE,
         )  # fmt: skip
     else:
-        _unpack_side(
+        _dequantize_side(
             cell_ptr + V_CODES, cell_ptr + V_SCALES, v_ptr + row_ptr_P, at_P, tokens, length,
             True, VC, VG, D, P, ASM, FP8_NATIVE,
         )  # fmt: skip
 
 
 @triton.jit
-def _unpack_side(
+def _dequantize_side(
     codes_ptr,
     scales_ptr,
     row_ptr_P,
@@ -152,7 +152,7 @@ def _unpack_side(
     words = load_scales(scales_ptr, tl.arange(0, P), CODES, GROUPS, P)
     channel_W = tl.arange(0, D // pieces(CODES, GROUPS))
     for j in tl.static_range(pieces(CODES, GROUPS)):
-        x = page_numbers(codes, words, written_P, j, CODES, GROUPS, IS_V, ASM, FP8_NATIVE)
+        x = dequantize_piece(codes, words, written_P, j, CODES, GROUPS, IS_V, ASM, FP8_NATIVE)
         x_PW = tl.trans(x) if IS_V and CODES != "bf16" else x
         x_PW = tl.where(written_P[:, None], x_PW, 0.0)
         ptr_PW = row_ptr_P[:, None] + (channel_W + first_channel(j, CODES, GROUPS, D))[None, :]
@@ -160,7 +160,7 @@ def _unpack_side(
 
 
 @triton.jit
-def page_numbers(
+def dequantize_piece(
     codes,
     words,
     written_P,
@@ -171,7 +171,7 @@ def page_numbers(
     ASM: tl.constexpr,
     FP8_NATIVE: tl.constexpr,
 ):
-    """The numbers of one piece of a page, fp16 (bf16 as stored): K and 16-bit V [P, W], other V [W, P].
+    """Dequantize one piece of a page to fp16 (bf16 as stored): K and 16-bit V [P, W], other V [W, P].
 
     Integer codes less their zero are exact in fp16; only the product with the scale rounds.
     """
@@ -182,14 +182,14 @@ def page_numbers(
             word_P = words[group_of(piece, CODES, GROUPS)]
             scale_P = tl.where(written_P, scale_of(word_P, CODES), 0.0)
         if CODES == "fp8":
-            x = unpack_fp8(codes[piece], ASM, FP8_NATIVE)
+            x = fp8_to_fp16(codes[piece], ASM, FP8_NATIVE)
             if IS_V:
                 x = without_nan(x, FP8_NATIVE)
         elif CODES == "int8":
-            x = unpack_int8(codes[piece], ASM) - 1152.0
+            x = int8_to_fp16(codes[piece], ASM) - 1152.0
         else:
             FACTOR: tl.constexpr = factor_of(piece, CODES)
-            x = unpack_int4(codes[piece // 2], ASM)[piece % 2]
+            x = int4_to_fp16(codes[piece // 2], ASM)[piece % 2]
             x *= 1.0 / FACTOR  # exact; the scale may be among fp16's smallest numbers
             if GROUPS > 0:
                 zero_P = tl.where(written_P, zero_of(word_P), 0.0) + MAGIC / FACTOR
@@ -206,8 +206,10 @@ def _along_tokens(x_P, IS_V: tl.constexpr):
     return x_P[None, :] if IS_V else x_P[:, None]
 
 
-def unpack_pages_ref(cache: LayerCache, pages_M: Tensor, tokens: int, length: int) -> tuple[Tensor, Tensor]:
-    """`read_kv_ref` of the pages in use, rounded to `number_type`."""
+def dequantize_pages_ref(
+    cache: LayerCache, pages_M: Tensor, tokens: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """Round `read_kv_ref` of the pages in use to `number_type`."""
     used = pages_M[: triton.cdiv(tokens, cache.layout.page_tokens)].long()
     sides = []
     for x_LHD in read_kv_ref(cache, used):

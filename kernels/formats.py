@@ -78,7 +78,7 @@ class KVFormat:
             raise FormatError(f"group is a number of channels, got {self.group}")
 
     def groups(self, head_dim: int) -> int:
-        """Dynamic scales per token and head. Raises FormatError if `head_dim` cannot be split so."""
+        """Count dynamic scales per token and head. Raises FormatError if groups do not fit `head_dim`."""
         if self.scales is not Scales.TOKEN:
             return 0
         size = self.group or head_dim
@@ -117,20 +117,20 @@ FORMATS: Mapping[str, KVFormat] = MappingProxyType(
         "int4c": KVFormat(Codes.INT4, Scales.STATIC, transform=Transform.AFFINE),
     }
 )
-"""The formats that have a name; any other `KVFormat` can be spelled out in a policy file."""
+"""Formats with a name; any other `KVFormat` can be written out in a policy file."""
 
 _POLICIES: Mapping[str, tuple[str, str]] = MappingProxyType({"k8v4": ("int8", "int4")})
 
 
 def named_format(name: str) -> KVFormat:
-    """The format called `name`. Raises FormatError, which lists the names there are."""
+    """Return the format called `name`. Raises FormatError, which lists the names."""
     if name not in FORMATS:
-        raise FormatError(f"unknown KV format {name!r}; there are {', '.join(FORMATS)}")
+        raise FormatError(f"unknown KV format {name!r}; choose {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
 def layer_formats(policy: str | Mapping[str, object], num_layers: int) -> tuple[LayerFormat, ...]:
-    """The format of every layer under a policy.
+    """Return the format of every layer under a policy.
 
     `policy` is a format's name, `k8v4`, or a mapping as a policy file holds it:
     `{"default": {"k": "int8", "v": "int4"}, "layers": {"0": {"k": "bf16", "v": "bf16"}}}`.

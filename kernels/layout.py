@@ -1,4 +1,4 @@
-"""Where every cell lies in a page.
+"""Where every cell is in a page.
 
 A page is `[kv head][layer] cell`, a cell `[K codes | K scales | V codes | V scales]`. Sections are aligned
 to 16 bytes, a head's run of cells to 128, so that the page of a tensor-parallel shard is a contiguous
@@ -38,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """All there is to know about a page of one shard."""
+    """Where everything is in a page of one shard."""
 
     layers: tuple[LayerFormat, ...]
     kv_heads: int
@@ -79,7 +79,7 @@ class PageLayout:
 
     @property
     def bytes_per_token(self) -> float:
-        """What one token really costs in this shard's pool: scales and padding counted."""
+        """Bytes of one token in this shard's pool, scales and padding included."""
         return self.page_bytes / self.page_tokens
 
     @cached_property

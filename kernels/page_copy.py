@@ -1,4 +1,4 @@
-"""Whole pages as bytes: packed for a message, unpacked from one, and their checksums.
+"""Whole pages as bytes: gathered for a message, scattered from one, and their checksums.
 
 Legend: see `cache_view.py`; here W words of a page, K words of a chunk.
 """
@@ -19,10 +19,10 @@ _CHUNK_WORDS = 1024  # 32-bit words a program copies and sums
 def gather_pages(
     pool_NB: Tensor, pages_M: Tensor, out_MB: Tensor | None = None, sum_M: Tensor | None = None
 ) -> Tensor:
-    """The bytes of the given pages, one after the other: uint8 [M, B], a copy, in `out_MB` if given.
+    """Copy the bytes of the given pages, one after the other: uint8 [M, B], into `out_MB` if given.
 
     The pool may be a range of columns of a larger one: the bytes of some heads of every page.
-    `sum_M`, int64: the pages' checksums are added to it on the way.
+    The pages' checksums are added to `sum_M`, int64, if given.
     """
     if out_MB is None:
         out_MB = pool_NB.new_empty((pages_M.shape[0], pool_NB.shape[1]))
@@ -62,12 +62,12 @@ def _check(pool_NB: Tensor, pages_M: Tensor, bytes_MB: Tensor) -> None:
 
 
 def checksum_pages(bytes_MB: Tensor) -> Tensor:
-    """One 64-bit checksum per page, int64 [M]: the same on every device and machine.
+    """Compute a 64-bit checksum per page, int64 [M]: the same on every device and machine.
 
     The sum over the page's 32-bit words w, unsigned, of (w + 1) (4x**2 + 6x + 1) modulo 2**64, where x counts
-    words from the page's end: additions only for whoever goes through them in order. It tells any change
-    confined to one word, and any two words exchanged, for certain (a weight is odd, and two of them differ by
-    twice an odd multiple of the words' distance); other damage with odds of about 1 in 2**32 or less.
+    words from the page's end: additions only for a reader that goes through them in order. It always detects
+    a change confined to one word, and two words exchanged (a weight is odd, and two of them differ by
+    twice an odd multiple of the words' distance); it misses other damage about once in 2**32 times.
     It guards against accidents, not against an adversary.
     """
     if bytes_MB.shape[1] % _WORD:
@@ -81,7 +81,7 @@ def checksum_pages(bytes_MB: Tensor) -> Tensor:
 def launch_copy(
     pool_NB: Tensor, bytes_MB: Tensor, pages_M: Tensor, *, scatter: bool, sum_M: Tensor | None = None
 ) -> None:
-    """Between pool and contiguous `bytes_MB`; sizes, strides and offsets are multiples of 8 bytes."""
+    """Copy between pool and contiguous `bytes_MB`; sizes, strides and offsets are multiples of 8 bytes."""
     pages, words, stride = pages_M.shape[0], pool_NB.shape[1] // 8, pool_NB.stride(0) // 8
     copy_kernel[(pages, triton.cdiv(words, _CHUNK_WORDS // 2))](
         *(pool_NB.view(torch.int64), bytes_MB.view(torch.int64), pages_M, words, stride),
@@ -92,7 +92,7 @@ def launch_copy(
 
 
 def launch_checksum(bytes_MB: Tensor) -> Tensor:
-    """One program per page and chunk; integer addition commutes, so the order of the sums does not show."""
+    """Launch one program per page and chunk; integer sums do not depend on their order."""
     pages, words = bytes_MB.shape[0], bytes_MB.shape[1] // _WORD
     sum_M = torch.zeros(pages, dtype=torch.int64, device=bytes_MB.device)
     _checksum_kernel[(pages, triton.cdiv(words, _CHUNK_WORDS))](

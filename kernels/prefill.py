@@ -1,8 +1,8 @@
 """Attention of a chunk of new tokens over its sequence's pages, its own among them.
 
-One program holds a tile of query rows of one kv head and walks every page they see, a page a turn. The codes
+One program holds a tile of query rows of one kv head and walks every page they see, page by page. The codes
 of a page become fp16 numbers once per tile; many rows share that work, so the rest is plain flash attention.
-One long chunk is quicker over unpacked pages: `prefill_library.py`.
+One long chunk is faster over dequantized pages: `prefill_library.py`.
 
 Legend: see `cache_view.py`; here R query rows of a tile (row = token * group + head in group), W channels of
 a piece (see `_triton.py`).
@@ -30,8 +30,8 @@ from quire.kernels._triton import (
     softcap_base2,
 )
 from quire.kernels.cache_view import AttentionSpec, LayerCache, PagedBatch
-from quire.kernels.dequantize import page_numbers
-from quire.kernels.prefill_library import attend_unpacked, suits_library
+from quire.kernels.dequantize import dequantize_piece
+from quire.kernels.prefill_library import attend_dequantized, suits_library
 
 
 def prefill_attention(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec) -> Tensor:
@@ -44,7 +44,7 @@ def prefill_attention(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec:
     if q_TQD.device.type == "cpu":
         return cpu.attend(cache, q_TQD, batch, spec)
     if suits_library(cache, q_TQD, batch, spec):
-        return attend_unpacked(cache, q_TQD, batch, spec)
+        return attend_dequantized(cache, q_TQD, batch, spec)
     return launch_prefill(cache, q_TQD, batch, spec)
 
 
@@ -178,7 +178,7 @@ def prefill_kernel(
 
             logit_RP = tl.zeros([R, P], tl.float32)
             for j in tl.static_range(pieces(KC, KG)):
-                k_PW = page_numbers(k_codes, k_words, written_P, j, KC, KG, False, ASM, FP8_NATIVE)
+                k_PW = dequantize_piece(k_codes, k_words, written_P, j, KC, KG, False, ASM, FP8_NATIVE)
                 logit_RP = tl.dot(q[j], tl.trans(k_PW), logit_RP)
             logit_RP *= scale_log2e
             if SOFTCAP:
@@ -197,7 +197,7 @@ def prefill_kernel(
             prob_RP = prob_RP.to(tl.bfloat16 if VC == "bf16" else tl.float16)
             new = ()
             for j in tl.static_range(pieces(VC, VG)):
-                v = page_numbers(v_codes, v_words, written_P, j, VC, VG, True, ASM, FP8_NATIVE)
+                v = dequantize_piece(v_codes, v_words, written_P, j, VC, VG, True, ASM, FP8_NATIVE)
                 new = new + (tl.dot(prob_RP, v if VC == "bf16" else tl.trans(v), acc[j] * decay_R[:, None]),)
             acc = new
 

@@ -1,7 +1,7 @@
-"""Prefill of one long chunk: history unpacked into a bounded workspace, and torch's attention over it.
+"""Prefill of one long chunk: history dequantized into a bounded workspace, and torch's attention over it.
 
-A chunk of many rows reads every page many times: unpacking each once (codes read, 16-bit numbers written)
-is cheap beside the products, and the best library kernel for 16-bit numbers beats ours for codes. The
+A chunk of many rows reads every page many times: dequantizing each once is cheap
+beside the products, and the best library kernel for 16-bit numbers beats ours for codes. The
 chunk's own K and V are read back from their pages as well: it attends to what was quantized.
 
 The library (cuDNN, through torch) compiles a kernel per shape, so shapes come in units of tokens:
@@ -10,7 +10,7 @@ The library (cuDNN, through torch) compiles a kernel per shape, so shapes come i
       |-------------|-------------|---------------------------|0000|
         in pieces, all seen        one causal square of whole units
 
-The square begins on a unit below the chunk: its first `lead` rows ask nothing (zeros) and are dropped.
+The square begins on a unit below the chunk: its first `lead` rows are zeros and are dropped.
 Partial results are merged by their log-sum-exp. Legend: see `cache_view.py`; here L tokens of one sequence.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from quire.kernels._transform import transform_output, transform_query_into
 from quire.kernels.cache_view import AttentionSpec, LayerCache, PagedBatch
-from quire.kernels.dequantize import number_type, unpack_pages
+from quire.kernels.dequantize import dequantize_pages, number_type
 
 _UNIT_TOKENS = 512  # also the shortest chunk that gains: shorter ones are padded to it
 _PIECE_TOKENS = 16384  # of history at once: the workspace, 64 MiB for 8 kv heads of 128 channels
@@ -34,7 +34,7 @@ _MERGE_ROWS = 16
 
 
 def suits_library(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: AttentionSpec) -> bool:
-    """Whether this file's way is possible and the faster one: one long sequence, plain causal attention."""
+    """Tell whether this path is possible and faster: one long sequence, plain causal attention."""
     return (
         batch.sequences == 1
         and batch.max_query_tokens >= _UNIT_TOKENS
@@ -48,7 +48,7 @@ def suits_library(cache: LayerCache, q_TQD: Tensor, batch: PagedBatch, spec: Att
 
 @dataclass(frozen=True, slots=True)
 class Stretches:
-    """How the tokens of one sequence are cut. All but `lead` are multiples of the unit."""
+    """How the tokens of one sequence are split. All but `lead` are multiples of the unit."""
 
     history: Sequence[tuple[int, int]]
     """First token and length of each piece that every row sees."""
@@ -63,7 +63,7 @@ class Stretches:
 def plan_stretches(
     new_tokens: int, kv_tokens: int, unit: int = _UNIT_TOKENS, piece: int = _PIECE_TOKENS
 ) -> Stretches:
-    """The chunk is the last `new_tokens` of `kv_tokens`; `piece` is a multiple of `unit`. Pure."""
+    """Split a sequence whose chunk is the last `new_tokens`; `piece` is a multiple of `unit`."""
     before = kv_tokens - new_tokens
     start = before // unit * unit
     history = tuple((at, min(piece, start - at)) for at in range(0, start, piece))
@@ -85,10 +85,10 @@ def library_attention(
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
-"""What `library_attention` is: tests without a GPU put their own in its place."""
+"""The type of `library_attention`, which tests without a GPU replace."""
 
 
-def attend_unpacked(
+def attend_dequantized(
     cache: LayerCache,
     q_TQD: Tensor,
     batch: PagedBatch,
@@ -105,10 +105,10 @@ def attend_unpacked(
     q_LQD[: chunk.start].zero_()
     q_LQD[chunk.stop :].zero_()
     transform_query_into(cache.k_transform, q_TQD, q_LQD[chunk])
-    k_HLD, v_HLD = unpack_pages(cache, pages_M[plan.start // page_tokens :], tokens - plan.start, square)
+    k_HLD, v_HLD = dequantize_pages(cache, pages_M[plan.start // page_tokens :], tokens - plan.start, square)
     out_LQD, lse_QL = attend(q_LQD, k_HLD, v_HLD, spec.scale, True)
     for first, length in plan.history:
-        k_HLD, v_HLD = unpack_pages(cache, pages_M[first // page_tokens :], length, length)
+        k_HLD, v_HLD = dequantize_pages(cache, pages_M[first // page_tokens :], length, length)
         part_LQD, part_lse_QL = attend(q_LQD, k_HLD, v_HLD, spec.scale, False)
         merge_partial(out_LQD[chunk], lse_QL[:, chunk], part_LQD[chunk], part_lse_QL[:, chunk])
     return transform_output(cache.v_transform, out_LQD[chunk], q_TQD.dtype)

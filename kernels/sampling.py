@@ -1,10 +1,10 @@
 """From logits to tokens: penalties, filters, the draw, and log-probabilities.
 
-Every row is treated on its own and by nothing but its own numbers, so that a token does not depend on
-which requests share its step. Torch operations only; the same code runs on CPU and GPU.
+Every row depends on its own numbers only, so a token does not depend on which requests share its step.
+Torch operations only; the same code runs on CPU and GPU.
 
 Tensor legend: R rows (one per sequence that gets a token), D rows whose token is drawn, V vocabulary, K
-likeliest tokens.
+most probable tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """How the tokens of some rows are drawn; all other rows get their likeliest."""
+    """How the tokens of some rows are drawn; all other rows are greedy."""
 
     rows_D: Tensor
     """int64: which rows."""
@@ -28,12 +28,12 @@ class Draw:
     uniform_D: Tensor
     """fp64 in [0, 1): the one random number a row needs (see `uniform`)."""
     filters: Filters | None = None
-    """None keeps the whole vocabulary, and spares sorting it."""
+    """None keeps the whole vocabulary, which then need not be sorted."""
 
 
 @dataclass(frozen=True, eq=False)
 class Filters:
-    """Which tokens a row may draw: the likeliest ones, by three measures."""
+    """Which tokens a row may draw: the most probable ones, by three measures."""
 
     top_k_D: Tensor
     """int64; 0 keeps all."""
@@ -44,7 +44,7 @@ class Filters:
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number of one output position: the same on every machine and in every batch."""
+    """Return the random number of one output position: the same on every machine and in every batch."""
     data = seed.to_bytes(16, "little", signed=True) + position.to_bytes(8, "little")
     word = hashlib.blake2b(data, digest_size=8, person=b"quire-draw").digest()
     return (int.from_bytes(word, "little") >> 11) / 2.0**53
@@ -71,9 +71,9 @@ def penalize_(
 
 
 def sample(logits_RV: Tensor, draws: Sequence[Draw] = ()) -> Tensor:
-    """One token per row, int64 [R]. Logits are fp32 and finite except for -inf of forbidden tokens.
+    """Choose one token per row, int64 [R]. Logits are fp32 and finite except for -inf of forbidden tokens.
 
-    Waits for nothing on a GPU.
+    Does not wait for a GPU.
     """
     tokens_R = logits_RV.argmax(-1)
     for draw in draws:
@@ -83,15 +83,15 @@ def sample(logits_RV: Tensor, draws: Sequence[Draw] = ()) -> Tensor:
 
 
 def logprobs(logits_RV: Tensor, tokens_R: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each row's token [R], and of its k likeliest [R, K]."""
+    """Return each row's log-probability of its token [R], and the k most probable tokens with theirs."""
     all_RV = logits_RV.log_softmax(-1)
     top = all_RV.topk(min(k, all_RV.shape[-1]), dim=-1)
     return all_RV.gather(-1, tokens_R[:, None]).squeeze(-1), top.indices, top.values
 
 
 def _draw(scaled_DV: Tensor, draw: Draw) -> Tensor:
-    """Invert the cumulative distribution: over the vocabulary as it stands, or over what the filters keep
-    of it, sorted from likeliest down.
+    """Invert the cumulative distribution: over the vocabulary, or over what the filters keep
+    of it, sorted by descending probability.
     """
     if draw.filters is None:
         return _invert(scaled_DV.double().softmax(-1), draw.uniform_D)
@@ -101,7 +101,7 @@ def _draw(scaled_DV: Tensor, draw: Draw) -> Tensor:
 
 
 def _filtered(probs_DV: Tensor, filters: Filters) -> Tensor:
-    """Sorted probabilities, zero where a filter takes the token out."""
+    """Set sorted probabilities to zero where a filter removes the token."""
     rank_V = torch.arange(probs_DV.shape[-1], device=probs_DV.device)
     top_k_D1 = filters.top_k_D[:, None]
     keep = (top_k_D1 == 0) | (rank_V < top_k_D1)
@@ -113,7 +113,7 @@ def _filtered(probs_DV: Tensor, filters: Filters) -> Tensor:
 
 
 def _invert(weight_DV: Tensor, uniform_D: Tensor) -> Tensor:
-    """The first place whose cumulative weight exceeds the random share of the total, int64 [D]."""
+    """Find the first place whose cumulative weight exceeds the random share of the total, int64 [D]."""
     cumulative_DV = weight_DV.cumsum(-1)
     target_D1 = uniform_D[:, None] * cumulative_DV[:, -1:]
     place_V = torch.arange(weight_DV.shape[-1], device=weight_DV.device)

@@ -39,7 +39,7 @@ class SideTransform:
         return not self.rotate and self.shift_HD is None and self.scale_HD is None
 
     def store(self, x_THD: Tensor) -> Tensor:
-        """fp32 numbers as a page stores them, before rounding to codes."""
+        """Map numbers to what a page stores, fp32, before rounding to codes."""
         x = x_THD.float()
         if self.shift_HD is not None:
             x = x - self.shift_HD
@@ -48,14 +48,14 @@ class SideTransform:
         return rotate(x) if self.rotate else x
 
     def query(self, q_TQD: Tensor) -> Tensor:
-        """fp32 queries to be multiplied with stored keys."""
+        """Map queries to what is multiplied with stored keys, fp32."""
         q = q_TQD.float()
         if self.scale_HD is not None:
             q = q * _per_query_head(self.scale_HD, q_TQD.shape[1])
         return rotate(q) if self.rotate else q
 
     def output(self, o_TQD: Tensor) -> Tensor:
-        """fp32 attention output of the model, from a mean of stored values."""
+        """Map a mean of stored values to the model's attention output, fp32."""
         o = rotate(o_TQD.float()) if self.rotate else o_TQD.float()
         if self.scale_HD is not None:
             o = o * _per_query_head(self.scale_HD, o_TQD.shape[1])
@@ -64,7 +64,7 @@ class SideTransform:
         return o
 
     def of_heads(self, heads: slice, device: torch.device) -> SideTransform:
-        """The map of some of these heads alone, its tensors on `device`."""
+        """Return the map of some of the heads, its tensors on `device`."""
         tensors = (self.shift_HD, self.scale_HD)
         return SideTransform(self.rotate, *(None if x is None else x[heads].to(device) for x in tensors))
 
@@ -84,14 +84,14 @@ class LayerTransform:
     v: SideTransform
 
     def of_heads(self, heads: slice, device: torch.device) -> LayerTransform:
-        """Both maps of some of the heads alone, their tensors on `device`."""
+        """Return both maps of some of the heads, their tensors on `device`."""
         return LayerTransform(self.k.of_heads(heads, device), self.v.of_heads(heads, device))
 
 
 def default_transform(fmt: KVFormat) -> SideTransform:
-    """The map a format needs when nothing was calibrated.
+    """Return the map that a format needs without calibration.
 
-    fp8 gets a static scale of 1. Raises FormatError where only a calibration can tell the numbers.
+    fp8 gets a static scale of 1. Raises FormatError where a calibration is needed.
     """
     if fmt.transform in (Transform.AFFINE, Transform.AFFINE_HADAMARD):
         raise FormatError(
@@ -105,7 +105,7 @@ def default_transform(fmt: KVFormat) -> SideTransform:
 
 @lru_cache(maxsize=64)
 def hadamard(head_dim: int, device: torch.device) -> Tensor:
-    """The [D, D] fp32 rotation: symmetric, orthogonal; blocks of the largest power of two that divides D."""
+    """Build the fp32 rotation [D, D], symmetric, orthogonal, of blocks of the largest 2**n that divides D."""
     size = head_dim & -head_dim
     block = torch.ones(1, 1)
     while block.shape[0] < size:
@@ -116,7 +116,7 @@ def hadamard(head_dim: int, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """x R along the last axis, in fp32."""
+    """Rotate along the last axis, in fp32."""
     return x @ hadamard(x.shape[-1], x.device)
 
 

@@ -1,6 +1,6 @@
 """Writes a step's new keys and values into their pages: transform, quantize, store.
 
-The same launch may map the step's queries into the space of the stored keys: one of its own costs more than
+The same launch may transform the step's queries as well: a separate launch costs more than
 the work. Legend: see `cache_view.py`; here T tokens of a tile, C half the channels.
 """
 
@@ -22,7 +22,7 @@ from quire.kernels.formats import KVFormat
 from quire.kernels.transform import SideTransform
 
 _TILE_TOKENS = 16  # the least that keeps a rotation's tensor cores busy
-_MANY_ROWS = 1 << 15  # tokens * kv heads: programs abound, and wider tiles load the rotation less often
+_MANY_ROWS = 1 << 15  # tokens * kv heads: enough programs for wider tiles, which load the rotation less often
 _WIDE_TILE_TOKENS = 64
 _WIDE_TERMS = 2  # of a rotation (`bf16_terms`): more of them spill in wide tiles
 _FOUR_WARPS_HEAD_DIM = 128  # more channels spill
@@ -40,7 +40,7 @@ def write_kv(cache: LayerCache, k_THD: Tensor, v_THD: Tensor, slots_T: Tensor) -
 
 
 def write_step(cache: LayerCache, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, slots_T: Tensor) -> Tensor:
-    """`write_kv`, and the step's queries as `decode_attention(..., transformed=True)` takes them: one launch.
+    """Run `write_kv` and transform queries for `decode_attention(..., transformed=True)`: one launch.
 
     q_TQD may be of the step's first tokens only. Where this layer's keys are stored as they are, and on a CPU
     (whose attention transforms as it goes), the queries come back unchanged, else as fp32. Those of padding
@@ -55,7 +55,7 @@ def write_step(cache: LayerCache, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, s
 def launch_write_step(
     cache: LayerCache, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, slots_T: Tensor
 ) -> Tensor:
-    """One launch, whether the queries change or not."""
+    """Run `write_step` on a GPU."""
     if not changes_query(cache.k_transform):
         launch_write(cache, k_THD, v_THD, slots_T)
         return transform_query(cache.k_transform, q_TQD)
@@ -72,7 +72,7 @@ def launch_write(
     q_TQD: Tensor | None = None,
     q_out_TQD: Tensor | None = None,
 ) -> None:
-    """One launch for both sides and, if given, the queries: neighbours on the grid's last axis."""
+    """Write both sides and, if given, the queries in one launch, along the grid's last axis."""
     layout, cell, fmt = cache.layout, cache.cell, cache.format
     head_dim = check_head_dim(cache)
     tokens = slots_T.shape[0]
@@ -125,7 +125,7 @@ def _dense_rows(x_THD: Tensor) -> Tensor:
 
 
 def _side(name: str, fmt: KVFormat, transform: SideTransform, x_THD: Tensor) -> dict[str, Any]:
-    """One side's constexprs: codes, groups, and what of the transform there is (a rotation by its terms)."""
+    """Return one side's constexprs: codes, groups, and its transform (a rotation by its terms)."""
     affine = transform.shift_HD is not None or transform.scale_HD is not None
     return {
         f"{name}C": fmt.codes.value,
@@ -223,7 +223,7 @@ def _transform_query(
     TERMS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """R(q * scale) of a tile, stored as fp32: `SideTransform.query`."""
+    """Store R(q * scale) of a tile as fp32: `SideTransform.query`."""
     channel_D, channel_C = tl.arange(0, D), tl.arange(0, D // 2)
     q_TD = tl.load(row_ptr_T[:, None] + channel_D[None, :], mask=inside_T[:, None], other=0.0).to(tl.float32)
     if SCALE:
@@ -250,7 +250,7 @@ def _load_transformed(
     SCALE: tl.constexpr,
     D: tl.constexpr,
 ):
-    """R((x - shift) / scale) of a tile in fp32: the low and the high half of the channels, [T, C] each."""
+    """Load R((x - shift) / scale) of a tile as fp32: low and high half of the channels, [T, C] each."""
     channel_C = tl.arange(0, D // 2)
     if ROTATE:
         channel_D = tl.arange(0, D)

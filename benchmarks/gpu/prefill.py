@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu prefill --date 2026-01-31
 
-Three ways are timed: over unpacked pages by the library's attention, the paged kernel, and what
+Three ways are timed: over dequantized pages by the library's attention, the paged kernel, and what
 `prefill_attention` chooses. The baseline computes the same rows from contiguous bf16: torch's flash attention
 with a causal mask aligned to the end, or cuDNN in two calls (history, chunk) whose merging is not counted;
 the quicker one.
@@ -20,7 +20,7 @@ from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.timing import graph_seconds
 from benchmarks.rows import Row
 from quire.kernels.prefill import launch_prefill, prefill_attention
-from quire.kernels.prefill_library import attend_unpacked, library_attention
+from quire.kernels.prefill_library import attend_dequantized, library_attention
 
 CHUNKS = (
     (8192, (0, 8192, 16384, 32768, 65536)),
@@ -46,7 +46,7 @@ def measure(ceilings: Ceilings) -> list[Row]:
 def _compare(shape: Shape, policy: str, library: str, library_s: float, ceilings: Ceilings) -> list[Row]:
     paged = Paged.random(shape, policy, 1)
     arguments = paged.caches[0], paged.q_TQD, paged.batch, shape.spec
-    ways = {"chosen": prefill_attention, "paged": launch_prefill, "unpacked": attend_unpacked}
+    ways = {"chosen": prefill_attention, "paged": launch_prefill, "library": attend_dequantized}
     seconds = {name: graph_seconds([lambda w=way: w(*arguments)]) for name, way in ways.items()}  # type: ignore[misc]
     flop = 4 * shape.H * shape.G * shape.D * shape.rows * (shape.L - shape.rows / 2)
     case = f"prefill {policy} {shape}"
@@ -55,14 +55,21 @@ def _compare(shape: Shape, policy: str, library: str, library_s: float, ceilings
         f"{case}: chosen {seconds['chosen'] * 1e3:.3f} ms = {seconds['chosen'] / library_s:.2f} x {library} "
         f"({library_s * 1e3:.3f} ms), {rate / 1e12:.0f} TFLOP/s = {rate / ceilings.matmul_flop_s:.0%} of "
         "matmul; "
-        f"paged {seconds['paged'] * 1e3:.3f} ms, unpacked {seconds['unpacked'] * 1e3:.3f} ms",
+        f"paged {seconds['paged'] * 1e3:.3f} ms, library {seconds['library'] * 1e3:.3f} ms",
         flush=True,
     )
     return [
         Row(case, "time", seconds["chosen"] * 1e3, "ms", library, seconds["chosen"] / library_s),
         Row(case, "rate", rate / 1e12, "TFLOP/s", "bf16 matmul", rate / ceilings.matmul_flop_s),
         Row(case, "paged time", seconds["paged"] * 1e3, "ms", library, seconds["paged"] / library_s),
-        Row(case, "unpacked time", seconds["unpacked"] * 1e3, "ms", library, seconds["unpacked"] / library_s),
+        Row(
+            case,
+            "dequantized time",
+            seconds["dequantized"] * 1e3,
+            "ms",
+            library,
+            seconds["dequantized"] / library_s,
+        ),
     ]
 
 

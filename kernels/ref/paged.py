@@ -1,4 +1,4 @@
-"""References of the operations on pages. What a kernel returns is right iff it agrees with these.
+"""References of the operations on pages: a kernel is correct iff it agrees with these.
 
 Legend: see `kernels/cache_view.py`; L tokens of one sequence.
 """
@@ -24,7 +24,7 @@ def write_kv_ref(cache: LayerCache, k_THD: Tensor, v_THD: Tensor, slots_T: Tenso
 
 
 def read_kv_ref(cache: LayerCache, pages_M: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V of whole pages as stored (still transformed): two fp32 [M * P, H, D]."""
+    """Dequantize K and V of whole pages as stored (still transformed): two fp32 [M * P, H, D]."""
     cell, fmt = cache.cell, cache.format
     k_MHPD = _load(cache, fmt.k, cell.k_codes, cell.k_scales, pages_M, transposed=False)
     v_MHPD = _load(cache, fmt.v, cell.v_codes, cell.v_scales, pages_M, transposed=fmt.v.codes.quantized)

@@ -12,7 +12,7 @@ from paged_cases import Case, make_scaled_step, make_step, relative_error
 from quire.kernels._transform import transform_query
 from quire.kernels.decode import decode_attention
 from quire.kernels.decode_plan import decode_kind, items_capacity, plan_items
-from quire.kernels.dequantize import unpack_pages
+from quire.kernels.dequantize import dequantize_pages
 from quire.kernels.formats import FORMATS, Codes, KVFormat, Scales
 from quire.kernels.page_copy import checksum_pages, gather_pages, scatter_pages
 from quire.kernels.prefill import launch_prefill, prefill_attention
@@ -137,11 +137,11 @@ def test_values_with_the_smallest_scales_keep_their_precision(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_unpacked_pages_agree_with_the_reference(name):
+def test_dequantized_pages_agree_with_the_reference(name):
     step = make_step(Case(name, name, [700, 90], [1, 1], **LONG))
     on_gpu = step.to("cuda")
-    sides = unpack_pages(on_gpu.cache, on_gpu.batch.page_table_SM[0], 700, 1024)
-    expected = unpack_pages(step.cache, step.batch.page_table_SM[0], 700, 1024)
+    sides = dequantize_pages(on_gpu.cache, on_gpu.batch.page_table_SM[0], 700, 1024)
+    expected = dequantize_pages(step.cache, step.batch.page_table_SM[0], 700, 1024)
     for x_HLD, expected_HLD in zip(sides, expected, strict=True):
         assert relative_error(x_HLD, expected_HLD) < 1e-3
         assert x_HLD[:, 700:].count_nonzero() == 0

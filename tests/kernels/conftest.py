@@ -19,9 +19,9 @@ INTERPRETED = {
     "test_write.py",
     "test_decode.py",
     "test_prefill.py",
-    "test_unpack.py",
-    "test_unpacked.py",
-    "test_pages.py",
+    "test_dequantize.py",
+    "test_prefill_library.py",
+    "test_page_copy.py",
 }
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 

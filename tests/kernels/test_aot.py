@@ -16,7 +16,7 @@ from aot import Compiled, compile_kernel
 
 from quire.kernels._combine import combine_kernel, combine_tile
 from quire.kernels.decode import decode_kernel
-from quire.kernels.dequantize import unpack_kernel
+from quire.kernels.dequantize import dequantize_kernel
 from quire.kernels.formats import FORMATS, LayerFormat
 from quire.kernels.layout import PageLayout
 from quire.kernels.page_copy import copy_kernel
@@ -160,9 +160,9 @@ def test_prefill_hardly_spills_and_uses_warp_groups(k, v):
 
 
 @pytest.mark.parametrize(("k", "v"), [("bf16", "int8"), ("int4", "int4"), ("fp8", "int4g32")])
-def test_unpacking_hardly_spills_and_stores_wide(k, v):
+def test_dequantizing_hardly_spills_and_stores_wide(k, v):
     outputs = {"k_ptr": "*fp16:16", "v_ptr": "*fp16:16", "pages_ptr": "*i32:16", "length": "i32"}
-    code = compiled(unpack_kernel, k, v, 90, warps=4, **outputs)
+    code = compiled(dequantize_kernel, k, v, 90, warps=4, **outputs)
     assert code.spill_bytes <= 32
     assert code.all["STG.E.128"] > 0
     assert not any(op.startswith(("I2F", "STG.E.U16", "LDG.E.U8", "LDS.U8")) for op in code.all)

@@ -1,4 +1,4 @@
-"""Prefill over unpacked pages, in the interpreter with plain attention in the library's place."""
+"""Prefill over dequantized pages, in the interpreter with plain attention in the library's place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from paged_cases import Case, make_scaled_step, make_step, relative_error
 from torch import Tensor
 
-from quire.kernels.prefill_library import attend_unpacked, merge_partial, plan_stretches
+from quire.kernels.prefill_library import attend_dequantized, merge_partial, plan_stretches
 
 
 def plain_attention(
@@ -38,7 +38,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_the_reference(case):
     step = make_step(case)
-    out = attend_unpacked(step.cache, step.q_TQD, step.batch, step.spec, plain_attention)
+    out = attend_dequantized(step.cache, step.q_TQD, step.batch, step.spec, plain_attention)
     assert out.dtype == step.q_TQD.dtype
     assert relative_error(out, step.expected()) < (8e-3 if case.dtype == torch.bfloat16 else 3e-3)
 
@@ -46,14 +46,14 @@ def test_agrees_with_the_reference(case):
 @pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
 def test_static_scales_bring_any_magnitude_into_range(name):
     step = make_scaled_step(Case(name, name, [600], [80], page_tokens=64))
-    out = attend_unpacked(step.cache, step.q_TQD, step.batch, step.spec, plain_attention)
+    out = attend_dequantized(step.cache, step.q_TQD, step.batch, step.spec, plain_attention)
     assert relative_error(out, step.expected()) < 8e-3
 
 
 def test_padding_rows_after_the_chunk_do_no_harm():
     step = make_step(Case("int8", "int8", [600], [80], page_tokens=64))
     padded_TQD = torch.cat([step.q_TQD, step.q_TQD.new_full((450, *step.q_TQD.shape[1:]), 3.0)])
-    out = attend_unpacked(step.cache, padded_TQD, step.batch, step.spec, plain_attention)
+    out = attend_dequantized(step.cache, padded_TQD, step.batch, step.spec, plain_attention)
     assert out.shape == padded_TQD.shape
     assert relative_error(out[:80], step.expected()) < 8e-3
 
@@ -62,7 +62,7 @@ def test_history_in_pieces_gives_what_one_piece_gives():
     step = make_step(Case("int8", "int4", [20000], [9], page_tokens=64, kv_heads=1, group=1))
     step = replace(step, q_TQD=step.q_TQD.float())
     assert len(plan_stretches(9, 20000).history) == 2
-    out = attend_unpacked(step.cache, step.q_TQD, step.batch, step.spec, plain_attention)
+    out = attend_dequantized(step.cache, step.q_TQD, step.batch, step.spec, plain_attention)
     assert relative_error(out, step.expected()) < 3e-3
 
 
