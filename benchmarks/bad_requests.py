@@ -263,7 +263,7 @@ async def streams(client: AsyncClient, right: Right, until_s: float, seen: Seen)
 
 
 async def senders(address: str, bad: Sequence[Bad], count: int, until_s: float) -> tuple[int, int]:
-    """So many at once, each with a pause after what it sent. How many were sent, and ended wrongly."""
+    """Run `at_once` senders with pauses between requests; return how many were sent, and ended wrongly."""
     sent = misjudged = 0
 
     async def one(number: int, stub: Stub) -> None:

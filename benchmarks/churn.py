@@ -4,8 +4,8 @@
 
 Each replica (`churn_replica.py`) is a thread that does what an engine's does, with a real pool, exchange,
 mover, transport (TCP) and announcer; one real directory has room for fewer entries than there are blocks. A
-replica leaves without a goodbye: its transport is closed whatever it carries, and the directory hears of half
-the deaths by silence alone. It comes back under another name, with nothing. Now and then one stalls for
+replica leaves without a goodbye: its transport is closed whatever it carries, and the directory learns of
+half the deaths by silence alone. It comes back under another name, with nothing. Now and then one stalls for
 longer than a fetch may take.
 
 What counts, and must be 0 for the exit status to be 0: pages served with other bytes than their key's,

@@ -41,8 +41,8 @@ LINKS = LinkConfig(operation_timeout_s=1.0, max_links=4)
 TRANSFERS = ExchangeConfig(timeout_s=3.0)
 SILENCE_S, ALIVE_S = 4.0, 1.0
 PAUSE_S = 0.8  # between requests, in the mean
-GRACE_S = 1.0  # a thread of hundreds on two cores may hear of a deadline so much later
-STALLS, CLEARANCES = 0.01, 0.03  # so often in the place of a request
+GRACE_S = 1.0  # a thread of hundreds on two cores may notice a deadline this much later
+STALLS, CLEARANCES = 0.01, 0.03  # how often they take the place of a request
 
 
 def all_chains() -> list[list[BlockKey]]:
@@ -118,7 +118,7 @@ class World:
     counts: Counts = field(default_factory=Counts)
     peers: dict[ReplicaId, Peer] = field(default_factory=dict)
     quiet: threading.Event = field(default_factory=threading.Event)
-    """No requests any more, and nobody leaves."""
+    """No more requests are sent, and no replica leaves."""
     over: threading.Event = field(default_factory=threading.Event)
 
 

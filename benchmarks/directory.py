@@ -47,7 +47,7 @@ def main() -> int:
     announce_s = (time.perf_counter() - started) / args.entries
     entry_bytes = (resident_bytes() - before) / directory.stats().entries
 
-    # Chains whose blocks lie with one replica: consecutive hints of one announcement.
+    # Chains whose blocks one replica holds: consecutive hints of one announcement.
     rng = random.Random(0)
     chains = []
     for _ in range(2000):

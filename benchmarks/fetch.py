@@ -1,4 +1,4 @@
-"""Time to first token of a prompt that a neighbour holds: fetched, recomputed, and as the engine chooses.
+"""Time to first token of a prompt that a peer holds: fetched, recomputed, and as the engine chooses.
 
     scripts/loopback python benchmarks/fetch.py [--json FILE]
 
@@ -37,8 +37,8 @@ LINKS = {
     "1 Gb/s": ("int8", 1_000),
     "100 Mb/s": ("fp32", 100),
 }
-"""Pages and Mb/s. On the last one, with the largest pages, computing short prompts is sooner. Slower links do
-not serve: at 40 Mb/s chunks of 4 MB are not through in the second that a link grants them."""
+"""Pages and Mb/s. On the last one, with the largest pages, computing short prompts is faster. Slower links do
+not work: at 40 Mb/s chunks of 4 MB are not through in the second that a link grants them."""
 LEARNING_ROUNDS = 1
 ROUNDS, EVERY, LONG_EVERY, LONG_TOKENS = 45, 9, 15, 8192
 """A fetch of 30 to 200 ms varies by a fifth. Recomputing takes seconds and is far from fetching on fast
@@ -131,7 +131,9 @@ def in_rounds(b: Remote, link: str, rounds: int) -> tuple[dict[tuple[int, str], 
     slow, orders = LINKS[link][1] <= SLOW_MBIT, random.Random(0)
     for number in range(rounds):
         for n in orders.sample(LENGTHS, len(LENGTHS)):
-            for mode in orders.sample(list(MODES), len(MODES)):  # next to each other: a machine's pace drifts
+            for mode in orders.sample(
+                list(MODES), len(MODES)
+            ):  # next to each other: a machine's speed drifts
                 if number % _every(n, mode, slow):
                     continue
                 asked = asked_anew(b, texts[n], MODES[mode])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def shaped(mbit: int) -> Iterator[None]:
-    """Both directions together at so many Mb/s (tbf)."""
+    """Limit both directions together to a rate in Mb/s (tbf)."""
     burst = max(mbit * 125, 128 << 10)  # a millisecond, but two of its largest packets at least
     rule = ["rate", f"{mbit}mbit", "burst", str(burst), "limit", str(64 << 20)]
     subprocess.run(["tc", "qdisc", "add", "dev", "lo", "root", "tbf", *rule], check=True)

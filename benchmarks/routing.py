@@ -9,7 +9,7 @@ that have no work lend their time to those that have. Rounds alternate between t
 arrive as a Poisson process, whether answers come or not; a seed fixes when and what, and all routers get the
 same. Workloads (`routing_workloads.py`): `chat` system prompts under growing conversations; `agent` long tool
 prefixes with short tails; `crowd` and `agents` the same with more than all pools hold; `hot` one prefix that
-everybody asks for.
+all users ask for.
 """
 
 from __future__ import annotations

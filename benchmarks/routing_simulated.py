@@ -33,7 +33,7 @@ from quire.replicas.engine.load_report import LoadReport
 REPLICAS, PAGES, PAGE_TOKENS, MAX_RUNNING, STEP_TOKENS, NEW_TOKENS = 3, 58, 64, 16, 512, 12
 STEP_S, PROMPT_TOKEN_S, SEQUENCE_S = 0.036, 0.00075, 0.003
 BEFORE_TOKENS = 4000
-"""Behind so many tokens a prompt's token costs twice as much."""
+"""After this many tokens of context, a prompt's token costs twice as much."""
 KEYS = KeySpace(b"layout", b"weights", b"transforms")
 ROUNDS, ROUND_S = 2, 200.0
 WEIGHTS = {
@@ -54,7 +54,7 @@ class Asked:
     held: list[BlockKey] = field(default_factory=list)
     """Pages that it reads."""
     own_pages: int = 0
-    """That nobody else can find yet."""
+    """Blocks that no other request can find yet."""
     cached: int = 0
     done: int = 0
     """Tokens of the prompt."""

@@ -1,7 +1,7 @@
 """What the routing benchmark asks: prompts of random tokens, which share what real ones share, and when.
 
 Everything follows from the seed. Arrivals are a Poisson process (exponential gaps); a conversation's earlier
-answers are made up here, so that what is asked does not depend on how quickly anybody answered.
+answers are made up here, so that requests do not depend on how fast others were answered.
 """
 
 from __future__ import annotations

@@ -250,7 +250,7 @@ class Traffic:
 
 
 async def load(address: str, prompts: list[list[int]], new_tokens: int, leave: dict[int, float]) -> Traffic:
-    """All prompts at once; stream n in `leave` is dropped after so many seconds."""
+    """All prompts at once; stream n is dropped after `leave[n]` seconds, if given."""
     seen = Traffic()
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     async with AsyncClient(address) as client:

@@ -104,7 +104,7 @@ class Victim(Replica):
 
 
 class InPlace(Victim):
-    """Its pages are as large as chunks: sent from where they lie, received where they belong."""
+    """A victim whose pages are as large as chunks: sent from and received into the pool."""
 
     chunk_pages = 1
 
@@ -123,7 +123,7 @@ class _Struck:
         give = source.read_chunk
 
         def given(index: int, buffer: Tensor) -> Tensor:
-            chunk = give(index, buffer).clone()  # it may lie in the pool
+            chunk = give(index, buffer).clone()  # it may be in the pool
             self._at(f"send {index}", chunk)
             return chunk
 

@@ -95,7 +95,7 @@ class DirectoryProcess(BaseManager):
 
     def start(self, *args: Any, **kwargs: Any) -> None:
         super().start(*args, **kwargs)
-        # multiprocessing gives the object up with its last user, and fails whoever comes at that moment.
+        # multiprocessing drops the object with its last user, and fails one that connects at that moment.
         self._user = self.books()  # type: ignore[attr-defined]
 
 
@@ -177,7 +177,7 @@ class Replica:
         )
 
     def forget(self) -> None:
-        """Empty the pool, and let the directory hear of it."""
+        """Empty the pool, and tell the directory."""
         with self._engine._stepping:
             pool = self._engine._engine._pool
             pool.release(pool.allocate(pool.available))
@@ -254,7 +254,7 @@ class Remote:
         return self._control.recv()
 
     def begin(self, name: str, *arguments: object) -> None:
-        """A call whose answer nobody waits for here: the replica is about to be struck."""
+        """Send a call without waiting for its answer: the replica is about to be faulted."""
         self._control.send((name, *arguments))
 
     def close(self) -> None:

@@ -1,11 +1,8 @@
-"""One transfer to the device for all the small arrays of a step, which the host does not wait for.
-
-Knows bytes and shapes; what the arrays mean is their owner's.
-"""
+"""Moves all the small arrays of a step to the device in one transfer, which the host does not wait for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -23,7 +20,7 @@ _ALIGN = 16
 
 @dataclass(frozen=True)
 class Packing:
-    """Where arrays of known types and shapes lie in one run of bytes."""
+    """Where arrays of known types and shapes are in one run of bytes."""
 
     shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
@@ -44,7 +41,7 @@ class Packing:
         return sum(-(-d.itemsize * prod(shape) // _ALIGN) * _ALIGN for d, shape in self.shapes.values())
 
     def arrays(self, bytes_B: Tensor) -> dict[str, Array]:
-        """Views of a run of bytes in host memory."""
+        """Return views of a run of bytes in host memory."""
         whole = bytes_B.numpy()
         return {
             name: whole[at : at + dtype.itemsize * prod(shape)].view(dtype).reshape(shape)
@@ -52,7 +49,7 @@ class Packing:
         }
 
     def tensors(self, bytes_B: Tensor) -> dict[str, Tensor]:
-        """Views of a run of bytes on any device."""
+        """Return views of a run of bytes on any device."""
         return {
             name: bytes_B[at : at + dtype.itemsize * prod(shape)].view(_TORCH[dtype.str]).view(shape)
             for (name, at), (dtype, shape) in zip(self.offsets.items(), self.shapes.values(), strict=True)
@@ -60,19 +57,28 @@ class Packing:
 
 
 def host_bytes(size: int, device: torch.device) -> Tensor:
-    """Host memory from which `device` can copy by itself. A GPU's is page-locked, and comes from torch's
-    cache, which hands no memory out again before the copies that read it are done.
+    """Allocate host memory from which `device` can copy asynchronously.
+
+    A GPU's is page-locked, from torch's cache, which reuses no memory before copies from it are done.
     """
     return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def stage(arrays: Mapping[str, Array], device: torch.device) -> dict[str, Tensor]:
-    """The arrays as tensors on `device`, in one transfer."""
-    packing = Packing.of(arrays)
-    host_B = host_bytes(packing.size_bytes, device)
-    for name, view in packing.arrays(host_B).items():
-        view[...] = arrays[name]
-    return packing.tensors(host_B.to(device, non_blocking=True))
+    """Copy arrays to tensors on `device`, in one transfer."""
+    return stage_groups([arrays], device)[0]
+
+
+def stage_groups(groups: Sequence[Mapping[str, Array]], device: torch.device) -> list[dict[str, Tensor]]:
+    """Copy several groups of arrays to tensors on `device`, in one transfer."""
+    packings = [Packing.of(group) for group in groups]
+    sizes = [packing.size_bytes for packing in packings]
+    host_B = host_bytes(sum(sizes), device)
+    for group, packing, part_B in zip(groups, packings, host_B.split(sizes), strict=True):
+        for name, view in packing.arrays(part_B).items():
+            view[...] = group[name]
+    parts = host_B.to(device, non_blocking=True).split(sizes)
+    return [packing.tensors(part_B) for packing, part_B in zip(packings, parts, strict=True)]
 
 
 _TORCH = {

@@ -1,4 +1,4 @@
-"""Decode attention: bandwidth against the device's copy, time against the quickest library on bf16.
+"""Decode attention: bandwidth against the device's copy, time against the fastest library on bf16.
 
     python -m benchmarks.gpu attention --date 2026-01-31
 

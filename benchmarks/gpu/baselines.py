@@ -23,7 +23,7 @@ _PAGE_TOKENS = 16
 _WORKSPACE_BYTES = 256 << 20
 _VLLM = ("vllm.v1.attention.ops.triton_unified_attention", "vllm.attention.ops.triton_unified_attention")
 _VLLM_PROGRAMS = 128
-"""Below so many programs vLLM splits a sequence, into `_VLLM_SEGMENTS`."""
+"""Below this many programs vLLM splits a sequence, into `_VLLM_SEGMENTS`."""
 _VLLM_SEGMENTS = 16
 
 Calls = list[Callable[[], object]]

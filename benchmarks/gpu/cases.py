@@ -1,6 +1,6 @@
 """Layers of random K and V on the device: as pages in random order, and contiguous for the library.
 
-A case has so many layers that its data is several times the cache (L2), and every timed call takes the next
+A case has enough layers for its data to be several times the cache (L2), and every timed call takes the next
 layer: what a model's step does, and the only honest reading of bandwidth.
 
 Legend: B sequences, L tokens of each, H kv heads, G query heads of each, D head_dim, Q query heads.

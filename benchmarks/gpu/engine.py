@@ -109,7 +109,7 @@ def speed(llm: LLM, load: Load) -> Speed:
     preempted = llm.stats().preemptions - preempted
     pages = -(-(load.prompt_tokens + load.new_tokens) // llm.info.page_tokens)
     at_once = min(load.requests, llm.stats().pages_total // pages)
-    # The last ones are likeliest to be in the cache still; what is not is computed before the time counts.
+    # The last ones are most likely to be in the cache still; what is not is computed before the time counts.
     _generate(llm, prompts[-at_once:], 1)
     cached = _generate(llm, prompts[-at_once:], _decoding_alone(load, at_once).new_tokens)
     return Speed(at_once, sum(c.usage.output_tokens for c in done) / seconds, decode_rate(cached), preempted)

@@ -79,12 +79,12 @@ def decode_bandwidth(rows: Sequence[Row]) -> Figure | None:
 
 
 def decode_speedup(rows: Sequence[Row]) -> Figure | None:
-    """What fewer bits gain in time, against the quickest library on bf16."""
+    """Draw what fewer bits gain in time, against the fastest library on bf16."""
     found = cells(rows, "decode", "time")
     if not found:
         return None
     figure, axes = _dots(found, lambda row: 1 / row.ratio, 1)
-    axes.set_xlabel("times as fast as the quickest library on contiguous bf16\n" + _HEADS)
+    axes.set_xlabel("times as fast as the fastest library on contiguous bf16\n" + _HEADS)
     _title(figure, "Decode attention: speed against the best library")
     return figure
 
@@ -173,7 +173,7 @@ def capacity(rows: Sequence[Row]) -> Figure | None:
 
 
 def fetch(rows: Sequence[Row]) -> Figure | None:
-    """Time to first token of a prompt that a neighbour holds, a panel a link's speed."""
+    """Draw TTFT of a prompt that a peer holds, one panel for each link speed."""
     ways = {way: cells(rows, "fetch", f"{way}_ms") for way in WAYS}
     links: dict[str, dict[str, dict[int, float]]] = {}
     for way, found in ways.items():
@@ -198,7 +198,7 @@ def fetch(rows: Sequence[Row]) -> Figure | None:
         axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
     panels[0].set_ylabel("time to first token, ms")
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
-    _title(figure, "A prompt whose blocks a neighbour holds: fetched, recomputed, as chosen")
+    _title(figure, "A prompt whose blocks a peer holds: fetched, recomputed, as chosen")
     return figure
 
 

@@ -65,11 +65,10 @@ def wall_seconds(steps: Sequence[Callable[[], object]], rounds: int = 5) -> floa
 def device_seconds(steps: Sequence[Callable[[], object]], wall_s: float) -> float | None:
     """Mean seconds that the device needs for one of `steps` if the host never keeps it waiting.
 
-    The device first sleeps for so long that the host can hand over all steps (`wall_s` each at most), then
-    runs them back to back between two events. So many steps at once may need host memory that is not there
-    yet: there is a second try. Where a step makes the host wait, the host cannot get ahead; then the device's
-    activities in a trace are added up, which counts the pauses between kernels as idle. None where that does
-    not work either.
+    The device first sleeps while the host hands over all steps (`wall_s` each at most), then runs them back
+    to back between two events. The first attempt may have to allocate host memory for them, so there are two.
+    Where a step makes the host wait, the host cannot get ahead; then the device's activities in a trace are
+    added up, which counts the pauses between kernels as idle. None where that does not work either.
     """
     return _slept_seconds(steps, wall_s) or _slept_seconds(steps, wall_s) or _traced_seconds(steps)
 

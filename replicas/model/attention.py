@@ -1,6 +1,6 @@
-"""Where transformers' models meet our pages: the attention function they call, and what is learned from it.
+"""The attention function that transformers' models call, and a probe that learns each layer's attention.
 
-A model calls it once a layer with queries, keys and values after RoPE; the step's metadata travels as the
+A model calls it once a layer with queries, keys and values after RoPE; the step's metadata is passed as the
 keyword argument `step` of `model(...)`. Names: T tokens, Q query heads, H kv heads, D head_dim.
 """
 
@@ -24,12 +24,12 @@ _IGNORED = frozenset({"dropout", "position_ids"})
 
 
 class AttentionStep(Protocol):
-    """What `paged_attention` asks of the `step` it is handed."""
+    """What `paged_attention` needs of its `step`."""
 
     def attend(
         self, module: nn.Module, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec
     ) -> Tensor:
-        """Attention outputs [T, Q, D] of the layer that `module` belongs to (`layer_index`)."""
+        """Compute attention outputs [T, Q, D] of the layer of `module` (`layer_index`)."""
 
 
 def paged_attention(
@@ -46,7 +46,7 @@ def paged_attention(
     is_causal: bool | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: query [1, Q, T, D], key and value [1, H, T, D] → [1, T, Q, D].
+    """Have transformers' signature: query [1, Q, T, D], key and value [1, H, T, D] → [1, T, Q, D].
 
     Raises: ModelNotServable where the model asks for an attention we do not implement.
     """
@@ -70,7 +70,7 @@ def paged_attention(
 
 
 def layer_index(module: nn.Module) -> int:
-    """Which of the model's layers a layer's attention module is."""
+    """Return the number of the layer that an attention module belongs to."""
     index = module.layer_idx
     assert isinstance(index, int)
     return index
@@ -81,7 +81,7 @@ AttentionInterface.register(ATTENTION, paged_attention)
 
 @dataclass(frozen=True, slots=True)
 class LayerHeads:
-    """The attention of one layer as the model really calls it."""
+    """The attention of one layer, as the model calls it."""
 
     query_heads: int
     kv_heads: int
@@ -91,7 +91,7 @@ class LayerHeads:
 
 
 class Probe:
-    """A step that computes nothing and notes what arrives."""
+    """A step that computes nothing and records its arguments."""
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerHeads] = {}
@@ -110,7 +110,7 @@ class Probe:
 
 @torch.inference_mode()
 def probe_attention(model: PreTrainedModel) -> tuple[LayerHeads, ...]:
-    """What every layer's attention is, learned from a forward of two tokens.
+    """Learn every layer's attention from a forward pass of two tokens.
 
     Raises: ModelNotServable where a layer's attention never reaches `paged_attention`, or has heads or a
     window that pages cannot hold.

@@ -1,4 +1,4 @@
-"""A model's files on disk: where they are, which tensors they hold, and reading parts of those.
+"""A model's files on disk: finding them, listing their tensors, and reading parts of those.
 
 Knows nothing of modules or shards: names, shapes, index ranges.
 """
@@ -32,14 +32,14 @@ _LOG = logging.getLogger(__name__)
 GENERATION_CONFIG = "generation_config.json"
 
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""What transformers raises where a file of a model says something that it does not expect."""
+"""What transformers raises for model files with unexpected contents."""
 
-_WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+_HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
 """Files of a hub repository: configuration, weights, tokenizer. No pickles, no code."""
 
 
 def find_model(source: str) -> Path:
-    """The folder of a model: "demo", a local folder, or a Hugging Face hub id (downloaded on first use).
+    """Find the folder of a model: "demo", a local folder, or a Hugging Face hub id (downloaded on first use).
 
     Raises: UnknownModel.
     """
@@ -51,7 +51,7 @@ def find_model(source: str) -> Path:
             raise UnknownModel(f"{folder} holds no config.json; give a folder in Hugging Face format")
         return folder
     try:
-        return Path(snapshot_download(source, allow_patterns=_WANTED))
+        return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
     except (HFValidationError, OSError) as error:  # OSError: all that HTTP, network and cache raise
         raise UnknownModel(
             f'model {source!r} is neither a local folder nor "demo", and the Hugging Face hub did not give '
@@ -61,7 +61,7 @@ def find_model(source: str) -> Path:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The model's configuration. Raises ModelNotServable where transformers cannot read it."""
+    """Read the model's configuration. Raises ModelNotServable where transformers cannot."""
     read_json(folder / "config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -72,7 +72,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a model's JSON file. Raises ModelNotServable where it holds none."""
+    """Read the object in a model's JSON file. Raises ModelNotServable where it holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:  # ValueError: JSON and UTF-8
@@ -85,15 +85,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def generation_values(folder: Path) -> dict[str, Any]:
-    """What generation_config.json says; empty without one. Raises ModelNotServable for a damaged one."""
+    """Read generation_config.json; empty without one. Raises ModelNotServable for a damaged one."""
     path = folder / GENERATION_CONFIG
-    return read_json(path) if os.path.lexists(path) else {}  # a link that leads nowhere is damage
+    return read_json(path) if os.path.lexists(path) else {}  # a broken link counts as damage
 
 
 def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
-    """Tokens that end an output: those of generation_config.json, else of config.json.
+    """Return the tokens that end an output: those of generation_config.json, else of config.json.
 
-    Whatever is no token of the model's vocabulary is left out, and the log says so.
+    What is not in the model's vocabulary is left out, with a warning.
     """
     named = generation_values(folder).get("eos_token_id")
     tokens = _usable_tokens(named, folder / GENERATION_CONFIG, config.vocab_size)
@@ -107,7 +107,7 @@ def _usable_tokens(said: Any, file: Path, vocab_size: int) -> tuple[int, ...]:
     tokens = [t for t in given if type(t) is int and 0 <= t < vocab_size]
     if len(tokens) < len(given):
         _LOG.warning(
-            "%s: eos_token_id is %s, of which %s are used: the others are no tokens of a vocabulary of %d",
+            "%s: eos_token_id is %s, of which %s are used: the others are not in the vocabulary of %d",
             file,
             said,
             tokens or "none",
@@ -117,11 +117,11 @@ def _usable_tokens(said: Any, file: Path, vocab_size: int) -> tuple[int, ...]:
 
 
 _MAX_NAME_BYTES = 255
-"""Of a file, on all common file systems."""
+"""The longest file name on common file systems."""
 
 
 class WeightSource(Protocol):
-    """Where loading finds a whole model's tensors, by the names that checkpoints use."""
+    """A whole model's tensors, by name."""
 
     @property
     def folder(self) -> Path:
@@ -132,7 +132,7 @@ class WeightSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
-        """The tensor's part at `index` (all of it by default), on any device and in any type."""
+        """Read the tensor's part at `index` (all of it by default), on any device and in any type."""
 
     @property
     def fingerprint(self) -> bytes:
@@ -140,26 +140,26 @@ class WeightSource(Protocol):
 
 
 def config_digest(folder: Path) -> hashlib.blake2b:
-    """A digest of 32 bytes, begun with what config.json says."""
+    """Start a digest of 32 bytes with the contents of config.json."""
     config = read_json(folder / "config.json")
     return hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=32)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a folder's safetensors files, as they are named there.
+    """The tensors of a folder's safetensors files, by their names there.
 
-    A context: files stay open inside it.
+    A context manager that keeps the files open.
     """
 
     folder: Path
     slices: Mapping[str, Any]
-    """Tensor name → safetensors slice, which reads only the asked part."""
+    """Tensor name → safetensors slice, which reads only the requested part."""
     files: ExitStack
 
     @staticmethod
     def open(folder: Path, named: object = None) -> Checkpoint:
-        """`named`: the file that the config asks for (`transformers_weights`), if any.
+        """Open the weights, from the file `named` by the config (`transformers_weights`), if any.
 
         Raises ModelNotServable for missing, damaged or incomplete files.
         """
@@ -195,7 +195,7 @@ class Checkpoint:
         return none_of_it.dtype
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
-        """The tensor's part at `index` (all of it by default), on the CPU in the checkpoint's type."""
+        """Read the tensor's part at `index` (all of it by default), on the CPU in the checkpoint's type."""
         part: Tensor = self.slices[name][index or (slice(None),) * len(self.shape(name)) or ...]
         return part
 
@@ -218,8 +218,8 @@ class Checkpoint:
 
 
 def _weight_files(folder: Path, named: object) -> list[Path]:
-    """The files that transformers reads: what the config names (`transformers_weights`), else the one of the
-    usual name, else those of the index. Others beside them are none of the model's.
+    """List the files that transformers reads: the one that the config names (`transformers_weights`), else
+    the one with the usual name, else those of the index.
     """
     if named is not None:
         first = _inside(folder, named, folder / "config.json")
@@ -231,7 +231,7 @@ def _weight_files(folder: Path, named: object) -> list[Path]:
         others = sorted(path.name for path in folder.glob("*.safetensors"))
         raise ModelNotServable(
             f"{folder} holds no {first.name if named else f'{SAFE_WEIGHTS_NAME} and no {first.name}'}"
-            + (f" (of {', '.join(others)} transformers reads none)" if others else "")
+            + (f" (transformers reads none of {', '.join(others)})" if others else "")
             + "; convert the weights with save_pretrained()"
         )
     if not first.name.endswith(".index.json"):
@@ -249,10 +249,10 @@ def _weight_files(folder: Path, named: object) -> list[Path]:
 
 
 def _inside(folder: Path, name: object, said_by: Path) -> Path:
-    """The file that another one names. Raises ModelNotServable for one elsewhere than in the folder."""
+    """Resolve a file that another one names. Raises ModelNotServable for one outside the folder."""
     base, path = os.path.abspath(folder), os.path.abspath(folder / str(name))
     if os.path.commonpath([base, path]) != base:
-        raise ModelNotServable(f"{said_by} names the file {name}, which lies outside {folder}; correct it")
+        raise ModelNotServable(f"{said_by} names the file {name}, which is outside {folder}; correct it")
     if len(os.fsencode(str(name))) > _MAX_NAME_BYTES:
         raise ModelNotServable(f"{said_by} names a file of {len(str(name))} characters; correct it")
     return Path(path)

@@ -1,8 +1,8 @@
-"""torch.compile for all of a layer but its attention: norms, rotations and activations become few kernels.
+"""torch.compile for everything in a layer but its attention: norms, RoPE and activations become few kernels.
 
-All layers share one piece of compiled code. Attention stays one opaque operator in it; whatever that needs
-beside q, k and v (pages, lengths, plans, which layer it is) is bound when a step begins, so that the code is
-the same for every layer, step and batch size.
+All layers share one piece of compiled code, in which attention is one opaque operator. What that needs beside
+q, k and v (pages, lengths, plans, the layer) is bound when a step begins, so that the code is the same for
+every layer, step and batch size.
 
 Names: T tokens, Q query heads, H kv heads, D head_dim.
 """
@@ -23,25 +23,25 @@ from transformers import PreTrainedModel
 from quire.kernels.cache_view import AttentionSpec
 from quire.replicas.errors import ModelNotServable
 
-LEAST_TOKENS = 2
-"""Compiled code takes any number of tokens but 0 and 1, which torch would compile anew."""
+MIN_TOKENS = 2
+"""Compiled code takes any number of tokens but 0 and 1, which torch would compile separately."""
 
-_numbers = count()  # operators' names are unique in a process and the same in every process
+_numbers = count()  # torch's registry of operators is global: names are unique, and equal in every process
 
 
 class LayerSteps(Protocol):
-    """A step whose layers are known by their numbers."""
+    """A step that is told layers by number."""
 
     def attend_layer(
         self, layer: int, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec
     ) -> Tensor:
-        """Attention outputs [T, Q, D] of one layer."""
+        """Compute attention outputs [T, Q, D] of one layer."""
 
 
 class OpaqueAttention:
-    """The `step` that a compiled model is given, with the real one bound to it while a step runs.
+    """The `step` of a compiled model, which forwards to the real one while that runs.
 
-    Layers are told apart by the order of their calls: code that named its layer would be compiled for each.
+    Layers are counted in the order of their calls: code that named its layer would be compiled for each.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class OpaqueAttention:
 
     @contextmanager
     def bound(self, step: LayerSteps) -> Iterator[OpaqueAttention]:
-        """While this lasts, attention is the given step's, which is begun with the first layer."""
+        """Forward attention to `step`, from its first layer on, while the context lasts."""
         self._step, self._layer = step, 0
         try:
             yield self
@@ -80,9 +80,9 @@ def _like_queries(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, so
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile the model's layers, at the first call; their code serves any number of tokens.
+    """Compile the model's layers, at the first call, for any number of tokens. Raises ModelNotServable.
 
-    Compiled kernels are kept on disk by torch, for the next start. Raises ModelNotServable.
+    torch keeps compiled kernels on disk for the next start.
     """
     count = model.config.num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]

@@ -1,4 +1,4 @@
-"""How long a sequence a model takes, by its configuration."""
+"""The longest sequence a model takes, by its configuration."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from quire.replicas.errors import ModelNotServable
 
 @dataclass(frozen=True, slots=True)
 class ContextLength:
-    """In tokens; None for a model without positions of its own."""
+    """Context lengths in tokens; None for a model without position limits."""
 
     usual: int | None
-    """What is served unless something else is asked for."""
+    """The default of max_model_tokens."""
     most: int | None
 
 
@@ -24,12 +24,12 @@ _MAX_FACTOR = 1e6
 
 
 def context_length(config: PreTrainedConfig) -> ContextLength:
-    """The length a model was made for, and the one that its RoPE scaling reaches.
+    """Return the length a model was trained for, and the one that its RoPE scaling reaches.
 
     YaRN's factor counts from the length before it, which configs often still give as
-    `max_position_embeddings`. Linear scaling is described both ways in published configs: with its own length
-    before scaling it counts likewise; without, it is the user who knows, and may ask for more.
-    Raises ModelNotServable for lengths that are no numbers.
+    `max_position_embeddings`. Published configs give linear scaling with a length before it, which counts
+    likewise, or without one, which leaves it to the user to set a larger length.
+    Raises ModelNotServable for lengths that are not numbers.
     """
     given = getattr(config, "max_position_embeddings", None)
     if given is None:
@@ -54,7 +54,7 @@ def context_length(config: PreTrainedConfig) -> ContextLength:
 
 
 def rope_problem(config: PreTrainedConfig, max_model_tokens: int) -> str:
-    """Why keys cannot be cached: position encodings that change with the longest sequence of a step."""
+    """Return why keys cannot be cached (RoPE that depends on a step's longest sequence), or an empty text."""
     for rope in rope_entries(config):
         if rope.get("rope_type") == "dynamic":
             return 'RoPE of type "dynamic" changes with the length of the sequence, so keys cannot be cached'
@@ -70,6 +70,6 @@ def rope_problem(config: PreTrainedConfig, max_model_tokens: int) -> str:
 
 
 def rope_entries(config: PreTrainedConfig) -> Iterator[Mapping[str, Any]]:
-    """The RoPE parameters of every kind of layer."""
+    """Yield the RoPE parameters of every kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     yield from [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, Mapping)]

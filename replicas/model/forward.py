@@ -14,7 +14,7 @@ from quire.replicas.model.step import ModelInputs
 
 
 class ForwardPass:
-    """Calls the model, compiled or as transformers wrote it."""
+    """Calls the model, compiled or eager."""
 
     def __init__(self, model: PreTrainedModel, *, compiled: bool) -> None:
         self.model = model
@@ -24,9 +24,9 @@ class ForwardPass:
 
     @torch.inference_mode()
     def __call__(self, inputs: ModelInputs) -> Tensor:
-        """fp32 logits [R, vocabulary] of the wanted rows; the step's K and V are in the pages afterwards."""
+        """Compute fp32 logits [R, vocabulary] of `logit_rows_R`; the step's K and V are written to pages."""
         positions_T = inputs.positions_T
-        if self._opaque:  # a copy, because torch would compile anew for every place in a tensor's memory
+        if self._opaque:  # a copy, because torch would compile again for every storage offset
             positions_T = positions_T.clone()
         with self._opaque.bound(inputs.step) if self._opaque else nullcontext(inputs.step) as step:
             logits_1RV: Tensor = self.model(
@@ -39,7 +39,7 @@ class ForwardPass:
         return logits_1RV[0].float()
 
     def close(self) -> None:
-        """Give the weights back at once, also where modules refer to themselves, as compiled ones do."""
+        """Free the weights at once, even of compiled modules, which refer to themselves."""
         release_products(self.model)
         for module in self.model.modules():
             module._parameters.clear()

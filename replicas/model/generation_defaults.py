@@ -1,8 +1,7 @@
-"""The sampling that a model's generation_config.json recommends: what a request gets that says nothing.
+"""The sampling parameters that a model's generation_config.json recommends: the defaults of a request.
 
-As in transformers, `do_sample` is false unless it says otherwise, and then the temperature counts for
-nothing; `top_k` is used only if the file names one. Other keys (lengths, beams, tokens) are not defaults of a
-request here.
+As in transformers, `do_sample` is false by default, and the temperature is then ignored; `top_k` is used only
+if the file names one. Other keys (lengths, beams, tokens) are not used.
 """
 
 from __future__ import annotations
@@ -17,25 +16,25 @@ from quire.replicas.request import DEFAULTED, ResolvedSampling
 
 _LOG = logging.getLogger(__name__)
 
-_OF_TRANSFORMERS = {"temperature": 1.0}
-"""What it draws with where the file says only `do_sample`."""
+_TRANSFORMERS_DEFAULTS = {"temperature": 1.0}
+"""Its values where the file says only `do_sample`."""
 
 
 def generation_defaults(folder: Path) -> ResolvedSampling:
-    """Of the model in `folder`; greedy where there is no such file.
+    """Read the defaults of the model in `folder`; greedy where there is no such file.
 
-    A value that cannot be is left out with a warning. Raises ModelNotServable for a damaged file.
+    Invalid values are ignored with a warning. Raises ModelNotServable for a damaged file.
     """
     path, said = folder / GENERATION_CONFIG, generation_values(folder)
     values = {name: said[name] for name in DEFAULTED if said.get(name) is not None}
     if said.get("do_sample") is True:
-        values = _OF_TRANSFORMERS | values
+        values = _TRANSFORMERS_DEFAULTS | values
     else:
         values.pop("temperature", None)
-    return ResolvedSampling(**{name: value for name, value in values.items() if _may_be(name, value, path)})
+    return ResolvedSampling(**{name: value for name, value in values.items() if _is_valid(name, value, path)})
 
 
-def _may_be(name: str, value: Any, path: Path) -> bool:
+def _is_valid(name: str, value: Any, path: Path) -> bool:
     try:
         ResolvedSampling(**{name: value})
     except InvalidRequest as error:

@@ -1,11 +1,11 @@
-"""Finds the layers whose keys a constant part would drown in a low-bit format.
+"""Finds the layers whose keys have a constant part too large for a low-bit format.
 
 Models of the Qwen2 family add a bias to K that is many times what the weights produce, on some layers. One
-scale per token then resolves the bias and rounds the rest away. RoPE turns the bias with the position, so
-no static shift removes it; such layers keep K in bf16.
+scale per token then resolves the bias and rounds the rest to zero. RoPE rotates the bias with the position,
+so no static shift removes it; such layers keep K in bf16.
 
-What a bias comes to is measured, by no module's name: a layer's attention gets random inputs of the size that
-its norm gives them, all at position 0, where RoPE turns nothing. The mean of the keys is their constant part.
+The bias is measured, whatever modules are called: a layer's attention gets random inputs of the size that its
+norm produces, all at position 0, where RoPE is the identity. The mean of the keys is their constant part.
 Names: N inputs, H kv heads, D head_dim.
 """
 
@@ -31,11 +31,11 @@ from quire.replicas.model.meta import meta_model
 _LOG = logging.getLogger(__name__)
 
 _LIMITS = {Codes.INT8: 8.0, Codes.FP8: 8.0, Codes.INT4: 2.0}
-"""How many times a typical key's norm the bias may reach. Rounding noise is about 0.026 (int8) and 0.12
-(int4, rotated) of the norm of what is stored, at head_dim 128: the limits keep it near a fifth of the key."""
+"""The largest bias, in norms of a typical key. Rounding noise is about 0.026 (int8) and 0.12 (int4, rotated)
+of the stored norm at head_dim 128: the limits keep it near a fifth of the key."""
 
 _INPUTS = 64
-"""Their mean is an eighth of their size by chance."""
+"""Number of random inputs; the norm of their mean is an eighth of theirs by chance."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class AttentionCall:
     """How the model calls a layer's attention for a token at position 0."""
 
     name: str
-    """Of the attention module."""
+    """Name of the attention module."""
     attention: nn.Module
     norm: nn.Module | None
-    """What makes its input; None where that is no norm."""
+    """The norm that computes its input, if there is one."""
     x: Tensor
-    """Its input, [1, 1, hidden size]."""
+    """Input of the attention, [1, 1, hidden size]."""
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     biased: bool
-    """Whether anything may be added on the way to K."""
+    """Whether the norm or the attention has any bias."""
 
     def keys(self, attention: nn.Module, x_1NI: Tensor) -> Tensor:
-        """[N, H, D]: what `attention` makes of inputs, called as this call was."""
+        """Compute the keys [N, H, D] of `attention` for other inputs, called as this call was."""
 
         def instead(given: Tensor) -> Tensor:
             return x_1NI if given is self.x else given.to(x_1NI.device)
@@ -63,27 +63,27 @@ class AttentionCall:
         args, kwargs = tree_map_only(Tensor, instead, (self.args, dict(self.kwargs)))
         try:
             attention(*args, **{**kwargs, "step": _KeysOnly()})
-        except _Keys as keys:
+        except _KeysReached as keys:
             return keys.k_NHD
-        raise AssertionError("an attention that called ours when it was probed now does not")
+        raise AssertionError("attention did not reach `step` as it did when it was probed")
 
 
-class _Keys(Exception):  # no error: ends a call once K is known
+class _KeysReached(Exception):  # no error: ends a call once K is known
     def __init__(self, k_NHD: Tensor) -> None:
         self.k_NHD = k_NHD
 
 
 class _KeysOnly:
-    """A step that takes the keys, and ends the call before it multiplies or sums anything more."""
+    """A step that takes the keys and ends the call before anything more is computed."""
 
     def attend(
         self, module: nn.Module, q_NQD: Tensor, k_NHD: Tensor, v_NHD: Tensor, spec: AttentionSpec
     ) -> Tensor:
-        raise _Keys(k_NHD)
+        raise _KeysReached(k_NHD)
 
 
-class _Watch:
-    """A step that computes nothing and notes the calls of attention that lead to it."""
+class _CallRecorder:
+    """A step that computes nothing and records how attention modules were called."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.calls: dict[int, AttentionCall] = {}
@@ -118,13 +118,13 @@ def _has_bias(module: nn.Module) -> bool:
 
 @torch.inference_mode()
 def attention_calls(model: PreTrainedModel) -> tuple[AttentionCall, ...]:
-    """Every layer's, learned from a forward of one token; none of a model without any bias.
+    """Record every layer's attention call in a forward pass of one token; none for a model without any bias.
 
-    Before products are merged, which hides biases, and before shards are joined: every rank learns it alone.
+    Called before products are merged, which hides biases, and before collectives are added.
     """
     if not _has_bias(model):
         return ()
-    watch = _Watch(model)
+    watch = _CallRecorder(model)
     handles = [m.register_forward_pre_hook(watch.before, with_kwargs=True) for m in model.modules()]
     handles += [m.register_forward_hook(watch.after) for m in model.modules()]
     zero = torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -135,9 +135,9 @@ def attention_calls(model: PreTrainedModel) -> tuple[AttentionCall, ...]:
 
 
 def key_offset(call: AttentionCall, config: PreTrainedConfig, weights: WeightSource, tp: int) -> float:
-    """Largest norm of a kv head's constant part of K over the norm of what its inputs add; 0 without bias.
+    """Return the largest ratio, over kv heads, of the norm of K's constant part to that of the rest.
 
-    Of the whole model's heads, so that every rank comes to the same result. `config`: the whole model's.
+    It covers all heads of the model, so that all ranks agree. `config` is the whole model's.
     """
     if not call.biased:
         return 0.0
@@ -152,7 +152,7 @@ def key_offset(call: AttentionCall, config: PreTrainedConfig, weights: WeightSou
 
 
 def _whole_attention(call: AttentionCall, config: PreTrainedConfig, weights: WeightSource) -> nn.Module:
-    """The call's attention module with the K heads of all ranks. Weights that do not reach K stay unread."""
+    """Load the call's attention module with the K heads of all ranks; weights that K does not need are 0."""
     whole = copy.deepcopy(config)
     whole._attn_implementation = ATTENTION
     attention = meta_model(whole).get_submodule(call.name)
@@ -173,7 +173,7 @@ def with_safe_keys(
     weights: WeightSource,
     tp: int,
 ) -> tuple[LayerFormat, ...]:
-    """The formats with bf16 keys on the layers whose K format is too coarse; says so in the log."""
+    """Replace K formats that are too coarse for their layer by bf16, with a warning."""
     offsets = {
         i: key_offset(call, config, weights, tp)
         for i, (call, f) in enumerate(zip(calls, formats, strict=False))

@@ -1,6 +1,6 @@
 """Builds one shard of a model: transformers' code on the meta device, then only this rank's weights.
 
-Nothing is guessed: what cannot be served is refused with the reason, before or right after loading.
+What cannot be served is refused with the reason, before or right after loading.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from quire.replicas.model.key_bias import AttentionCall, attention_calls
 from quire.replicas.model.merged import merge_products
 from quire.replicas.model.meta import meta_model
 from quire.replicas.model.tensor_parallel import (
-    Joins,
+    Collectives,
     ShardPlan,
-    join_shards,
+    add_collectives,
     shard_config,
     shrink_head,
 )
@@ -32,7 +32,7 @@ from quire.replicas.model.tensor_parallel import (
 _LOG = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-"""Told (tensors done, tensors in all) while weights load."""
+"""Called with (tensors done, all tensors) while weights load."""
 
 _SERVABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
@@ -44,7 +44,7 @@ class LoadedModel:
     model: PreTrainedModel
     layers: tuple[LayerHeads, ...]
     calls: tuple[AttentionCall, ...]
-    """Of every layer's attention; none of a model without any bias."""
+    """Every layer's attention call; none for a model without any bias."""
 
 
 def load_model(
@@ -53,12 +53,12 @@ def load_model(
     *,
     rank: int,
     tp: int,
-    group: Joins | None,
+    group: Collectives | None,
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """One of `tp` shards. `group` joins them; None for one shard alone.
+    """Load one of `tp` shards. `group` connects them; None for a single shard.
 
     Raises: ModelNotServable, ConfigError.
     """
@@ -80,9 +80,9 @@ def load_model(
         )
     if device.type == "cuda":
         merge_products(model)
-        torch.cuda.empty_cache()  # what they were merged from is the pool's
+        torch.cuda.empty_cache()  # the unmerged weights' memory is for the pool
     if group is not None:
-        join_shards(model, plan, group)
+        add_collectives(model, plan, group)
     if device.type == "cpu":
         make_invariant(model)
     return LoadedModel(model, layers, calls)
@@ -129,7 +129,7 @@ def _load_weights(
     for done, (name, meta) in enumerate(wanted.items()):
         progress(done, len(wanted))
         value = _read(weights, name, tuple(meta.shape), plan)
-        if plan.rank and plan.added_once(name):
+        if plan.rank and plan.bias_on_rank0_only(name):
             value = torch.zeros_like(value)
         value = value.to(device, dtype if value.is_floating_point() else None)
         _assign(model, name, nn.Parameter(value, False) if isinstance(meta, nn.Parameter) else value)
@@ -139,7 +139,7 @@ def _load_weights(
 
 
 def _read(weights: WeightSource, name: str, local: tuple[int, ...], plan: ShardPlan) -> Tensor:
-    """This rank's part of one parameter."""
+    """Read this rank's part of one parameter."""
     if not local:
         return weights.read(name)
     dim, ranges = plan.ranges(name, weights.shape(name), local)
@@ -148,9 +148,9 @@ def _read(weights: WeightSource, name: str, local: tuple[int, ...], plan: ShardP
 
 
 def _tie(model: PreTrainedModel, weights: WeightSource, plan: ShardPlan, target: str, source: str) -> None:
-    """Let `target` be `source`, the table of a tied output head say, by transformers' rules.
+    """Tie `target` to `source` (an output head to the embeddings, say) by transformers' rules.
 
-    One that the checkpoint lacks is the other. Two that differ are not tied, whatever the config says.
+    If the checkpoint lacks one, it is the other. Two that differ are not tied, whatever the config says.
     """
     if source not in weights:
         whole = weights.read(target).to(model.get_parameter(target))
@@ -175,7 +175,7 @@ def _assign(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the buffers no checkpoint holds (RoPE's frequencies) as transformers' own loading does."""
+    """Compute the buffers that checkpoints lack (RoPE's frequencies), as transformers' loading does."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

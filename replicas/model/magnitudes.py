@@ -1,9 +1,9 @@
-"""Static scales for keys and values whose magnitude their KV format would not hold.
+"""Static scales for keys and values whose magnitude is outside their KV format's range.
 
 V times c, with the output projection divided by c, is the same model; so is K times c with Q divided by c.
 How large a model's K and V are is therefore arbitrary, while formats and fp16 arithmetic have a range. Both
 are measured when the model is loaded, by one forward of a short, fixed prompt. A head outside its format's
-range gets a power of two as its static scale, which is exact; all others get none.
+range gets a power of two as its static scale, which is exact; the others get none.
 
 Names: L layers, H kv heads of a shard or of the whole model, D head_dim, T tokens, Q query heads.
 """
@@ -24,15 +24,15 @@ from quire.kernels.formats import KVFormat, LayerFormat, Scales
 from quire.kernels.ref.paged import attend_numbers
 from quire.kernels.transform import LayerTransform, SideTransform, default_transform
 from quire.replicas.model.attention import layer_index
-from quire.replicas.model.tensor_parallel import Joins
+from quire.replicas.model.tensor_parallel import Collectives
 
 _LOG = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 64
-"""Of the prompt that is measured; fewer where the model takes fewer."""
+"""Length of the measured prompt; fewer where the model takes fewer."""
 
 _RANGE = {Scales.STATIC: 4, Scales.TOKEN: 6}
-"""A format holds numbers well whose root mean square (rms) lies between 2**-n and 2**n.
+"""A format suits numbers whose root mean square (rms) is between 2**-n and 2**n.
 
 Static codes are e4m3, whose steps stop shrinking at 2**-6 and whose numbers end at 448: an rms of 2**-4 costs
 1 % of the precision (2**-6 would cost 45 %), one of 2**4 leaves outliers a factor of 28. Dynamic scales are
@@ -43,12 +43,12 @@ overflows.
 
 _STEP = 4
 """Exponents are multiples of it: coarse, so that rounding differences between GPUs, types and numbers of
-shards seldom change one. Where they do, the two replicas' block keys differ, and they share no blocks.
+shards rarely change one. Where they do, the two replicas' block keys differ, and they share no blocks.
 """
 
 
 class MagnitudeProbe:
-    """A step of one sequence without pages, which notes the mean square of each kv head's K and V."""
+    """A step of one sequence without pages, which records the mean square of each kv head's K and V."""
 
     def __init__(self) -> None:
         self.squares: dict[int, Tensor] = {}
@@ -65,9 +65,9 @@ class MagnitudeProbe:
 
 @torch.inference_mode()
 def mean_squares(model: PreTrainedModel, tokens: int = PROMPT_TOKENS) -> Tensor:
-    """fp64 [L, 2, H] on the CPU: of K and V of this shard's kv heads, for tokens from all of the vocabulary.
+    """Measure the mean squares of K and V of this shard's kv heads: fp64 [L, 2, H] on the CPU.
 
-    All ranks of a replica call it at the same time.
+    The prompt covers the vocabulary. All ranks of a replica call it at the same time.
     """
     ids = [(i * 0x9E3779B1 % 2**32) * model.config.vocab_size >> 32 for i in range(1, tokens + 1)]
     ids_1T = torch.tensor([ids], device=model.device)
@@ -83,8 +83,8 @@ def mean_squares(model: PreTrainedModel, tokens: int = PROMPT_TOKENS) -> Tensor:
     return torch.stack([probe.squares[layer] for layer in sorted(probe.squares)]).cpu()
 
 
-def of_whole_model(squares_L2H: Tensor, kv_heads: int, group: Joins | None) -> Tensor:
-    """[L, 2, kv_heads], the same on all ranks, from each rank's own. A head that several hold counts once."""
+def gather_heads(squares_L2H: Tensor, kv_heads: int, group: Collectives | None) -> Tensor:
+    """Gather each rank's heads to [L, 2, kv_heads]; a head that several ranks hold counts once."""
     if group is None:
         return squares_L2H
     ranks_L2H = group.all_gather(squares_L2H).movedim(0, 2).flatten(2)
@@ -92,7 +92,7 @@ def of_whole_model(squares_L2H: Tensor, kv_heads: int, group: Joins | None) -> T
 
 
 def static_exponent(mean_square: float, fmt: KVFormat) -> int:
-    """log2 of a head's static scale: 0 within the format's range, and where nothing finite was measured."""
+    """Return log2 of a head's static scale: 0 within the format's range, or if not finite."""
     if fmt.scales is Scales.NONE or not 0 < mean_square < math.inf:
         return 0
     log2 = math.log2(mean_square) / 2
@@ -105,18 +105,19 @@ def measured_transforms(
     *,
     kv_heads: int,
     head_dim: int,
-    group: Joins | None,
+    group: Collectives | None,
     max_tokens: int,
 ) -> tuple[LayerTransform, ...]:
-    """Every layer's maps for the whole model's kv heads, on the CPU: the formats' own, scaled where needed.
+    """Return every layer's transforms for all kv heads, on the CPU: the formats' own, scaled where needed.
 
-    The same on all ranks, which call it at the same time. Raises FormatError if a format needs a calibration.
+    They are the same on all ranks, which call it at the same time. Raises FormatError if a format needs a
+    calibration.
     """
     defaults = [LayerTransform(default_transform(f.k), default_transform(f.v)) for f in formats]
     if all(scales is Scales.NONE for f in formats for scales in (f.k.scales, f.v.scales)):
         return tuple(defaults)
-    squares_L2H = of_whole_model(mean_squares(model, min(max_tokens, PROMPT_TOKENS)), kv_heads, group)
-    _warn_of_what_is_not_finite(squares_L2H)
+    squares_L2H = gather_heads(mean_squares(model, min(max_tokens, PROMPT_TOKENS)), kv_heads, group)
+    _warn_non_finite(squares_L2H)
     return tuple(
         LayerTransform(
             _scaled(default.k, fmt.k, k_H, head_dim),
@@ -134,7 +135,7 @@ def _scaled(default: SideTransform, fmt: KVFormat, square_H: Sequence[float], he
     return replace(default, scale_HD=scale_H[:, None].repeat(1, head_dim))
 
 
-def _warn_of_what_is_not_finite(squares_L2H: Tensor) -> None:
+def _warn_non_finite(squares_L2H: Tensor) -> None:
     if layers := (~squares_L2H.isfinite()).flatten(1).any(1).nonzero().flatten().tolist():
         _LOG.warning(
             "keys or values of layers %s are not finite for a test prompt: the weights are damaged, or too "
@@ -144,13 +145,13 @@ def _warn_of_what_is_not_finite(squares_L2H: Tensor) -> None:
 
 
 def log_scales(formats: Sequence[LayerFormat], transforms: Sequence[LayerTransform]) -> None:
-    """Say which layers are stored divided, and that static scales have no calibration."""
+    """Log which layers are stored divided, and that static scales have no calibration."""
     for name, sides in (("K", [t.k for t in transforms]), ("V", [t.v for t in transforms])):
         scale_LH = {i: side.scale_HD[:, 0] for i, side in enumerate(sides) if side.scale_HD is not None}
         if scale_LH:
             exponents = torch.stack(list(scale_LH.values())).log2()
             _LOG.info(
-                "%s of layers %s is stored divided by 2^%d to 2^%d: it lies outside its format's range",
+                "%s of layers %s is stored divided by 2^%d to 2^%d: it is outside its format's range",
                 name,
                 _listed(scale_LH),
                 exponents.min(),
@@ -159,7 +160,7 @@ def log_scales(formats: Sequence[LayerFormat], transforms: Sequence[LayerTransfo
     if static := sorted({s.codes.value for f in formats for s in (f.k, f.v) if s.scales is Scales.STATIC}):
         _LOG.warning(
             "%s is stored without a calibration: a head's scale is 1, or a power of two where its magnitude "
-            "for a test prompt asks for it",
+            "for a test prompt requires it",
             "/".join(static),
         )
 

@@ -1,8 +1,8 @@
-"""Products of the same input in one: Q, K and V, and the two halves of an MLP.
+"""Merges projections of the same input into one matrix product: Q, K and V, and the two halves of an MLP.
 
-At a decode step's few rows a product takes as long as reading its weights, and a small one much longer than
-that. The model's code stays as transformers wrote it: its projections become parts of one product, which the
-first of them to be called computes.
+With a decode step's few rows, a product takes as long as reading its weights, and a small one much longer.
+The model's code stays transformers': its projections become parts of one product, which the first call
+computes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class _Product:
-    """One product; between its first part's call and its last one's it holds what it was asked for."""
+    """One product, which keeps its result from the call of its first part to that of its last."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight, self._bias = weight, bias
@@ -25,7 +25,7 @@ class _Product:
         self._out: Tensor | None = None
 
     def of(self, x: Tensor, *, last: bool) -> Tensor:
-        """Computed anew for any other `x` than the last caller's, so that no order of calls can be wrong."""
+        """Compute the product unless `x` is the last call's, so that calls are correct in any order."""
         out = self._out
         if self._x is not x or out is None:
             out = F.linear(x, self._weight, self._bias)
@@ -34,7 +34,7 @@ class _Product:
 
 
 class _Part(nn.Module):
-    """What was a linear layer: some columns of a product."""
+    """A linear layer that became some columns of a product."""
 
     def __init__(self, product: _Product, at: int, weight: Tensor, *, last: bool) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class _Part(nn.Module):
 
 
 def merge_products(model: PreTrainedModel) -> None:
-    """Merge sibling projections wherever all are plain linear layers without hooks. Their memory is moved."""
+    """Merge sibling projections where all are plain linear layers without hooks; this moves their weights."""
     for module in list(model.modules()):
         for names in _SIBLINGS:
             siblings = [getattr(module, name, None) for name in names]
@@ -61,7 +61,7 @@ def merge_products(model: PreTrainedModel) -> None:
 
 
 def release_products(model: nn.Module) -> None:
-    """Give the merged weights up: no part can be called afterwards."""
+    """Free the merged weights; no part can be called afterwards."""
     for module in model.modules():
         if isinstance(module, _Part):
             module.release()

@@ -1,4 +1,4 @@
-"""A model without numbers: transformers' code, its names and shapes."""
+"""Builds transformers' models on the meta device: names and shapes without numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quire.replicas.model.checkpoint import UNREADABLE
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without numbers. Raises ModelNotServable where transformers cannot build it."""
+    """Build the model on the meta device. Raises ModelNotServable where transformers cannot build it."""
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         with torch.device("meta"):

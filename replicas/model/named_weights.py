@@ -1,7 +1,7 @@
 """A checkpoint's tensors by the names and in the shapes of the model's parameters.
 
-Checkpoints name, split and stack their tensors in other ways than the model's code does. What belongs where
-is transformers' knowledge: its own conversions say it here, as they do in `from_pretrained`.
+Checkpoints may name, split and stack tensors differently from the model's code. transformers' own conversions
+translate them, as in `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from transformers.core_model_loading import (
 
 from quire.replicas.errors import ModelNotServable
 from quire.replicas.model.checkpoint import Checkpoint
+from quire.replicas.model.lazy_tensor import Index, LazyTensor
 from quire.replicas.model.meta import meta_model
-from quire.replicas.model.unread import Index, Unread
 
 _LOG = logging.getLogger(__name__)
 
 _SHOWN = 3
-"""Names that a message gives of many."""
+"""The most names in a message."""
 
 
 @dataclass(frozen=True)
 class NamedWeights:
-    """A source of weights: every parameter of the model, or of a tied pair at least one. A context."""
+    """All parameters of the model, of a tied pair at least one. A context manager."""
 
     checkpoint: Checkpoint
-    tensors: Mapping[str, Unread]
+    tensors: Mapping[str, LazyTensor]
 
     @staticmethod
     def open(folder: Path, config: PreTrainedConfig) -> NamedWeights:
-        """Raises ModelNotServable where the folder does not hold the model that the config describes."""
+        """Open a checkpoint. Raises ModelNotServable where it is not the model that the config describes."""
         model = meta_model(copy.deepcopy(config))
-        with ExitStack() as unless_right:
+        with ExitStack() as on_error:
             named = getattr(config, "transformers_weights", None)
-            checkpoint = unless_right.enter_context(Checkpoint.open(folder, named))
+            checkpoint = on_error.enter_context(Checkpoint.open(folder, named))
             tensors, unused = _converted(checkpoint, model)
             _check(folder, tensors, model)
-            unless_right.pop_all()
-        _tell_unused(folder, unused, model)
+            on_error.pop_all()
+        _warn_unused(folder, unused, model)
         return NamedWeights(checkpoint, tensors)
 
     def __enter__(self) -> NamedWeights:
@@ -77,7 +77,7 @@ class NamedWeights:
         return tuple(self.tensors[name].shape)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
-        """The part at `index`; only this much is read of what the checkpoint stacks or splits."""
+        """Read the part at `index`, and no more of what the checkpoint stacks or splits."""
         shape = self.shape(name)
         full = (*index, *(slice(None),) * (len(shape) - len(index)))
         return self.tensors[name].read(
@@ -85,10 +85,10 @@ class NamedWeights:
         )
 
 
-def _converted(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, Unread], list[str]]:
-    """The model's tensors, and the checkpoint's names that belong to none.
+def _converted(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Return the model's tensors, and the checkpoint's names that belong to none.
 
-    The same walk as in transformers' `convert_and_load_state_dict_in_model`, which loads whole tensors.
+    It follows transformers' `convert_and_load_state_dict_in_model`, which loads whole tensors.
     """
     state = model.state_dict()
     transforms = get_model_conversion_mapping(model)
@@ -108,8 +108,8 @@ def _converted(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str
             groups[target] = (
                 WeightRenaming(name, target) if pattern is None else copy.deepcopy(by_pattern[pattern])
             )
-        groups[target].add_tensor(target, name, pattern or name, _unread(checkpoint, name))
-    tensors: dict[str, Unread] = {}
+        groups[target].add_tensor(target, name, pattern or name, _lazy(checkpoint, name))
+    tensors: dict[str, LazyTensor] = {}
     for target, group in groups.items():
         try:
             made = group.convert(target, model=model, config=model.config)
@@ -122,11 +122,11 @@ def _converted(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str
     return {name: t for name, t in tensors.items() if name in state}, unused
 
 
-def _unread(checkpoint: Checkpoint, name: str) -> Unread:
+def _lazy(checkpoint: Checkpoint, name: str) -> LazyTensor:
     def read(index: Index) -> Tensor:
         return checkpoint.read(name, index)
 
-    return Unread.of(checkpoint.shape(name), checkpoint.dtype(name), read)
+    return LazyTensor.of(checkpoint.shape(name), checkpoint.dtype(name), read)
 
 
 def _check(folder: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> None:
@@ -148,8 +148,8 @@ def _check(folder: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel) 
             )
 
 
-def _tell_unused(folder: Path, names: Iterable[str], model: PreTrainedModel) -> None:
-    """Say which tensors the model does not use, but for those that its class expects to be there."""
+def _warn_unused(folder: Path, names: Iterable[str], model: PreTrainedModel) -> None:
+    """Warn of tensors that the model does not use, except those that its class ignores."""
     known = {
         r"rotary_emb\.inv_freq",
         r"(^|\.)position_ids$",
@@ -157,7 +157,7 @@ def _tell_unused(folder: Path, names: Iterable[str], model: PreTrainedModel) -> 
     }
     unused = [name for name in names if not any(re.search(pattern, name) for pattern in known)]
     if unused:
-        _LOG.warning("%s has no use for the tensors %s in %s", type(model).__name__, _some(unused), folder)
+        _LOG.warning("%s does not use the tensors %s in %s", type(model).__name__, _some(unused), folder)
 
 
 def _some(names: Iterable[str]) -> str:

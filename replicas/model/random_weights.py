@@ -1,7 +1,6 @@
-"""Weights made up where they are used: for timing a model of which only config.json is at hand.
+"""Random weights, for timing a model of which there is only config.json.
 
-A source of weights like a checkpoint, and as tensor-parallel as one: a tensor's numbers depend on its name
-alone, so that all ranks cut the same model.
+A tensor's numbers depend on its name alone, so that all ranks shard the same model.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from quire.replicas.model.checkpoint import config_digest
 from quire.replicas.model.meta import meta_model
 
 _STD = 0.02
-"""As models are initialized; activations and logits stay finite at any width and depth we serve."""
+"""Standard deviation, as models are initialized: logits stay finite at any width and depth we serve."""
 
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """The tensors that the whole model's own code asks for."""
+    """A source of random tensors in the shapes that the model's code needs."""
 
     folder: Path
     shapes: Mapping[str, tuple[int, ...]]
@@ -33,7 +32,7 @@ class RandomWeights:
 
     @staticmethod
     def of(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> RandomWeights:
-        """Raises ModelNotServable where transformers cannot build the model."""
+        """Take shapes from the model. Raises ModelNotServable where transformers cannot build it."""
         model = meta_model(config)
         own = {n: t for n, t in model.state_dict().items() if n not in model.all_tied_weights_keys}
         shapes = {name: tuple(t.shape) for name, t in own.items()}
@@ -46,18 +45,18 @@ class RandomWeights:
         return self.shapes[name]
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
-        """The part at `index`, on the device: normal numbers around 0, around 1 for the weights of norms."""
+        """Generate the part at `index`: normal numbers around 0, or around 1 for the weights of norms."""
         seed = hashlib.blake2b(name.encode(), digest_size=7).digest()
         generator = torch.Generator(self.device).manual_seed(int.from_bytes(seed))
         whole = torch.empty(self.shapes[name], dtype=self.dtype, device=self.device)
         mean = 1.0 if whole.dim() == 1 and name.endswith("weight") else 0.0
         whole.normal_(mean, _STD, generator=generator)
         part = whole[index]
-        return part if part.numel() == whole.numel() else part.clone()  # or the rest would stay in memory
+        return part if part.numel() == whole.numel() else part.clone()  # a view would keep the whole tensor
 
     @property
     def fingerprint(self) -> bytes:
-        """32 bytes that differ when the config or the device's random numbers differ."""
+        """Return 32 bytes that depend on the config and the device's random generator."""
         digest = config_digest(self.folder)
         digest.update(f"random on {self.device.type}".encode())
         return digest.digest()

@@ -1,6 +1,6 @@
-"""A step as attention reads it: the batch's arrays on the device, cut into parts that one kernel serves each.
+"""A step as attention reads it: the batch's arrays on the device, in parts for one kernel each.
 
-Names: T tokens, Q query heads, H kv heads, D head_dim, S sequences, R wanted rows of logits.
+Names: T tokens, Q query heads, H kv heads, D head_dim, S sequences, R rows whose logits are computed.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from quire.kernels.decode_plan import DecodeKind, DecodePlan, decode_kind, plan_
 from quire.kernels.prefill import prefill_attention
 from quire.kernels.write import write_kv, write_step
 from quire.replicas.model.attention import LayerHeads, layer_index
-from quire.replicas.staging import Array, stage
+from quire.replicas.staging import Array, stage_groups
 from quire.replicas.step_batch import Ints, StepBatch
 
 _DECODE_TOKENS = 8
-"""Sequences with so many new tokens or fewer are served by the decode kernel."""
+"""Sequences with at most this many new tokens are served by the decode kernel."""
 
 _CHUNK_TOKENS = 512
-"""A chunk of so many tokens or more is a part of its own: alone it may take prefill's quicker way."""
+"""A chunk of at least this many tokens is a part of its own, which prefill may serve faster."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepPart:
-    """Neighbouring sequences of a step that one kernel serves."""
+    """Consecutive sequences of a step that one kernel serves."""
 
     rows: slice
-    """Their tokens."""
+    """The tokens of these sequences."""
     batch: PagedBatch
     decode: bool
     plans: tuple[DecodePlan | None, ...] = ()
-    """For every layer, how a GPU's decode kernel shares out the pages."""
+    """For every layer, the work items of a GPU's decode kernel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +46,13 @@ class PagedStep:
 
     caches: tuple[LayerCache, ...]
     parts: tuple[StepPart, ...]
-    """Only the first may be one of decoding sequences."""
+    """The first may hold decoding sequences, the others hold prefill chunks."""
     slots_T: Tensor
 
     def attend(
         self, module: nn.Module, q_TQD: Tensor, k_THD: Tensor, v_THD: Tensor, spec: AttentionSpec
     ) -> Tensor:
-        """`attend_layer` of the layer that `module` belongs to."""
+        """Call `attend_layer` for the layer of `module`."""
         return self.attend_layer(layer_index(module), q_TQD, k_THD, v_THD, spec)
 
     def attend_layer(
@@ -76,7 +76,7 @@ class PagedStep:
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """What a forward pass takes."""
+    """The arguments of a forward pass."""
 
     token_ids_T: Tensor
     positions_T: Tensor
@@ -97,10 +97,10 @@ class StepBuilder:
     def build(
         self, batch: StepBatch, drawn: Tensor | None = None, *, tokens: int = 0, rows: int = 0
     ) -> ModelInputs:
-        """The batch on the device, padded to `tokens` and `rows`. Its sequences are sorted by new tokens.
+        """Move a batch, sorted by new tokens, to the device, padded to `tokens` and `rows`.
 
         Padding tokens belong to no sequence, are stored nowhere, and go to the last part.
-        `drawn`: what the batch's negative token ids stand for.
+        `drawn`: the tokens to which the batch's negative token ids refer.
         """
         tokens = max(tokens, len(batch.token_ids_T))
         arrays: dict[str, Array] = {
@@ -111,24 +111,23 @@ class StepBuilder:
         }
         cuts = tuple(_cut(batch, tokens, self.device))
         kinds = [self.kinds(cut.new_tokens) if cut.decode else () for cut in cuts]
-        for i, cut in enumerate(cuts):
-            arrays |= {f"{name} {i}": array for name, array in _part_arrays(batch, cut).items()}
-            arrays |= {
-                f"{name} {i}": array for name, array in plan_arrays(kinds[i], *cut.lengths(batch)).items()
-            }
-        staged = stage(arrays, self.device)
+        of_parts = [
+            _part_arrays(batch, cut) | plan_arrays(kinds_of_cut, *cut.lengths(batch))
+            for cut, kinds_of_cut in zip(cuts, kinds, strict=True)
+        ]
+        staged, *staged_parts = stage_groups([arrays, *of_parts], self.device)
         parts = []
-        for i, cut in enumerate(cuts):
-            mine = {name[: -len(f" {i}")]: x for name, x in staged.items() if name.endswith(f" {i}")}
+        for cut, kinds_of_cut, part in zip(cuts, kinds, staged_parts, strict=True):
             paged = PagedBatch(
-                query_start_S1=mine["query_start"],
-                kv_tokens_S=mine["kv_tokens"],
-                page_table_SM=mine["page_table"],
+                query_start_S1=part["query_start"],
+                kv_tokens_S=part["kv_tokens"],
+                page_table_SM=part["page_table"],
                 slots_T=staged["slots"][cut.rows],
                 max_query_tokens=cut.new_tokens,
                 max_kv_tokens=int(batch.kv_tokens_S[cut.sequences].max()),
             )
-            parts.append(StepPart(cut.rows, paged, cut.decode, layer_plans(kinds[i], mine, len(self.caches))))
+            plans = layer_plans(kinds_of_cut, part, len(self.caches))
+            parts.append(StepPart(cut.rows, paged, cut.decode, plans))
         return ModelInputs(
             known_tokens(staged["token_ids"], drawn),
             staged["positions"],
@@ -137,11 +136,11 @@ class StepBuilder:
         )
 
     def close(self) -> None:
-        """Give the pages back."""
+        """Release the pool."""
         self.caches = ()
 
     def kinds(self, new_tokens: int) -> tuple[DecodeKind, ...]:
-        """Every layer's kind for sequences of up to so many new tokens; empty where nothing is planned."""
+        """Return every layer's kind for up to `new_tokens` a sequence; empty where nothing is planned."""
         if self.device.type != "cuda":
             return ()
         if new_tokens not in self._kinds:
@@ -154,7 +153,7 @@ class StepBuilder:
 
 
 def known_tokens(token_ids_T: Tensor, drawn: Tensor | None) -> Tensor:
-    """Token ids with those that the step before drew in place of the negative ones."""
+    """Replace negative token ids by the tokens that the previous step drew."""
     if drawn is None:
         return token_ids_T
     return torch.where(token_ids_T < 0, drawn[(-1 - token_ids_T).clamp(min=0)], token_ids_T)
@@ -166,7 +165,7 @@ def plan_arrays(
     kv_tokens_S: Ints,
     capacities: Mapping[DecodeKind, int] | None = None,
 ) -> dict[str, Array]:
-    """The plans of all kinds as arrays to stage, padded to `capacities`."""
+    """Plan decode attention for all kinds, as arrays to stage, padded to `capacities`."""
     arrays: dict[str, Array] = {}
     for i, kind in enumerate(dict.fromkeys(kinds)):
         plan = plan_items(kind, new_S, kv_tokens_S, capacities[kind] if capacities else None)
@@ -178,7 +177,7 @@ def plan_arrays(
 def layer_plans(
     kinds: Sequence[DecodeKind], staged: Mapping[str, Tensor], layers: int
 ) -> tuple[DecodePlan | None, ...]:
-    """For each layer the plan of its kind, from what `plan_arrays` made and was staged."""
+    """Return each layer's plan from the staged arrays of `plan_arrays`."""
     plans = {
         kind: DecodePlan(staged[f"items of kind {i}"], staged[f"first items of kind {i}"])
         for i, kind in enumerate(dict.fromkeys(kinds))
@@ -193,18 +192,16 @@ class _Cut:
     sequences: slice
     rows: slice
     new_tokens: int
-    """Of its sequences at most."""
+    """The most new tokens of any of its sequences."""
     decode: bool
 
     def lengths(self, batch: StepBatch) -> tuple[Ints, Ints]:
-        """New and all tokens of its sequences."""
+        """Return the new tokens and all tokens of each of its sequences."""
         return np.diff(batch.query_start_S1)[self.sequences], batch.kv_tokens_S[self.sequences]
 
 
 def _cut(batch: StepBatch, tokens: int, device: torch.device) -> Iterator[_Cut]:
-    """Decoding sequences, short chunks, and each long chunk alone; on a CPU all together, for its kernel
-    cares for each sequence by itself.
-    """
+    """Separate decoding sequences, short chunks and each long chunk; a CPU serves all in one part."""
     new_S = np.diff(batch.query_start_S1)
     count = len(new_S)
     decode_end, short_end = np.searchsorted(new_S, [_DECODE_TOKENS + 1, _CHUNK_TOKENS]).tolist()

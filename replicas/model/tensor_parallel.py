@@ -1,8 +1,8 @@
-"""Which part of every parameter a tensor-parallel shard holds, and the sums that join the shards again.
+"""Which part of every parameter a tensor-parallel shard holds, and the collectives between the shards.
 
 A shard is a smaller model: built from `shard_config`, transformers' own code computes with the shard's heads
 and its share of the MLP. The style of each module comes from the config's `base_model_tp_plan`; a parameter
-is cut along that style's dimension into pieces of the shard's size, and rank r of tp takes piece
+is split along that style's dimension into pieces of the shard's size, and rank r of tp takes piece
 r * pieces // tp, which gives kv heads to several ranks where there are fewer of them than ranks.
 """
 
@@ -23,7 +23,7 @@ from quire.replicas.errors import ConfigError, ModelNotServable
 
 _COLUMN = frozenset({"colwise", "colwise_rep", "colwise_gather_output", "packed_colwise"})
 _ROW = frozenset({"rowwise", "rowwise_rep", "rowwise_split_input"})
-_SUMMED = frozenset({"moe_tp_experts"})
+_REDUCED = frozenset({"moe_tp_experts"})
 _MLP_SIZES = {
     "intermediate_size": "mlp.",
     "moe_intermediate_size": "mlp.experts.",
@@ -32,18 +32,18 @@ _MLP_SIZES = {
 """Sizes in a config, and the modules that have them: divided where the plan divides those."""
 
 
-class Joins(Protocol):
-    """What a sharded model needs of its group."""
+class Collectives(Protocol):
+    """The collective operations that a sharded model needs of its group."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks."""
+        """Sum over the ranks."""
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """[ranks, *x.shape]."""
+        """Gather every rank's `x`: [ranks, *x.shape]."""
 
 
 def shard_config(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
-    """The configuration of one of `tp` shards' smaller model.
+    """Return the configuration of the smaller model of one of `tp` shards.
 
     Raises: ConfigError where the heads or the MLP cannot be divided, ModelNotServable where transformers has
     no tensor-parallel plan for the model.
@@ -76,7 +76,7 @@ def shard_config(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
 
 
 def fused_sizes(module: str, config: PreTrainedConfig, size: int) -> tuple[int, ...]:
-    """Sizes of what a projection of `size` outputs holds one after the other: several if it is fused."""
+    """Return the sizes of the projections that a module of `size` outputs fuses, or its own size."""
     leaf = module.rpartition(".")[2]
     if leaf == "qkv_proj":
         d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -103,7 +103,7 @@ class ShardPlan:
 
     @staticmethod
     def of(model: PreTrainedModel, config: PreTrainedConfig, rank: int, tp: int) -> ShardPlan:
-        """The plan of `model`, which was built from the shard's config."""
+        """Plan for `model`, which was built from the shard's config."""
         styles = {f"{model.base_model_prefix}.{k}": v for k, v in (config.base_model_tp_plan or {}).items()}
         styles[output_head(model)[0]] = "colwise"
         patterns = ((re.compile(re.escape(k).replace(r"\*", r"\d+")), v) for k, v in styles.items())
@@ -113,15 +113,15 @@ class ShardPlan:
         return next((style for pattern, style in self.styles if pattern.fullmatch(name)), None)
 
     def module_of(self, parameter: str) -> str:
-        """The planned name of a parameter: the module's, or its own (experts keep bare parameters)."""
+        """Return a parameter's name in the plan: its module's, or its own (experts have bare ones)."""
         return parameter if self.style(parameter) else parameter.rpartition(".")[0]
 
     def ranges(
         self, parameter: str, whole: Sequence[int], local: Sequence[int]
     ) -> tuple[int, tuple[slice, ...]]:
-        """The dimension along which `parameter` is cut, and the ranges of `whole` that join to `local`.
+        """Return the dimension along which `parameter` is split, and the ranges of `whole` that make `local`.
 
-        Raises: ModelNotServable where the shapes fit no cut.
+        Raises: ModelNotServable where the shapes fit no split.
         """
         name = self.module_of(parameter)
         style = self.style(name) or "none"
@@ -134,7 +134,7 @@ class ShardPlan:
         fits = style in _COLUMN | _ROW and len(whole) == len(local)
         fits = fits and all(w == n for i, (w, n) in enumerate(zip(whole, local, strict=True)) if i != dim)
         fits = fits and (sum(sizes), sum(local_sizes)) == (whole[dim], local[dim])
-        # What is summed over the ranks must be there once.
+        # An all-reduce must count every part once.
         fits = fits and not (summed and whole[dim] != local[dim] * self.tp)
         if not fits or not all(_divides(w, n, self.tp) for w, n in zip(sizes, local_sizes, strict=True)):
             raise ModelNotServable(
@@ -148,19 +148,19 @@ class ShardPlan:
             at += size
         return dim, tuple(ranges)
 
-    def added_once(self, parameter: str) -> bool:
-        """Whether this is the bias of a layer whose outputs are summed: all ranks but the first drop it."""
+    def bias_on_rank0_only(self, parameter: str) -> bool:
+        """Tell whether this bias is added to an output that is all-reduced: only rank 0 may add it."""
         return parameter.endswith(".bias") and self.style(self.module_of(parameter)) in _ROW
 
 
 def _divides(whole: int, local: int, tp: int) -> bool:
-    """Whether `whole` falls into pieces of `local` that `tp` ranks share evenly."""
+    """Tell whether `whole` splits into pieces of `local` that `tp` ranks share evenly."""
     pieces = whole // local
     return whole % local == 0 and pieces <= tp and tp % pieces == 0
 
 
 def output_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
-    """The layer that makes logits, with its name. Raises ModelNotServable where there is none."""
+    """Return the name and layer that computes logits. Raises ModelNotServable where there is none."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(head, nn.Linear):
         raise ModelNotServable(f"{type(model).__name__} has no linear output head; it is not servable")
@@ -177,21 +177,21 @@ def shrink_head(model: PreTrainedModel, tp: int) -> None:
             head.bias = nn.Parameter(torch.empty(head.out_features, device="meta"), False)
 
 
-def join_shards(model: PreTrainedModel, plan: ShardPlan, group: Joins) -> None:
-    """Hook the sums over the ranks behind row-wise modules, and the gathering of logits behind the head."""
+def add_collectives(model: PreTrainedModel, plan: ShardPlan, group: Collectives) -> None:
+    """Add an all-reduce after every row-wise module, and an all-gather of logits after the output head."""
     for name, module in model.named_modules():
         style = plan.style(name)
-        if style in _SUMMED or (style in _ROW and isinstance(module, nn.Linear)):
-            module.register_forward_hook(partial(_summed, group))
+        if style in _REDUCED or (style in _ROW and isinstance(module, nn.Linear)):
+            module.register_forward_hook(partial(_all_reduced, group))
     _, head = output_head(model)
     if head.out_features < plan.config.vocab_size:
         head.register_forward_hook(partial(_gathered, group))
 
 
-def _summed(group: Joins, module: nn.Module, args: object, out: Tensor) -> Tensor:
+def _all_reduced(group: Collectives, module: nn.Module, args: object, out: Tensor) -> Tensor:
     return group.all_reduce(out)
 
 
-def _gathered(group: Joins, module: nn.Module, args: object, out_1RV: Tensor) -> Tensor:
-    """[1, R, vocabulary of a shard] → [1, R, vocabulary]."""
+def _gathered(group: Collectives, module: nn.Module, args: object, out_1RV: Tensor) -> Tensor:
+    """Gather [1, R, vocabulary of a shard] to [1, R, vocabulary]."""
     return group.all_gather(out_1RV).movedim(0, -2).flatten(-2)

@@ -31,7 +31,7 @@ from quire.replicas.model.checkpoint import (
     generation_values,
     load_config,
 )
-from quire.replicas.model.compiled import LEAST_TOKENS
+from quire.replicas.model.compiled import MIN_TOKENS
 from quire.replicas.model.context import context_length
 from quire.replicas.model.forward import ForwardPass
 from quire.replicas.model.generation_defaults import generation_defaults
@@ -150,7 +150,7 @@ class Shard:
         if self.device.type == "cpu":  # `invariance.py` says why
             inputs = self._builder.build(batch, drawn, tokens=padded(tokens), rows=padded(rows))
         else:
-            inputs = self._builder.build(batch, drawn, tokens=LEAST_TOKENS)
+            inputs = self._builder.build(batch, drawn, tokens=MIN_TOKENS)
         return self._forward(inputs)[:rows]
 
     def close(self) -> None:

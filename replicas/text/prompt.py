@@ -33,14 +33,14 @@ class ChatMessage:
 
 
 def as_prompt(value: Any, name: str = "prompt") -> str | tuple[int, ...]:
-    """One prompt. Raises InvalidRequest."""
+    """Check one prompt. Raises InvalidRequest."""
     if isinstance(value, str):
         return text(name, value)
     return token_ids(name, items(name, value, "token ids, or a text"))
 
 
 def as_prompts(value: Any) -> list[str | tuple[int, ...]]:
-    """Several prompts, or a single one: a text, or a sequence of nothing but whole numbers.
+    """Check several prompts, or a single one: a text, or a sequence of whole numbers only.
 
     Raises InvalidRequest.
     """
@@ -53,7 +53,7 @@ def as_prompts(value: Any) -> list[str | tuple[int, ...]]:
 
 
 def as_messages(value: Any) -> tuple[ChatMessage, ...]:
-    """The messages of a chat. Raises InvalidRequest, which names messages[i]."""
+    """Check the messages of a chat. Raises InvalidRequest, which names messages[i]."""
     messages = items("messages", value, f"mappings such as {_EXAMPLE}")
     return tuple(_message(f"messages[{i}]", one) for i, one in enumerate(messages))
 

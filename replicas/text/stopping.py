@@ -1,6 +1,6 @@
-"""What ends an output before its length does: the model's end tokens, and the request's own tokens and texts.
+"""What ends an output before max_tokens: the model's end tokens, and the request's own tokens and texts.
 
-One object per model. Knows nothing of sequences; `detokenize.py` finds the stop texts.
+Knows nothing of sequences; `detokenize.py` finds the stop texts.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from quire.replicas.request import SamplingParams
 
 
 class StopRules:
-    """Which tokens end an output; a stop text that is a special token is one, as it never becomes text."""
+    """Which tokens end an output of a model; a stop text that is a special token is among them."""
 
     def __init__(self, end_tokens: Iterable[int], special: Mapping[int, str]) -> None:
-        """`end_tokens`: the model's own. `special`: the tokenizer's special tokens."""
+        """Take the model's own end tokens, and the tokenizer's special tokens."""
         self._end_tokens = frozenset(end_tokens)
         self._special = {text: token for token, text in special.items()}
 
     def check(self, sampling: SamplingParams) -> None:
-        """Raises InvalidRequest for a stop text that can never be found in an output's text."""
+        """Raise InvalidRequest for a stop text that can never occur in an output's text."""
         for stop in sampling.stop:
             within = [text for text in self._special if text in stop]
             if within and stop not in self._special:
@@ -30,7 +30,7 @@ class StopRules:
                 )
 
     def end_tokens(self, sampling: SamplingParams) -> frozenset[int]:
-        """All tokens that end an output of this request, once it has min_tokens."""
+        """Return the tokens that end an output of this request, once it has min_tokens."""
         texts = {self._special[stop] for stop in sampling.stop if stop in self._special}
         own = frozenset() if sampling.ignore_eos else self._end_tokens
         return own.union(texts, sampling.stop_token_ids)

@@ -1,8 +1,8 @@
-"""Texts and chats to the token ids of a prompt, and back: the same offline and served.
+"""Tokenizes texts and chats into prompts, and detokenizes: the same offline and served.
 
-A prompt is to be continued: the tokens that a tokenizer puts in front of a text are there once, those it puts
-behind it never. A text that is too long is refused before all of it is tokenized: from its length where that
-is sure, else as soon as its first slices have too many tokens.
+A prompt begins with the tokens that the tokenizer puts before a text (once), and never ends with those it
+puts after one. A text that is too long is refused before all of it is tokenized: by its length where that
+suffices, else as soon as its first slices have too many tokens.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from quire.replicas.values import text as checked_text
 
 _SLICE_CHARACTERS = 16_384
 _SLACK_TOKENS = 64
-"""By how many tokens at most the cuts at both ends of a slice are thought to add to it."""
-_PLAIN_CHARACTERS = 8
-"""Texts of up to this many characters for each token that is served are tokenized at once: at most twice the
-work of the longest prompt there can be."""
+"""The most tokens that cutting a text at both ends of a slice is assumed to add."""
+_WHOLE_TEXT_CHARACTERS = 8
+"""Texts of at most this many characters per servable token are tokenized in one piece: at most twice the work
+of the longest prompt."""
 
 
 class Stopped(Exception):
-    """Nobody waits for the tokens any more."""
+    """Tokenizing ended because the tokens are not needed any more."""
 
 
 class PromptTokenizer:
-    """A model's tokenizer, only ever read. From any thread."""
+    """A model's tokenizer; it is never modified, and may be used from any thread."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer`: a fast one of transformers."""
+        """Wrap a fast tokenizer of transformers."""
         self._chat = tokenizer
-        # A copy: what a caller tells its tokenizer, to truncate for instance, must not change prompts.
+        # A copy: a caller that sets its tokenizer to truncate, for instance, must not change prompts.
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._front = _put_in_front(self._backend)
+        self._prefix = _prefix_tokens(self._backend)
         self._longest = _longest_token(self._backend)
 
     def check_length(self, characters: int, most_tokens: int) -> None:
-        """Raises InvalidRequest if no text of this many characters has as few tokens."""
+        """Raise InvalidRequest if no text of this many characters has as few tokens."""
         if self._longest is not None and characters > self._longest * most_tokens:
             raise _overlong(characters, most_tokens)
 
     def check_messages(self, messages: int, most_tokens: int) -> None:
-        """Raises InvalidRequest if no chat of this many messages can be a prompt."""
+        """Raise InvalidRequest if no chat of this many messages can be a prompt."""
         if not self._chat.chat_template:
             raise InvalidRequest("this model has no chat template; give a prompt of your own to generate")
         if messages == 0:
@@ -61,12 +61,12 @@ class PromptTokenizer:
             )
 
     def encode(self, text: str, most_tokens: int, stopped: Callable[[], bool] = lambda: False) -> list[int]:
-        """A text's tokens, with those in front that the tokenizer wants there, but for what is there already.
+        """Tokenize a text after the tokens that the tokenizer puts first, unless the text has them already.
 
-        `stopped` is asked now and then. Raises Stopped, and InvalidRequest for more than `most_tokens`.
+        `stopped` is called now and then. Raises Stopped, and InvalidRequest for more than `most_tokens`.
         """
         ids = self._tokens(text, most_tokens, stopped)
-        front = self._front
+        front = self._prefix
         there = next(n for n in range(len(front), -1, -1) if ids[:n] == front[len(front) - n :])
         return _at_most(front[: len(front) - there] + ids, most_tokens)
 
@@ -76,7 +76,7 @@ class PromptTokenizer:
         most_tokens: int,
         stopped: Callable[[], bool] = lambda: False,
     ) -> list[int]:
-        """The prompt of the assistant's next turn: the template says all of it, tokens in front included.
+        """Tokenize the prompt of the assistant's next turn, which the template renders completely.
 
         Raises as `encode`, and InvalidRequest if the template refuses the chat.
         """
@@ -84,22 +84,22 @@ class PromptTokenizer:
         return _at_most(self._tokens(self._rendered(messages), most_tokens, stopped), most_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Without special tokens."""
+        """Detokenize, without special tokens."""
         return str(self._chat.decode(token_ids, skip_special_tokens=True))
 
     def _rendered(self, messages: Sequence[ChatMessage]) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             rendered = self._chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except _TEMPLATES_FAIL_WITH as error:
-            said = f"{type(error).__name__}: {error}"[:_MOST_WORDS]
+        except _TEMPLATE_ERRORS as error:
+            said = f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARACTERS]
             raise InvalidRequest(f"the model's chat template refuses these messages: {said}") from error
         return str(rendered)
 
     def _tokens(self, text: str, most_tokens: int, stopped: Callable[[], bool]) -> list[int]:
         self.check_length(len(text), most_tokens)
         checked_text("the prompt", text)
-        if len(text) > _PLAIN_CHARACTERS * most_tokens:
+        if len(text) > _WHOLE_TEXT_CHARACTERS * most_tokens:
             self._refuse_overlong(text, most_tokens, stopped)
         if stopped():
             raise Stopped
@@ -108,8 +108,7 @@ class PromptTokenizer:
     def _refuse_overlong(self, text: str, most_tokens: int, stopped: Callable[[], bool]) -> None:
         """Count the tokens of one slice after the other, less what cutting may have added.
 
-        What a tokenizer drops or joins within a slice it does within the whole text, too: normalizers need no
-        rule of their own.
+        What a tokenizer drops or joins within a slice it also does within the whole text.
         """
         tokens = 0
         for piece in _slices(text):
@@ -124,8 +123,8 @@ class PromptTokenizer:
         return ids
 
 
-_MOST_WORDS = 500
-_TEMPLATES_FAIL_WITH = (
+_MAX_ERROR_CHARACTERS = 500
+_TEMPLATE_ERRORS = (
     TemplateError,
     TypeError,
     ValueError,
@@ -134,7 +133,7 @@ _TEMPLATES_FAIL_WITH = (
     AttributeError,
     RecursionError,
 )
-"""Templates are programs that come with the model; these are what they fail with where they do not refuse."""
+"""Errors of chat templates, which are programs that come with the model."""
 
 
 def _overlong(characters: int, most_tokens: int) -> InvalidRequest:
@@ -154,7 +153,7 @@ def _at_most(ids: list[int], most_tokens: int) -> list[int]:
 
 
 def _slices(text: str) -> Iterator[str]:
-    """Cut before a space where there is one near: there most tokenizers cut as well."""
+    """Cut a text, before a nearby space if possible: most tokenizers cut there too."""
     at = 0
     while at < len(text):
         end = at + _SLICE_CHARACTERS
@@ -164,8 +163,8 @@ def _slices(text: str) -> Iterator[str]:
         at = end
 
 
-def _put_in_front(backend: Tokenizer) -> list[int]:
-    """The tokens that it puts before a text; those after it are never wanted."""
+def _prefix_tokens(backend: Tokenizer) -> list[int]:
+    """Return the tokens that the tokenizer puts before a text."""
     probe = "a"
     alone: list[int] = backend.encode(probe, add_special_tokens=False).ids
     ids: list[int] = backend.encode(probe).ids
@@ -174,18 +173,18 @@ def _put_in_front(backend: Tokenizer) -> list[int]:
 
 
 def _longest_token(backend: Tokenizer) -> int | None:
-    """Bytes that a token stands for at most; None where a token may stand for any number of them.
+    """Return the most bytes of a token, or None where a token may have any number of them.
 
-    That is so where the tokenizer drops or joins something before it looks for tokens, where what is not in
-    its vocabulary becomes one unknown token, and where a token takes the spaces beside it in.
+    That is so where the tokenizer drops or joins characters first, where what is not in its vocabulary
+    becomes one unknown token, and where a token includes the spaces beside it.
     """
     spec, vocabulary = json.loads(backend.to_str()), backend.get_vocab(with_added_tokens=True)
-    if not (_keeps_all(spec) and _knows_all(spec, vocabulary)):
+    if not (_is_lossless(spec) and _covers_all_bytes(spec, vocabulary)):
         return None
     return max(len(token.encode()) for token in vocabulary)
 
 
-def _keeps_all(spec: dict[str, Any]) -> bool:
+def _is_lossless(spec: dict[str, Any]) -> bool:
     kept = {"Prepend", "ByteLevel", "Metaspace", "Split", "Digits", "Punctuation"}
     steps = [step for part in ("normalizer", "pre_tokenizer") for step in _steps(spec[part])]
     return (
@@ -195,8 +194,8 @@ def _keeps_all(spec: dict[str, Any]) -> bool:
     )
 
 
-def _knows_all(spec: dict[str, Any], vocabulary: Collection[str]) -> bool:
-    """Whether there is a token for every byte."""
+def _covers_all_bytes(spec: dict[str, Any], vocabulary: Collection[str]) -> bool:
+    """Tell whether there is a token for every byte."""
     steps = [step for part in ("normalizer", "pre_tokenizer") for step in _steps(spec[part])]
     if any(step["type"] == "ByteLevel" for step in steps):
         bytes_known = sum(len(token) == 1 for token in vocabulary) >= 256
@@ -206,7 +205,7 @@ def _knows_all(spec: dict[str, Any], vocabulary: Collection[str]) -> bool:
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Of a normalizer or a pre-tokenizer."""
+    """Flatten the steps of a normalizer or a pre-tokenizer."""
     if part is None:
         return []
     inner = part.get("normalizers") or part.get("pretokenizers")
@@ -214,5 +213,5 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _replaces_spaces(step: dict[str, Any]) -> bool:
-    """By the character that SentencePiece writes for them, which has more bytes."""
+    """Tell whether a step replaces spaces by SentencePiece's character, which has more bytes."""
     return (step["type"], step.get("pattern"), step.get("content")) == ("Replace", {"String": " "}, "▁")

@@ -1,7 +1,7 @@
-"""A model's tokenizer as the files beside its weights: what gateways get to make prompts with.
+"""A model's tokenizer as the files beside its weights, which gateways get from replicas.
 
-They come from the replicas and from nowhere else, so that a prompt is made for the very model that reads it,
-also while one model replaces another.
+Gateways get them from nowhere else, so that a prompt is tokenized for the model that computes it, even while
+one model replaces another.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _VOCABULARIES = (
     "sentencepiece.model",
     "sentencepiece.bpe.model",
 )
-"""Any one of them is a tokenizer, as a rule."""
+"""Usually, any one of them is a tokenizer."""
 
-_BESIDE = (
+_COMPANIONS = (
     "tokenizer.*.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -41,10 +41,10 @@ _BESIDE = (
     "additional_chat_templates/*.jinja",
     "config.json",
 )
-"""What transformers reads with a vocabulary; config.json says which tokenizer goes with the model."""
+"""Files that transformers reads with a vocabulary; config.json names the tokenizer's class."""
 
-_MOST_BYTES = 60 << 20
-"""Of all files: gateways get them in one message, of 64 MiB at most (`service.py`)."""
+_MAX_BYTES = 60 << 20
+"""The most bytes of all files: gateways get them in one message of at most 64 MiB (`service.py`)."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -52,7 +52,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_tokenizer(folder: Path) -> dict[str, bytes]:
-    """The files of a tokenizer, by their paths in the folder, and no others that lie there.
+    """Read the files of a tokenizer, by their paths in the folder.
 
     Raises: ConfigError if there is none or it is too large, ModelNotServable if a file cannot be read.
     """
@@ -61,13 +61,13 @@ def read_tokenizer(folder: Path) -> dict[str, bytes]:
             f"{folder} holds no tokenizer. Gateways need tokenizer.json and tokenizer_config.json beside the "
             "model's weights"
         )
-    paths = _matching(folder, (*_VOCABULARIES, *_BESIDE))
+    paths = _matching(folder, (*_VOCABULARIES, *_COMPANIONS))
     sizes = {path: path.stat().st_size for path in paths}
-    if sum(sizes.values()) > _MOST_BYTES:
+    if sum(sizes.values()) > _MAX_BYTES:
         largest = max(paths, key=lambda path: sizes[path])
         raise ConfigError(
             f"the tokenizer in {folder} has {sum(sizes.values()):,} bytes, {sizes[largest]:,} of them in "
-            f"{largest.name}; gateways take {_MOST_BYTES:,}. Keep tokenizer.json and tokenizer_config.json, "
+            f"{largest.name}; gateways take {_MAX_BYTES:,}. Keep tokenizer.json and tokenizer_config.json, "
             "and remove what the tokenizer does not need"
         )
     try:
@@ -77,7 +77,7 @@ def read_tokenizer(folder: Path) -> dict[str, bytes]:
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a model's folder; None if there is none, as with test models.
+    """Open the tokenizer in a model's folder; None if there is none, as with test models.
 
     Raises ModelNotServable where it cannot be read or has no `tokenizer.json` form, which text needs.
     """
@@ -85,7 +85,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library knows no narrower one
+    except Exception as error:  # the tokenizers library raises no narrower one
         raise ModelNotServable(_damage(folder, error)) from error
     fast_tokenizer(tokenizer)
     return tokenizer
@@ -101,8 +101,8 @@ def fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def _damage(folder: Path, error: Exception) -> str:
-    """Which file is to blame for an error of transformers', which seldom says."""
-    paths = _matching(folder, (*_VOCABULARIES, *_BESIDE))
+    """Find the file that caused an error of transformers', which rarely says."""
+    paths = _matching(folder, (*_VOCABULARIES, *_COMPANIONS))
     for path in paths:
         try:
             if path.suffix == ".json":
@@ -117,7 +117,7 @@ def _damage(folder: Path, error: Exception) -> str:
     if whole in paths:
         try:
             Tokenizer.from_file(str(whole))
-        except Exception as damaged:  # likewise
+        except Exception as damaged:  # as above
             return f"{whole} is no tokenizer ({damaged}); copy or download it again"
     names = ", ".join(path.relative_to(folder).as_posix() for path in paths)
     return f"transformers cannot make a tokenizer of {names} in {folder}: {error}"
@@ -129,7 +129,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def digest_of(files: Mapping[str, bytes]) -> bytes:
-    """32 bytes that differ where a name or a content does."""
+    """Return 32 bytes that depend on all names and contents."""
     digest = hashlib.blake2b(digest_size=32)
     for name in sorted(files):
         for part in (name.encode(), files[name]):

@@ -30,6 +30,6 @@ def _plain(shard: Shard) -> torch.nn.Module:
     model = shard._forward.model
     for module in list(model.modules()):
         for child_name, child in list(module.named_children()):
-            if type(child).__name__ == "OneThreadAtATime":
+            if type(child).__name__ == "ChunkedActivation":
                 setattr(module, child_name, child.activation)
     return model

@@ -7,7 +7,7 @@ import torch
 from tiny_models import Chunk, Ranks, make_model, some_tokens, step_of, tiny_config
 from torch import nn
 
-from quire.replicas.model.invariance import OneThreadAtATime, padded
+from quire.replicas.model.invariance import ChunkedActivation, padded
 
 IDS = some_tokens(75)
 OTHERS = some_tokens(200, seed=1)
@@ -88,7 +88,7 @@ def test_only_the_wanted_rows_make_the_same_logits(tmp_path):
 def test_an_activation_has_the_same_bits_however_many_threads_share_it(activation, threads):
     """256 columns: three threads would divide most of these at places where a vector ends in the middle."""
     x = torch.randn(512, 256)
-    wrapped = OneThreadAtATime(activation)
+    wrapped = ChunkedActivation(activation)
     whole = wrapped(x)
     torch.testing.assert_close(whole, activation(x))
     for rows in (16, 176, 192, 256, 272):
@@ -97,7 +97,7 @@ def test_an_activation_has_the_same_bits_however_many_threads_share_it(activatio
 
 def test_the_activations_of_a_model_are_wrapped(tmp_path):
     with Ranks(tiny_config(make_model("mixtral", tmp_path))) as ranks:
-        wrapped = [m for m in ranks.shards[0]._forward.model.modules() if isinstance(m, OneThreadAtATime)]
+        wrapped = [m for m in ranks.shards[0]._forward.model.modules() if isinstance(m, ChunkedActivation)]
     assert len(wrapped) == 2
 
 

@@ -106,10 +106,10 @@ def test_the_log_says_once_what_was_scaled_and_that_fp8_has_no_calibration(folde
         pass
     said = [record.getMessage() for record in caplog.records if record.name.endswith("magnitudes")]
     assert said == [
-        "K of layers 0, 1 is stored divided by 2^0 to 2^12: it lies outside its format's range",
-        "V of layers 0, 1 is stored divided by 2^-12 to 2^16: it lies outside its format's range",
+        "K of layers 0, 1 is stored divided by 2^0 to 2^12: it is outside its format's range",
+        "V of layers 0, 1 is stored divided by 2^-12 to 2^16: it is outside its format's range",
         "fp8 is stored without a calibration: a head's scale is 1, or a power of two where its magnitude "
-        "for a test prompt asks for it",
+        "for a test prompt requires it",
     ]
 
 

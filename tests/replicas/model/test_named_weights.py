@@ -114,7 +114,7 @@ def test_tensors_without_use_are_told_and_left(tmp_path, caplog):
     change(folder, lambda t: t.update({"score.weight": torch.ones(2), rope: torch.ones(2)}))
     with caplog.at_level(logging.WARNING):
         torch.testing.assert_close(logits(folder), want, atol=1e-4, rtol=0)
-    assert "LlamaForCausalLM has no use for the tensors score.weight in" in caplog.text
+    assert "LlamaForCausalLM does not use the tensors score.weight in" in caplog.text
     assert rope not in caplog.text
 
 

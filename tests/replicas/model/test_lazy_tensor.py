@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quire.replicas.model.unread import Unread
+from quire.replicas.model.lazy_tensor import LazyTensor
 
 
 class Stored:
@@ -14,13 +14,13 @@ class Stored:
     def __init__(self) -> None:
         self.numbers = 0
 
-    def unread(self, tensor: torch.Tensor) -> Unread:
+    def unread(self, tensor: torch.Tensor) -> LazyTensor:
         def read(index):
             part = tensor[index]
             self.numbers += part.numel()
             return part
 
-        return Unread.of(tensor.shape, tensor.dtype, read)
+        return LazyTensor.of(tensor.shape, tensor.dtype, read)
 
 
 A, B = torch.arange(24.0).view(4, 6), torch.arange(100.0, 124.0).view(4, 6)

@@ -1,8 +1,7 @@
-"""Tensors whose numbers are read when they are asked for: what other code joins and cuts costs nothing.
+"""Tensors that are read from disk only when their numbers are needed.
 
-transformers' conversions of checkpoints run on them as they are. Joining, cutting and turning are looked
-through, so that reading a part of the result reads that part of what it was made of; any other operation is
-carried out on whole tensors, once its result is asked for.
+transformers' conversions of checkpoints run on them. Reading a part of a concatenated, split or transposed
+tensor reads only that part of its sources; any other operation runs on whole tensors when its result is read.
 """
 
 from __future__ import annotations
@@ -21,28 +20,28 @@ Index = tuple[slice, ...]
 """A start and a stop for every dimension."""
 
 
-class Unread(torch.Tensor):
-    """A tensor by its shape and type, and the way to its numbers."""
+class LazyTensor(torch.Tensor):
+    """A tensor of known shape and type, with a function that reads its numbers."""
 
     read: Callable[[Index], Tensor]
-    """The part at an index."""
+    """Reads the part at an index."""
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def of(shape: Sequence[int], dtype: torch.dtype, read: Callable[[Index], Tensor]) -> Unread:
+    def of(shape: Sequence[int], dtype: torch.dtype, read: Callable[[Index], Tensor]) -> LazyTensor:
         meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        return Unread._like(meta, read)
+        return LazyTensor._like(meta, read)
 
     @staticmethod
-    def _like(meta: Tensor, read: Callable[[Index], Tensor]) -> Unread:
-        unread: Unread = torch.Tensor._make_wrapper_subclass(
-            Unread, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=torch.device("cpu")
+    def _like(meta: Tensor, read: Callable[[Index], Tensor]) -> LazyTensor:
+        unread: LazyTensor = torch.Tensor._make_wrapper_subclass(
+            LazyTensor, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=torch.device("cpu")
         )
         unread.read = read
         return unread
 
     def whole(self) -> Tensor:
-        """All of it, laid out in memory as an operation on it may take for granted."""
+        """Read all of it, with the strides that operations were told."""
         numbers = self.read(tuple(slice(0, n) for n in self.shape))
         if numbers.stride() == self.stride():
             return numbers
@@ -53,7 +52,7 @@ class Unread(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        metas = tree_map_only(Unread, _meta, (args, kwargs))
+        metas = tree_map_only(LazyTensor, _meta, (args, kwargs))
         made = func(*metas[0], **metas[1])
         operation = _Operation(func, args, kwargs)
         if isinstance(made, Tensor):
@@ -61,20 +60,20 @@ class Unread(torch.Tensor):
         return [cls._like(piece, operation.reader(piece.shape, i)) for i, piece in enumerate(made)]
 
 
-def _meta(unread: Unread) -> Tensor:
+def _meta(unread: LazyTensor) -> Tensor:
     return torch.empty_strided(unread.shape, unread.stride(), dtype=unread.dtype, device="meta")
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """A call that is carried out when its result is read."""
+    """A call that runs when its result is read."""
 
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def reader(self, shape: torch.Size, piece: int = 0) -> Callable[[Index], Tensor]:
-        """Reads the result, or one of several."""
+        """Return a function that reads the result, or one of several."""
         rank, args = len(shape), self.args
         match self.func:
             case _ATEN.cat.default:
@@ -95,7 +94,7 @@ class _Operation:
         return lambda index: self._done(piece)[index]
 
     def _done(self, piece: int) -> Tensor:
-        args, kwargs = tree_map_only(Unread, Unread.whole, (self.args, self.kwargs))
+        args, kwargs = tree_map_only(LazyTensor, LazyTensor.whole, (self.args, self.kwargs))
         made = self.func(*args, **kwargs)
         done: Tensor = made if isinstance(made, Tensor) else made[piece]
         return done
@@ -116,7 +115,7 @@ def _swapped(index: Index, a: int, b: int) -> Index:
     return tuple(swapped)
 
 
-def _read_joined(pieces: Sequence[Unread], dim: int, index: Index) -> Tensor:
+def _read_joined(pieces: Sequence[LazyTensor], dim: int, index: Index) -> Tensor:
     parts, at = [], 0
     for piece in pieces:
         size = piece.shape[dim]
@@ -127,6 +126,6 @@ def _read_joined(pieces: Sequence[Unread], dim: int, index: Index) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _read_stacked(pieces: Sequence[Unread], dim: int, index: Index) -> Tensor:
+def _read_stacked(pieces: Sequence[LazyTensor], dim: int, index: Index) -> Tensor:
     others = (*index[:dim], *index[dim + 1 :])
     return torch.stack([piece.read(others) for piece in pieces[index[dim]]], dim)
