@@ -1,6 +1,6 @@
-"""What can never be served, and is refused before it costs anybody anything. Pure.
+"""Refuses requests that can never be served, before they cost anything. Pure.
 
-Gateways ask it with what a replica has told them, engines with what they have: one rule, one wording.
+Gateways and engines share these checks, so that each rule has one wording.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from quire.replicas.request import MAX_NAME_CHARACTERS, MAX_PRIORITY, ModelInfo,
 from quire.replicas.values import text, whole
 
 MAX_PROMPT_LOGPROBS = 2_000_000
-"""They travel in one message."""
+"""The most numbers of prompt_logprobs, which are sent in one message."""
 
 
 def check_request(request: Request, info: ModelInfo, *, pool_pages: int, has_tokenizer: bool) -> None:
-    """All that an engine requires. Raises InvalidRequest, which says what to change."""
+    """Check all that an engine requires. Raises InvalidRequest, which says what to change."""
     check_prompt(request.prompt, info)
     check_sampling(request.sampling, info, len(request.prompt))
     check_caller(request.priority, request.tenant)
@@ -32,7 +32,7 @@ def check_request(request: Request, info: ModelInfo, *, pool_pages: int, has_tok
 
 
 def check_prompt(prompt: Sequence[int], info: ModelInfo) -> None:
-    """Raises InvalidRequest. The length comes first: of a prompt that is too long no token is looked at."""
+    """Check a prompt's length first, and then its tokens. Raises InvalidRequest."""
     if not prompt:
         raise InvalidRequest("the prompt is empty; send at least one token")
     if len(prompt) >= info.max_model_tokens:
@@ -44,7 +44,7 @@ def check_prompt(prompt: Sequence[int], info: ModelInfo) -> None:
 
 
 def check_token_ids(token_ids: Sequence[int], info: ModelInfo) -> None:
-    """As many as the model serves at most, and all in its vocabulary. Raises InvalidRequest."""
+    """Check that token ids are no more than the model serves and in its vocabulary. Raises InvalidRequest."""
     if len(token_ids) > info.max_model_tokens:
         raise InvalidRequest(f"{len(token_ids)} token ids; this model serves {info.max_model_tokens} at most")
     last = info.vocab_size - 1
@@ -54,7 +54,7 @@ def check_token_ids(token_ids: Sequence[int], info: ModelInfo) -> None:
 
 
 def check_sampling(params: SamplingParams, info: ModelInfo, prompt_tokens: int) -> None:
-    """What depends on the model and the prompt; the rest was checked when they were made."""
+    """Check sampling parameters against the model and the prompt; ranges were checked before."""
     last = info.vocab_size - 1
     for token in params.stop_token_ids:
         if not 0 <= token <= last:
@@ -68,7 +68,7 @@ def check_sampling(params: SamplingParams, info: ModelInfo, prompt_tokens: int) 
 
 
 def check_caller(priority: int, tenant: str, request_id: str = "") -> None:
-    """What a request says besides its prompt and its sampling. Raises InvalidRequest."""
+    """Check the other fields of a request. Raises InvalidRequest."""
     whole("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
     text("tenant", tenant, MAX_NAME_CHARACTERS)
     text("request_id", request_id, MAX_NAME_CHARACTERS)

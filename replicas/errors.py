@@ -1,11 +1,11 @@
-"""What can go wrong for a request or at start, each with the gRPC status it reaches the client as.
+"""Errors of requests and at start, each with its gRPC status.
 
 QuireError
 ├── InvalidRequest      INVALID_ARGUMENT     the request can never be served as it is
 ├── UnknownModel        NOT_FOUND            no such model, file or hub id
-├── QueueFull           RESOURCE_EXHAUSTED   come back later
-├── DeadlinePassed      DEADLINE_EXCEEDED    the client's time is over
-├── ReplicaDied         UNAVAILABLE          a shard is gone; another try may succeed
+├── QueueFull           RESOURCE_EXHAUSTED   retry later
+├── DeadlinePassed      DEADLINE_EXCEEDED    the client's deadline has passed
+├── ReplicaDied         UNAVAILABLE          a shard is gone; a retry may succeed
 ├── ConfigError         FAILED_PRECONDITION  the configuration contradicts itself or the model
 └── ModelNotServable    FAILED_PRECONDITION  an architecture or checkpoint we refuse, with the reason
 """
@@ -30,7 +30,7 @@ class Status(StrEnum):
 
 
 class QuireError(Exception):
-    """Every error with a message meant for the person who can act on it."""
+    """The base of all errors whose message is meant for the user."""
 
     status: ClassVar[Status] = Status.INTERNAL
 
@@ -54,7 +54,7 @@ class DeadlinePassed(QuireError):
 class ReplicaDied(QuireError):
     status = Status.UNAVAILABLE
     retry_s = 0.5
-    """Seconds after which another try may succeed."""
+    """Seconds after which a retry may succeed."""
 
 
 class ConfigError(QuireError):

@@ -1,4 +1,4 @@
-"""Values that callers give, as plain Python ones: whole numbers, numbers, flags, texts.
+"""Converts callers' values to plain Python ones: whole numbers, numbers, flags, texts.
 
 Each refusal is an InvalidRequest that names the parameter and says what to give instead. Pure.
 """
@@ -18,25 +18,25 @@ MAX_UINT64 = 2**64 - 1
 
 
 def shown(value: Any) -> str:
-    """A value in few words, whatever it is."""
+    """Show any value briefly."""
     try:
         return reprlib.repr(value)
-    except Exception:  # a repr of the caller's own, or a number of more digits than Python writes
+    except Exception:  # a custom repr, or a number of more digits than Python writes
         return f"a {type(value).__name__} that cannot be shown"
 
 
 def whole(name: str, value: Any, least: int, most: int) -> int:
-    """An int, a NumPy integer or anything else that is exactly one; True and 5.0 are not."""
+    """Convert an int, a NumPy integer or the like; True and 5.0 are refused."""
     number = _index(value)
     if number is None:
         raise InvalidRequest(f"{name} must be a whole number, got {shown(value)}")
     if not least <= number <= most:
-        raise InvalidRequest(f"{name} must lie in {least}..{most}, got {shown(number)}")
+        raise InvalidRequest(f"{name} must be in {least}..{most}, got {shown(number)}")
     return number
 
 
 def finite(name: str, value: Any) -> float:
-    """A float, an int or a NumPy number; a bool, a text, NaN and infinity are not."""
+    """Convert a float, an int or a NumPy number; a bool, a text, NaN and infinity are refused."""
     if isinstance(value, float):
         number = float(value)  # of a subclass, too
     elif _is_bool(value) or isinstance(value, str | bytes) or not hasattr(value, "__float__"):
@@ -52,18 +52,18 @@ def finite(name: str, value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, also NumPy's."""
+    """Convert True or False, also NumPy's."""
     if not _is_bool(value):
         raise InvalidRequest(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
 def text(name: str, value: Any, most: int | None = None) -> str:
-    """A str that can be sent as UTF-8, of at most `most` characters."""
+    """Check a str that can be sent as UTF-8, of at most `most` characters."""
     if not isinstance(value, str):
         raise InvalidRequest(f"{name} must be a text (str), got {shown(value)}")
     if most is not None and len(value) > most:
-        raise InvalidRequest(f"{name} has {len(value)} characters; at most {most} are taken")
+        raise InvalidRequest(f"{name} has {len(value)} characters; at most {most} are allowed")
     if (at := _lone_surrogate(value)) is not None:
         raise InvalidRequest(
             f"{name} holds {value[at]!a} at character {at}, half of a surrogate pair, which UTF-8 cannot "
@@ -73,13 +73,13 @@ def text(name: str, value: Any, most: int | None = None) -> str:
 
 
 def texts(name: str, value: Any, most: int) -> tuple[str, ...]:
-    """A sequence of texts; a single text counts as a sequence of one."""
+    """Convert a sequence of texts; a single text counts as a sequence of one."""
     values = (value,) if isinstance(value, str) else items(name, value, "texts")
     return tuple(text(f"{name}[{i}]", one, most) for i, one in enumerate(values))
 
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
-    """A sequence of whole numbers from 0 on. The vocabulary is checked where it is known."""
+    """Convert a sequence of whole numbers from 0 on; the vocabulary is checked elsewhere."""
     ids = []
     for i, one in enumerate(items(name, value, "token ids")):
         number = _index(one)
@@ -92,7 +92,7 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def items(name: str, value: Any, of: str) -> list[Any]:
-    """The elements of a list, a tuple, an array; a text, bytes, a mapping and a set are none."""
+    """Return the elements of a list, a tuple or an array; a text, bytes, a mapping and a set are refused."""
     ordered = isinstance(value, Iterable) and isinstance(value, Sized) and hasattr(value, "__getitem__")
     if not ordered or isinstance(value, str | bytes | bytearray | memoryview | Mapping):
         raise InvalidRequest(f"{name} must be a sequence of {of}, got {shown(value)}")
@@ -103,12 +103,12 @@ def items(name: str, value: Any, of: str) -> list[Any]:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether `whole` would take it as a number, of whatever size."""
+    """Tell whether `whole` would accept it, whatever its size."""
     return _index(value) is not None
 
 
 def _index(value: Any) -> int | None:
-    if type(value) is int:  # nearly always, and a prompt has many
+    if type(value) is int:  # the usual case, and a prompt has many
         return value
     if _is_bool(value):
         return None
@@ -119,7 +119,7 @@ def _index(value: Any) -> int | None:
 
 
 def _is_bool(value: Any) -> bool:
-    """Also NumPy's and torch's."""
+    """Tell whether it is a bool, also NumPy's or torch's."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 

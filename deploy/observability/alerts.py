@@ -1,6 +1,6 @@
-"""When somebody should look: alerts over the catalogue, each with what to do.
+"""Alerts over the catalogue of metrics, each with what to do.
 
-Data only; Prometheus' form is made of it by `generate.py`.
+Data only; `generate.py` writes Prometheus' rules from it.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ _ASKED = {"method": ASKING}
 
 
 class Severity(StrEnum):
-    CRITICAL = "critical"  # clients get no or wrong answers: now
-    WARNING = "warning"  # it will come to that, or costs money: today
+    CRITICAL = "critical"  # clients get no or wrong answers: act now
+    WARNING = "warning"  # it will come to that, or costs money: act today
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """What a deployment may want otherwise. Durations as Prometheus writes them."""
+    """Bounds that a deployment may change. Durations as Prometheus writes them."""
 
     window: str = "5m"
-    """Of rates."""
+    """The window of rates."""
     hold: str = "5m"
     """How long a warning's condition lasts before it fires."""
     hold_critical: str = "1m"
     first_token_s: float = 2.0
-    """p90 that is promised."""
+    """The promised p90 of TTFT."""
     inter_token_s: float = 0.2
-    """p90 that is promised."""
+    """The promised p90 of the time between tokens."""
     bad_share: float = 0.01
-    """Of requests."""
+    """Share of requests."""
     full_share: float = 0.9
-    """Of a bound: gateways, queues."""
+    """Share of a limit of gateways or queues."""
     pool_share: float = 0.95
     preemptions_s: float = 0.1
-    """A second, of one application."""
+    """Preemptions per second, of one application."""
     fetch_failure_share: float = 0.1
     hit_drop: float = 0.5
     """A hit rate below this part of the one before is a collapse."""
     hit_history: str = "1h"
-    """What the hit rate of now is compared with: so long, ending `hit_gap` ago."""
+    """The window of the hit rate for comparison, which ends `hit_gap` ago."""
     hit_gap: str = "10m"
     hit_tokens_s: float = 10.0
-    """Prompt tokens a second below which a hit rate says nothing."""
+    """The least prompt tokens per second for a meaningful hit rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +58,13 @@ class Alert:
     expression: str
     hold: str
     summary: str
-    """One line; may hold `{{ $value }}` and `{{ $labels.x }}`, as Prometheus fills them in."""
+    """One line; Prometheus replaces `{{ $value }}` and `{{ $labels.x }}`."""
     action: str
     """What to look at and do."""
 
 
 def alerts(tuning: Tuning | None = None) -> tuple[Alert, ...]:
-    """All alerts, the gravest first."""
+    """Return all alerts, the most severe first."""
     t = tuning or Tuning()
     scope = Scope(window=t.window, by="application")
     return (*_service(t, scope), *_latency(t, scope), *_capacity(t, scope), *_store(t, scope))
@@ -83,8 +83,8 @@ def _service(t: Tuning, s: Scope) -> tuple[Alert, ...]:
             severity=Severity.CRITICAL,
             expression=f"{wanted} > 0 unless {alive}",
             hold=t.hold_critical,
-            summary="{{ $labels.application }}: no replica lives, {{ $value }} are wanted",
-            action="Nobody is answered. `serve status` says why replicas do not start; `ray status` "
+            summary="{{ $labels.application }}: no replica is alive, {{ $value }} are wanted",
+            action="No request is answered. `serve status` says why replicas do not start; `ray status` "
             "whether the cluster has the resources they ask for. A model that does not load says so in the "
             "replica's log.",
         ),
@@ -95,8 +95,8 @@ def _service(t: Tuning, s: Scope) -> tuple[Alert, ...]:
             hold="0s",
             summary="replica {{ $labels.replica }} gave up outputs because its logits were not finite",
             action="Weights or memory of this replica's GPUs are damaged. Kill the replica (Ray Serve "
-            "starts another); if it comes again on the same node, take the node out and check its memory; "
-            "if on all, the checkpoint.",
+            "starts another); if it happens again on the same node, remove the node and check its memory; "
+            "if on all nodes, check the checkpoint.",
         ),
         Alert(
             name="QuireRequestsFailing",
@@ -114,7 +114,7 @@ def _service(t: Tuning, s: Scope) -> tuple[Alert, ...]:
             severity=Severity.WARNING,
             expression=f"{wanted} > ({alive} or 0 * {wanted})",
             hold=t.hold,
-            summary="{{ $labels.application }}: fewer replicas live than the {{ $value }} that are wanted",
+            summary="{{ $labels.application }}: fewer replicas are alive than the {{ $value }} wanted",
             action="`serve status` names the ones that do not come up, `ray status` what they wait for. "
             "While an update or a scale-up loads weights this is normal; allow for it in the hold time.",
         ),
@@ -125,7 +125,7 @@ def _service(t: Tuning, s: Scope) -> tuple[Alert, ...]:
             hold="0s",
             summary="{{ $labels.application }}: {{ $value }} requests moved to a second replica: one died",
             action="Clients did not notice these. Find the replica that ended (`serve status`, its log, "
-            "`dmesg` for the out-of-memory killer). Once is an accident; often is a fault.",
+            "`dmesg` for the out-of-memory killer). Once is an accident; repeatedly is a fault.",
         ),
         Alert(
             name="QuireNodeSilent",
@@ -133,8 +133,8 @@ def _service(t: Tuning, s: Scope) -> tuple[Alert, ...]:
             expression='up{job="ray"} == 0',
             hold=t.hold,
             summary="the metrics endpoint {{ $labels.instance }} does not answer",
-            action="The node is gone, or its Ray agent is. `ray status`, `ray list nodes`. What runs there "
-            "is not seen by any other alert.",
+            action="The node is gone, or its Ray agent is. `ray status`, `ray list nodes`. No other alert "
+            "covers what runs there.",
         ),
     )
 
@@ -184,7 +184,7 @@ def _capacity(t: Tuning, s: Scope) -> tuple[Alert, ...]:
             hold=t.hold_critical,
             summary="{{ $labels.application }}: {{ $value | humanizePercentage }} of requests are refused",
             action="Gateways or queues are full: QuireGatewayFull and QuireQueueFull say which. Demand is "
-            "beyond capacity: add replicas, or have clients come back later.",
+            "beyond capacity: add replicas, or have clients retry later.",
         ),
         Alert(
             name="QuireQueueFull",
@@ -193,8 +193,7 @@ def _capacity(t: Tuning, s: Scope) -> tuple[Alert, ...]:
             hold=t.hold_critical,
             summary="replica {{ $labels.replica }} has {{ $value | humanizePercentage }} of the sequences "
             "that may wait",
-            action="Add replicas. If only this one is full, its prefix is asked for by all: dashboard, "
-            "Cache.",
+            action="Add replicas. If only this one is full, all requests share its prefix: dashboard, Cache.",
         ),
         Alert(
             name="QuirePoolFull",
@@ -212,7 +211,7 @@ def _capacity(t: Tuning, s: Scope) -> tuple[Alert, ...]:
             expression=f"{s.rate(c.PREEMPTIONS)} > {t.preemptions_s:g}",
             hold=t.hold,
             summary="{{ $labels.application }}: {{ $value | humanize }} sequences a second lose their "
-            "pages and are computed again",
+            "pages and are recomputed",
             action="The pool is too small for what runs at once: as for QuirePoolFull.",
         ),
     )
@@ -232,7 +231,7 @@ def _store(t: Tuning, s: Scope) -> tuple[Alert, ...]:
             hold=t.hold,
             summary="{{ $labels.application }}: {{ $value | humanizePercentage }} of fetches between "
             "replicas fail",
-            action="No request fails of it, prompts are computed instead. Dashboard, Transfers, has the "
+            action="No request fails, prompts are recomputed instead. Dashboard, Transfers, has the "
             "causes: deadline (links too slow, or store.fetch_timeout_s too short), peer (replicas die or "
             "the network is cut), no_pages (pools are full). `store.share: false` turns sharing off.",
         ),
@@ -242,9 +241,9 @@ def _store(t: Tuning, s: Scope) -> tuple[Alert, ...]:
             expression=f"{each.increase(c.FETCH_FAILURES, cause='checksum')} > 0",
             hold="0s",
             summary="replica {{ $labels.replica }} received blocks whose checksum did not match",
-            action="They were thrown away and computed. Bytes changed on the way or in the memory of a "
-            "peer, since it had computed them: check the network cards and the memory of the replica and "
-            "of its peers. (A process of a peer that stood still for longer than its lease looks like this, "
+            action="They were dropped and recomputed. Bytes changed in transit, or in the memory of a peer "
+            "after it had computed them: check the network cards and the memory of the replica and of its "
+            "peers. (A process of a peer that was suspended for longer than its lease looks like this, "
             "too.)",
         ),
         Alert(
@@ -253,14 +252,14 @@ def _store(t: Tuning, s: Scope) -> tuple[Alert, ...]:
             expression=f"{_hit_rate(t, s)} < {t.hit_drop:g} * ({before})",
             hold=t.hold,
             summary="{{ $labels.application }}: the hit rate fell to {{ $value | humanizePercentage }}",
-            action="Prompts are computed that used to be found. Did replicas restart or scale (their pools "
-            "began empty), did the prompts' common beginning change (a date in the system prompt), is the "
+            action="Prompts are computed that used to be cached. Did replicas restart or scale (their pools "
+            "start empty), did the prompts' common beginning change (a date in the system prompt), is the "
             "pool too small (Blocks that left the pool)?",
         ),
     )
 
 
 def _hit_rate(t: Tuning, s: Scope) -> str:
-    """Nothing where there is too little to tell."""
+    """Return the hit rate, without a value where there are too few tokens."""
     asked = s.rate(c.PROMPT_TOKENS)
     return f"{s.rate(c.PROMPT_TOKENS, source=('local', 'host', 'remote'))} / ({asked} > {t.hit_tokens_s:g})"

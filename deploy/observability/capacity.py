@@ -1,4 +1,4 @@
-"""The dashboard for planning: what is asked for, what there is, and what the formats buy."""
+"""The dashboard for planning: demand, supply, and what the formats save."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SMALLER = f"avg({HERE.series(c.TOKEN_BYTES_BF16)}) / avg({HERE.series(c.TOKEN_B
 
 _DEMAND = Row(
     "Demand",
-    "What is asked for: requests, tokens and the size of both. Watch the course over days, not minutes.",
+    "Requests, tokens and the sizes of both. Watch them over days, not minutes.",
     (
         Panel(
             "Requests",
@@ -35,7 +35,7 @@ _DEMAND = Row(
         ),
         Panel(
             "Refused",
-            "RESOURCE_EXHAUSTED: demand beyond the capacity there is.",
+            "RESOURCE_EXHAUSTED: demand beyond capacity.",
             Unit.PER_SECOND,
             (Query(HERE.rate(c.REQUESTS, method=ASKING, status="RESOURCE_EXHAUSTED"), "refused"),),
         ),
@@ -56,19 +56,19 @@ _DEMAND = Row(
 )
 _SUPPLY = Row(
     "Supply",
-    "How much of what there is, is used. Replicas against what Ray Serve wants; an engine that is busy all "
-    "the time has no more steps to give; a pool that is full preempts.",
+    "How much of the capacity is used. Replicas against Ray Serve's target; an engine that is busy all the "
+    "time has no steps to spare; a pool that is full preempts.",
     (
         Panel(
             "Replicas",
-            "Alive, and wanted by Ray Serve (its autoscaling target, or the configured count).",
+            "Alive, and Ray Serve's target (of autoscaling, or the configured count).",
             Unit.COUNT,
             (Query(HERE.sum(c.UP), "alive"), Query(f"sum({WANTED})", "wanted")),
         ),
         Panel(
             "Pressure",
-            "What autoscaling looks at, mean of all replicas: occupancy and use of the prefill rate "
-            "(shares), seconds of prefill that wait.",
+            "The inputs of autoscaling, mean of all replicas: occupancy and prefill use (shares), prefill "
+            "backlog (seconds).",
             Unit.COUNT,
             (
                 Query(f"avg({HERE.series(c.OCCUPANCY)})", "occupancy"),
@@ -78,7 +78,7 @@ _SUPPLY = Row(
         ),
         Panel(
             "Recent first token",
-            "At each replica: what autoscaling holds against its bound.",
+            "At each replica: what autoscaling compares with its target.",
             Unit.SECONDS,
             (Query(HERE.sum(c.RECENT_FIRST_TOKEN, "replica"), "{{replica}}"),),
         ),
@@ -99,7 +99,7 @@ _SUPPLY = Row(
         ),
         Panel(
             "Pool in use",
-            "Pages that sequences hold; with cached blocks, which may go at any time.",
+            "Pages that sequences hold; with cached blocks, which may be evicted at any time.",
             Unit.SHARE,
             (
                 Query(POOL_SHARE, "used"),
@@ -110,7 +110,7 @@ _SUPPLY = Row(
         ),
         Panel(
             "Output of a replica",
-            "Tokens a second for each replica that lives.",
+            "Tokens a second for each replica that is alive.",
             Unit.PER_SECOND,
             (Query(f"{HERE.rate(c.OUTPUT_TOKENS)} / {HERE.sum(c.UP)}", "tokens"),),
         ),
@@ -129,9 +129,9 @@ _SUPPLY = Row(
     ),
 )
 _MEMORY = Row(
-    "What the formats buy",
+    "What the formats save",
     "Tokens that fit, against bf16 in the same memory; prefill and traffic that the cache and the formats "
-    "save. The service level stands beside it, so that a smaller format or fleet is seen to hold it.",
+    "save, beside the latency, to see whether a smaller format or fleet still meets its target.",
     (
         one("Tokens that fit", "In the pools of all replicas.", Unit.COUNT, _POOL_TOKENS),
         one(
@@ -142,7 +142,7 @@ _MEMORY = Row(
         ),
         one(
             "Bytes of a token",
-            "KV over all layers and shards, scales and padding counted.",
+            "KV over all layers and shards, scales and padding included.",
             Unit.BYTES,
             f"avg({HERE.series(c.TOKEN_BYTES)})",
         ),
@@ -155,7 +155,7 @@ _MEMORY = Row(
         ),
         Panel(
             "Traffic saved",
-            "Bytes a second that bf16 would have moved more.",
+            "Additional bytes a second that bf16 would have moved.",
             Unit.BYTES_S,
             (Query(HERE.rate(c.SAVED_BYTES), "saved"),),
         ),
@@ -167,6 +167,6 @@ _MEMORY = Row(
 CAPACITY = Dashboard(
     "quire-capacity",
     "Quire: capacity",
-    "What is asked for, what there is, and what the formats buy.",
+    "Demand, supply, and what the formats save.",
     (_DEMAND, _SUPPLY, _MEMORY),
 )

@@ -1,4 +1,4 @@
-"""From our dashboards as data to Grafana's JSON, with Grafana's own SDK."""
+"""Converts our dashboards from data to Grafana's JSON, with Grafana's SDK."""
 
 from collections.abc import Iterator
 
@@ -13,11 +13,11 @@ from observability.panels import Dashboard, Panel, Row
 _TAG = "quire"
 _SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _RAY = {"Ray Serve": "rayServeDashboard", "Ray cluster": "rayDefaultDashboard"}
-"""Dashboards that Ray itself puts beside ours, by their uids."""
+"""Ray's own dashboards, by their uids."""
 
 
 def dashboard_json(dashboard: Dashboard) -> str:
-    """The file Grafana reads: one row after the other, panels side by side."""
+    """Return the file for Grafana: rows in order, panels side by side."""
     made = (
         build.Dashboard(dashboard.title)
         .uid(dashboard.uid)

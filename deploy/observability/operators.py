@@ -1,4 +1,4 @@
-"""The operators' dashboard: is it well, and if not, where to look."""
+"""The operators' dashboard: whether the service is healthy, and if not, where to look."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from quire.cluster.metrics.samples import ASKING
 _BAD = ("INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 _NOW = Row(
     "Now",
-    "Is it well? Replicas against what Ray Serve wants, what is under way, what fails, how long the first "
-    "token takes, how much of prompts the cache knows, how full the pool is.",
+    "Is it healthy? Replicas against Ray Serve's target, open and failed requests, TTFT, the hit rate of the "
+    "cache, and how full the pool is.",
     (
-        one("Replicas", "Engines that live.", Unit.COUNT, HERE.sum(c.UP)),
-        one("Replicas wanted", "What Ray Serve aims at.", Unit.COUNT, f"sum({WANTED})"),
+        one("Replicas", "Engines that are alive.", Unit.COUNT, HERE.sum(c.UP)),
+        one("Replicas wanted", "Ray Serve's target.", Unit.COUNT, f"sum({WANTED})"),
         one("Open requests", "On all gateways.", Unit.COUNT, HERE.sum(c.GATEWAY_OPEN)),
         one(
             "Bad answers",
@@ -48,9 +48,9 @@ _NOW = Row(
 )
 _REQUESTS = Row(
     "Requests",
-    "What clients ask and how it ends. RESOURCE_EXHAUSTED: gateways or queues are full. UNAVAILABLE: a "
-    "replica died under a request that could not be repeated, or none was ready. Retries: it died, and "
-    "another one went on.",
+    "Requests and how they end. RESOURCE_EXHAUSTED: gateways or queues are full. UNAVAILABLE: a replica died "
+    "under a request that could not be resumed, or none was ready. Retries: a replica died, and another one "
+    "took over.",
     (
         Panel(
             "Requests by status",
@@ -61,7 +61,7 @@ _REQUESTS = Row(
         ),
         Panel(
             "Open requests",
-            "On each gateway, and how many it takes.",
+            "On each gateway, and its limit.",
             Unit.COUNT,
             (
                 Query(HERE.sum(c.GATEWAY_OPEN, "replica"), "open on {{replica}}"),
@@ -76,7 +76,7 @@ _REQUESTS = Row(
         ),
         Panel(
             "Replicas",
-            "Engines that live, what Ray Serve wants, and to how many each gateway has a stream.",
+            "Engines that are alive, Ray Serve's target, and the streams of each gateway.",
             Unit.COUNT,
             (
                 Query(HERE.sum(c.UP), "alive"),
@@ -88,9 +88,9 @@ _REQUESTS = Row(
 )
 _LATENCY = Row(
     "Latency",
-    "Where time goes for clients. A slow first token with a long queue wants replicas or fewer requests; "
-    "with a short one, prompts are long or the cache is cold. Long pauses with good means: prefill or "
-    "preemption stands in the way.",
+    "Latency as clients see it. A slow first token with a long queue needs replicas or fewer requests; with "
+    "a short one, prompts are long or the cache is cold. Long pauses with good means: prefill or preemption "
+    "delays decoding.",
     (
         Panel(
             "First token",
@@ -127,8 +127,8 @@ _LATENCY = Row(
 _SCHEDULER = Row(
     "Scheduler and steps",
     "What replicas do. Preemptions mean that the pool is too small for what runs. Parts of the step add up "
-    "to the share of time an engine is busy; more than a little outside `forward` and `sample` is the "
-    "host's doing.",
+    "to the share of time an engine is busy; more than a little outside `forward` and `sample` is time of "
+    "the host.",
     (
         Panel(
             "Running",
@@ -150,7 +150,7 @@ _SCHEDULER = Row(
         ),
         Panel(
             "Preemptions",
-            "Sequences that gave their pages back and are computed again.",
+            "Sequences that lost their pages and are recomputed.",
             Unit.PER_SECOND,
             (Query(HERE.rate(c.PREEMPTIONS, "replica"), "{{replica}}"),),
         ),
@@ -204,7 +204,7 @@ _CACHE = Row(
         ),
         Panel(
             "Host memory",
-            "Blocks that lie there, and room for more.",
+            "Blocks that are there, and room for more.",
             Unit.COUNT,
             (Query(HERE.sum(c.HOST_BLOCKS, "state"), "{{state}}"),),
             stacked=True,
@@ -219,8 +219,8 @@ _CACHE = Row(
 )
 _ROUTING = Row(
     "Routing",
-    "Where gateways send requests, and how well they foresee. `blind` and `fallback` are for the first "
-    "seconds of a replica; many of them, or predictions that are far off, mean that loads do not arrive.",
+    "Where gateways send requests, and how well they predict. `blind` and `fallback` are for the first "
+    "seconds of a replica; many of them, or predictions that are far off, mean that reports are missing.",
     (
         Panel(
             "Choices by reason",
@@ -241,8 +241,8 @@ _ROUTING = Row(
         ),
         Panel(
             "Cached tokens, expected and found",
-            "Prompt tokens a second: thought to be in the pool or host memory of the replica that was "
-            "chosen, and found there.",
+            "Prompt tokens a second: expected in the pool or host memory of the chosen replica, and found "
+            "there.",
             Unit.PER_SECOND,
             (
                 Query(HERE.rate(c.ROUTE_EXPECTED_CACHED), "expected"),
@@ -257,7 +257,7 @@ _ROUTING = Row(
         ),
         Panel(
             "Known blocks",
-            "That each gateway thinks replicas hold.",
+            "Blocks that each gateway expects replicas to hold.",
             Unit.COUNT,
             (Query(HERE.sum(c.ROUTE_KNOWN_BLOCKS, "replica"), "{{replica}}"),),
         ),
@@ -265,13 +265,13 @@ _ROUTING = Row(
 )
 _TRANSFERS = Row(
     "Transfers between replicas",
-    "Blocks that replicas fetch from each other. Failures cost no request: the blocks are computed. "
+    "Blocks that replicas fetch from each other. Failures cost no request: the blocks are recomputed. "
     "`refused` and `busy` are normal in small numbers; `deadline` and `peer` mean slow links or dying "
-    "replicas; `checksum` means that bytes changed on the way or in the owner.",
+    "replicas; `checksum` means that bytes changed in transit or in the owner.",
     (
         Panel(
             "Bytes",
-            "Page bytes a second between replicas, and what bf16 would have taken more.",
+            "Page bytes a second between replicas, and the additional bytes of bf16.",
             Unit.BYTES_S,
             (
                 Query(HERE.rate(c.TRANSFERRED_BYTES, "direction"), "{{direction}}"),
@@ -280,7 +280,7 @@ _TRANSFERS = Row(
         ),
         Panel(
             "Fetches, loans and blocks",
-            "Asked, granted, arrived.",
+            "Requested, granted, received.",
             Unit.PER_SECOND,
             (
                 Query(HERE.rate(c.FETCHES), "fetches"),
@@ -290,7 +290,7 @@ _TRANSFERS = Row(
         ),
         Panel(
             "Failures by cause",
-            "Fetches that ended in computing.",
+            "Fetches that ended in recomputing.",
             Unit.PER_SECOND,
             (
                 Query(HERE.rate(c.FETCH_FAILURES, "cause"), "fetch: {{cause}}"),
@@ -299,13 +299,13 @@ _TRANSFERS = Row(
         ),
         Panel(
             "A fetch takes",
-            "From question to end, on average.",
+            "From request to end, on average.",
             Unit.SECONDS,
             (Query(HERE.mean(c.FETCH_SECONDS, c.FETCHES), "mean"),),
         ),
         Panel(
             "Fetch or recompute",
-            "Which was predicted to be sooner where another replica held the blocks.",
+            "Which was predicted to be faster where another replica held the blocks.",
             Unit.PER_SECOND,
             (Query(HERE.rate(c.FETCH_CHOICES, "choice"), "{{choice}}"),),
         ),
@@ -313,8 +313,8 @@ _TRANSFERS = Row(
 )
 _QUALITY = Row(
     "Quality",
-    "What could make answers worse: the formats in use, logits that are not finite, bytes that changed on "
-    "the way (they are thrown away and computed). Any event here wants a look.",
+    "What could make answers worse: the formats in use, logits that are not finite, bytes that changed in "
+    "transit (blocks are dropped and recomputed). Any event here needs investigation.",
     (
         Panel(
             "Layers by format",
@@ -336,6 +336,6 @@ _QUALITY = Row(
 OPERATORS = Dashboard(
     "quire-operators",
     "Quire: operation",
-    "Is it well, and if not, where to look.",
+    "Whether the service is healthy, and if not, where to look.",
     (_NOW, _REQUESTS, _LATENCY, _SCHEDULER, _CACHE, _ROUTING, _TRANSFERS, _QUALITY),
 )

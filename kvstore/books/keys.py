@@ -20,10 +20,10 @@ KEY_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class KeySpace:
-    """What all blocks of one model share; blocks of different key spaces never mix."""
+    """The fingerprints that all blocks of one model share; blocks of different key spaces never mix."""
 
     layout: bytes
-    """`PageLayout.fingerprint`."""
+    """Fingerprint of the page layout (`PageLayout.fingerprint`)."""
     model: bytes
     """Fingerprint of the weights and their config."""
     transforms: bytes
@@ -31,11 +31,11 @@ class KeySpace:
 
     @property
     def fingerprint(self) -> bytes:
-        """32 bytes, equal where the key spaces are: equal prompts have equal KV there, and equal answers."""
+        """Return 32 bytes that identify the key space: equal prompts have equal KV and answers in it."""
         return self.root()
 
     def root(self, tenant: str = "") -> BlockKey:
-        """The parent of a tenant's first blocks. Fields are length-prefixed, so that none run together."""
+        """Return the parent of a tenant's first blocks. Length prefixes keep fields apart."""
         digest = hashlib.blake2b(digest_size=KEY_BYTES, person=b"quire-root")
         for part in (self.layout, self.model, self.transforms, tenant.encode()):
             digest.update(len(part).to_bytes(8, "little"))
@@ -44,7 +44,7 @@ class KeySpace:
 
 
 def extend_chain(parent: BlockKey, tokens: Sequence[int], page_tokens: int) -> list[BlockKey]:
-    """Keys of the full blocks of `tokens`, which follow the block named `parent`. A rest gets no key."""
+    """Return the keys of the full blocks of `tokens`, which follow `parent`; a partial block has none."""
     words = np.asarray(tokens, dtype="<u4")
     keys = []
     for start in range(0, len(words) - page_tokens + 1, page_tokens):

@@ -1,8 +1,8 @@
-"""Which KV pages are free, and who holds the rest.
+"""Which KV pages are free, and which references hold the rest.
 
-A page is free, used (a sequence refers to it, or it is leased to a peer that reads it) or cached (it holds a
-complete block nobody uses, and goes when pages run short). Knows nothing of requests, tensors or devices; the
-bytes lie in each shard's pool tensor under the same page ids.
+A page is free, used (referenced by a sequence, or leased to a peer that reads it) or cached (it holds a
+complete block that is not in use, until it is evicted). Knows nothing of requests, tensors or devices; the
+bytes are in each shard's pool tensor under the same page ids.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ LeaseId = NewType("LeaseId", int)
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Pages that keep their blocks until the lease ends, whatever else the pool is asked for."""
+    """Pages that keep their blocks until the lease ends."""
 
     id: LeaseId
-    pages: tuple[PageId, ...]  # in the order of the keys
+    pages: tuple[PageId, ...]  # in the order of their keys
     generations: tuple[int, ...]
     until_s: float
 
 
 class PoolFull(Exception):
-    """More pages were asked for than are free or cached. Whoever plans a step asks `available` first."""
+    """More pages were requested than are free or cached; callers check `available` first."""
 
     def __init__(self, need: int, available: int, total: int) -> None:
         super().__init__(
@@ -38,16 +38,16 @@ class PoolFull(Exception):
 
 
 class IntegrityError(Exception):
-    """The pool contradicts itself. The message lists every contradiction."""
+    """The pool's records are inconsistent. The message lists every contradiction."""
 
 
 class PagePool:
-    """Allocates, shares and takes back the pages of one replica."""
+    """Allocates, shares and releases the pages of one replica."""
 
     def __init__(
         self, num_pages: int, evicted: Callable[[Sequence[tuple[BlockKey, PageId]]], None] | None = None
     ) -> None:
-        """`evicted` hears of blocks that make room, before their pages are handed out."""
+        """Call `evicted` with blocks that are evicted, before their pages are allocated again."""
         if num_pages < 1:
             raise ValueError(f"a pool has at least one page, got {num_pages}")
         self._evicted = evicted
@@ -76,16 +76,16 @@ class PagePool:
 
     @property
     def leased(self) -> int:
-        """Pages under leases; one that is under several counts as often."""
+        """Count leased pages; one under several leases counts as often."""
         return sum(len(lease.pages) for lease in self._leases.values())
 
     @property
     def available(self) -> int:
-        """Pages that `allocate` can hand out: free ones, then cached ones."""
+        """Count the pages that `allocate` can return: free ones, then cached ones."""
         return self.free + self.cached
 
     def allocate(self, count: int) -> list[PageId]:
-        """`count` pages with one reference each; evicts cached blocks if it must. Raises PoolFull."""
+        """Allocate `count` pages with one reference each, evicting blocks if needed. Raises PoolFull."""
         if count > self.available:
             raise PoolFull(count, self.available, self.total)
         evicted = self._index.evict(count - self.free)
@@ -99,12 +99,12 @@ class PagePool:
         return pages
 
     def lookup(self, keys: Sequence[BlockKey]) -> tuple[int, int]:
-        """How many leading blocks of `keys` are here, and how many of those are merely cached."""
+        """Count the leading blocks of `keys` that are here, and those of them that are merely cached."""
         pages = self._index.match(keys)
         return len(pages), sum(map(self._index.is_idle, pages))
 
     def share(self, keys: Sequence[BlockKey]) -> list[PageId]:
-        """The pages of the leading blocks of `keys` that are here, with one more reference each."""
+        """Add a reference to each page of the leading blocks of `keys` that are here, and return them."""
         pages = self._index.match(keys)
         for page in pages:
             self._references[page] += 1
@@ -112,21 +112,21 @@ class PagePool:
         return pages
 
     def publish(self, key: BlockKey, page: PageId) -> None:
-        """The block in `page` is complete: from now on others may share it."""
+        """Make the complete block in `page` available to others."""
         if self._references[page] < 1:
             raise IntegrityError(f"page {page} was published without being held")
         self._index.insert(key, page)
 
     def withdraw(self, pages: Iterable[PageId]) -> None:
-        """The blocks in these held pages may be damaged: nobody else may find them or believe a copy."""
+        """Withdraw the blocks in these held pages, which may be damaged: they are not found any more."""
         for page in pages:
             self._index.forget(page)
             self._generations[page] += 1
 
     def release(self, pages: Iterable[PageId]) -> None:
-        """Give back one reference to each page; pages in token order.
+        """Drop one reference to each page; pages in token order.
 
-        The last block of a chain becomes the first to be evicted: a prefix is worth more than its tail.
+        The last block of a chain is evicted first: a prefix is worth more than its tail.
         """
         for page in reversed(list(pages)):
             if self._references[page] < 1:
@@ -139,7 +139,7 @@ class PagePool:
                     self._free.append(page)
 
     def generation(self, page: PageId) -> int:
-        """Changes whenever the page may come to hold something else."""
+        """Return a number that changes whenever the page may get other contents."""
         return self._generations[page]
 
     def lease(self, keys: Sequence[BlockKey], until_s: float) -> Lease:
@@ -151,7 +151,7 @@ class PagePool:
         return lease
 
     def end_lease(self, lease_id: LeaseId) -> bool:
-        """Unpin. False if what was read meanwhile is not to be trusted: the lease was over, a block bad."""
+        """Unpin. Returns False if what was read may be wrong: the lease was over, or a block withdrawn."""
         lease = self._leases.pop(lease_id, None)
         if lease is None:
             return False
@@ -159,17 +159,14 @@ class PagePool:
         return lease.generations == tuple(map(self.generation, lease.pages))
 
     def expire_leases(self, now_s: float) -> list[LeaseId]:
-        """End the leases whose time is over, because their peer is gone or too slow."""
+        """End the leases whose deadline has passed, because their peer is gone or too slow."""
         over = [lease.id for lease in self._leases.values() if lease.until_s < now_s]
         for lease_id in over:
             self.end_lease(lease_id)
         return over
 
     def check(self, held: Iterable[PageId] = ()) -> None:
-        """Compare the books with `held`, every reference that the callers hold. Raises IntegrityError.
-
-        Leases are the pool's own and need not be named.
-        """
+        """Compare the pool with `held`, all references of its callers but leases. Raises IntegrityError."""
         expected = [0] * self.total
         for page in held:
             expected[page] += 1

@@ -1,6 +1,6 @@
-"""Which complete blocks lie in which pages, and which of them would go first.
+"""Which pages hold which complete blocks, and in which order those are evicted.
 
-Knows keys and page ids; who uses a page is `pool.py`'s to say, through `idle` and `busy`.
+Knows keys and page ids; `pool.py` says which pages are in use, through `idle` and `busy`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class PrefixIndex:
 
     @property
     def idle_pages(self) -> int:
-        """Pages that hold a block nobody uses."""
+        """Count pages that hold an unused block."""
         return len(self._idle)
 
     def is_idle(self, page: PageId) -> bool:
         return page in self._idle
 
     def match(self, keys: Sequence[BlockKey]) -> list[PageId]:
-        """Pages of the longest leading run of `keys` that is here."""
+        """Return the pages of the longest leading run of `keys` that is here."""
         pages = []
         for key in keys:
             page = self._page_of.get(key)
@@ -47,7 +47,7 @@ class PrefixIndex:
         return pages
 
     def insert(self, key: BlockKey, page: PageId) -> bool:
-        """Name the block in `page`. False if another page already holds it: the first one stays."""
+        """Name the block in `page`. Returns False if another page holds it already; that one is kept."""
         if key in self._page_of:
             return self._page_of[key] == page
         if page in self._key_of:
@@ -57,15 +57,15 @@ class PrefixIndex:
         return True
 
     def idle(self, page: PageId) -> None:
-        """Nobody uses the block any more: it becomes the last to be evicted."""
+        """Mark the block as unused: it becomes the last to be evicted."""
         self._idle[page] = None
 
     def busy(self, page: PageId) -> None:
-        """Somebody uses the block: it cannot be evicted."""
+        """Mark the block as in use: it cannot be evicted."""
         self._idle.pop(page, None)
 
     def evict(self, count: int) -> list[tuple[BlockKey, PageId]]:
-        """Forget the `count` least recently used unused blocks and hand over their pages."""
+        """Remove the `count` least recently used unused blocks, and return their pages."""
         evicted = []
         for _ in range(min(count, len(self._idle))):
             page, _ = self._idle.popitem(last=False)
@@ -75,14 +75,14 @@ class PrefixIndex:
         return evicted
 
     def forget(self, page: PageId) -> None:
-        """The block in `page`, if any, must not be found again."""
+        """Remove the block in `page`, if any."""
         key = self._key_of.pop(page, None)
         if key is not None:
             del self._page_of[key]
             self._idle.pop(page, None)
 
     def faults(self, unused: Iterable[PageId]) -> list[str]:
-        """What contradicts itself, given the pages that nobody uses; empty if all is well."""
+        """List contradictions, given the unused pages."""
         found = [
             f"block {key.hex()[:12]} points to page {page}, which holds another"
             for key, page in self._page_of.items()

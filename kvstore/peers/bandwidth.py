@@ -1,4 +1,4 @@
-"""A bound on the bytes a shard sends a second, so that steps keep their share of the network."""
+"""Limits the bytes a shard sends per second, so that steps keep their share of the network."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 
 
 class Bandwidth:
-    """A token bucket that all links of a shard draw from, in the order in which they ask.
+    """A token bucket that all links of a shard draw from, in order.
 
-    A link must get its next chunk well within the links' operation timeout, or its receiver gives it up:
+    A link must send its next chunk well within the links' operation timeout, or its receiver gives up:
     `bytes_per_s * operation_timeout_s` exceeds the chunks of all links that are busy at once.
     """
 
@@ -21,13 +21,13 @@ class Bandwidth:
         self._lock = threading.Lock()
 
     def reserve(self, count: int, now_s: float) -> float:
-        """Book `count` bytes and return how many seconds to wait before sending them."""
+        """Reserve `count` bytes, and return how many seconds to wait before sending them."""
         with self._lock:
-            # The bucket is full when nothing was booked for the time that its burst takes.
+            # The bucket is full when nothing was reserved for the time that its burst takes.
             start_s = max(self._free_at_s, now_s - self._burst / self._rate)
             self._free_at_s = start_s + count / self._rate
             return max(self._free_at_s - now_s, 0.0)
 
     def wait(self, count: int) -> None:
-        """Return when `count` bytes may be sent."""
+        """Block until `count` bytes may be sent."""
         time.sleep(self.reserve(count, time.monotonic()))

@@ -13,11 +13,11 @@ class PageSlice:
     """A byte range that every page of one transfer sends from one source shard to one destination shard."""
 
     source: int
-    """Rank."""
+    """Rank of the sender."""
     destination: int
     """Rank."""
     first_head: int
-    """Counted over the whole model."""
+    """Number of the first kv head, in the whole model."""
     heads: int
     source_at: int
     """Byte offset in the source's page."""
@@ -27,12 +27,12 @@ class PageSlice:
 
 
 def fits(tp: int, kv_heads: int) -> bool:
-    """Whether `tp` shards can hold a model of so many kv heads."""
+    """Tell whether `tp` shards can hold a model of `kv_heads`."""
     return tp > 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
 
 
 def shard_heads(rank: int, tp: int, kv_heads: int) -> range:
-    """The kv heads in a shard's pages. Where there are fewer heads than shards, several hold the same one.
+    """Return the kv heads in a shard's pages; with fewer heads than shards, several hold the same one.
 
     Raises: ValueError where neither of `tp` and `kv_heads` divides the other.
     """
@@ -44,7 +44,7 @@ def shard_heads(rank: int, tp: int, kv_heads: int) -> range:
 
 
 def page_slices(source_tp: int, destination_tp: int, kv_heads: int, head_bytes: int) -> tuple[PageSlice, ...]:
-    """What fills every page of the destination exactly once, by destination rank and then by head.
+    """Return slices that fill every destination page exactly once, by destination rank, then by head.
 
     Of shards that hold the same head, destinations take turns. There is at most one slice between two ranks.
     Example: tp 2 → 1 with 4 heads: heads 0–1 from rank 0 to the front half, 2–3 from rank 1 to the back half.
@@ -68,7 +68,7 @@ def page_slices(source_tp: int, destination_tp: int, kv_heads: int, head_bytes: 
 
 
 def _runs(destination: int, wanted: range, source_tp: int, kv_heads: int) -> list[tuple[int, range]]:
-    """The wanted heads as runs that one source shard holds, each with that source."""
+    """Split the wanted heads into runs that one source shard holds, each with that source."""
     runs: list[tuple[int, range]] = []
     for head in wanted:
         holders = [r for r in range(source_tp) if head in shard_heads(r, source_tp, kv_heads)]

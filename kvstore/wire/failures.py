@@ -1,5 +1,4 @@
-"""Why a transfer ended without its blocks. Each cause is counted; none ever reaches a client: the blocks are
-computed instead."""
+"""Why transfers fail. Causes are counted and never reach a client, because the blocks are recomputed."""
 
 from __future__ import annotations
 
@@ -7,17 +6,17 @@ from enum import StrEnum
 
 
 class Cause(StrEnum):
-    """What metrics count failures by."""
+    """The label by which metrics count failures."""
 
-    REFUSED = "refused"  # the owner does not hold the blocks, or another layout
-    BUSY = "busy"  # as many links or transfers as allowed are in use
-    NO_PAGES = "no_pages"  # the receiver has no room
+    REFUSED = "refused"  # the owner does not have the blocks, or has another layout
+    BUSY = "busy"  # all allowed links or transfers are in use
+    NO_PAGES = "no_pages"  # the receiver has too few pages
     PEER = "peer"  # the other side is gone or does not answer
-    DEADLINE = "deadline"  # time was up
-    HEADER = "header"  # another block, layout, head range or generation than was agreed
-    CHECKSUM = "checksum"  # the bytes changed on the way
+    DEADLINE = "deadline"  # the deadline passed
+    HEADER = "header"  # not the agreed block, layout, head range or generation
+    CHECKSUM = "checksum"  # the bytes changed in transit
     LEASE = "lease"  # the owner's pages may have changed while they were read
-    CLOSED = "closed"  # this side is being shut down
+    CLOSED = "closed"  # this side is shutting down
 
 
 class TransferFailed(Exception):

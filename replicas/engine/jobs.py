@@ -1,4 +1,4 @@
-"""What the sequences of one step have to do, and how that is laid out for the shards.
+"""What each sequence of a step computes, and its layout for the shards.
 
 Values only: the engine decides, the executor computes.
 """
@@ -25,18 +25,18 @@ class Job:
 
     seq: Sequence
     start: int
-    """Its tokens that were computed before."""
+    """The number of its tokens that were computed before."""
     tokens: int
     rows: range
-    """Tokens of its part (0 is the first computed in this step) whose logits are wanted."""
+    """Tokens of its part whose logits are needed; 0 is the first computed in this step."""
     due: bool
     """Whether its next token is drawn."""
     evictions: int
-    """Of the sequence, when the step was launched."""
+    """The sequence's evictions when the step was launched."""
 
     @staticmethod
     def next_of(seq: Sequence, tokens: int) -> Job:
-        """The sequence's next `tokens` tokens; logits of the last one if it is the last there is."""
+        """Make the job of a sequence's next `tokens` tokens, with logits of its last token."""
         due = seq.computed + tokens == seq.length
         last = tokens if due else 0
         rows = range(max(last - 1, 0), last)
@@ -57,16 +57,16 @@ class LaunchedStep:
     jobs: Seq[Job]
     samples: Samples | None
     row_of: dict[SeqId, int]
-    """Where in the samples a sequence's token stands."""
+    """Each sequence's row in the samples."""
     prompt_tokens: int
-    """Of all its tokens, those of prompts."""
+    """The number of prompt tokens in the step."""
     prompt_before: float
-    """Tokens of its sequence that stand before a prompt's token, on average."""
+    """The mean number of tokens that precede a prompt token in its sequence."""
     launched_s: float
 
 
 def lay_out(jobs: Seq[Job], page_tokens: int, before: LaunchedStep | None) -> StepBatch:
-    """The step's arrays. `before` is the step whose tokens are not known yet, if there is one."""
+    """Lay out the step's arrays. `before`: the step whose tokens are not known yet, if any."""
     positions = [np.arange(job.start, job.end) for job in jobs]
     starts = np.cumsum([0, *(job.tokens for job in jobs)])
     table_SM = np.zeros((len(jobs), max(len(job.seq.pages) for job in jobs)), dtype=np.int64)
@@ -89,7 +89,7 @@ def lay_out(jobs: Seq[Job], page_tokens: int, before: LaunchedStep | None) -> St
 
 
 def prompt_part(jobs: Seq[Job]) -> tuple[int, float]:
-    """How many tokens of prompts these compute, and how many of its sequence stand before one on average."""
+    """Count the prompt tokens of jobs, and the mean number of tokens that precede one in its sequence."""
     tokens = before = 0
     for job in jobs:
         new = max(min(job.end, job.seq.prompt_tokens) - job.start, 0)
@@ -99,14 +99,14 @@ def prompt_part(jobs: Seq[Job]) -> tuple[int, float]:
 
 
 def last_rows(jobs: Seq[Job], logits_RV: Tensor) -> Tensor:
-    """Of the step's logits, those from which next tokens are drawn."""
+    """Select the step's logits from which next tokens are drawn."""
     ends = list(accumulate(len(job.rows) for job in jobs))
     rows = [end - 1 for job, end in zip(jobs, ends, strict=True) if job.due]
     return logits_RV if len(rows) == ends[-1] else logits_RV[rows]
 
 
 def prompt_logprobs(jobs: Seq[Job], logits_RV: Tensor) -> list[list[TokenLogprob]]:
-    """From the step's logits, for every job what its sequence learns of its prompt, if it wants to."""
+    """Compute the prompt log-probabilities of every job that wants them."""
     ends = list(accumulate(len(job.rows) for job in jobs))
     return [
         _of_prompt(job, logits_RV[end - len(job.rows) : end]) for job, end in zip(jobs, ends, strict=True)
@@ -114,7 +114,7 @@ def prompt_logprobs(jobs: Seq[Job], logits_RV: Tensor) -> list[list[TokenLogprob
 
 
 def _of_prompt(job: Job, rows_RV: Tensor) -> list[TokenLogprob]:
-    """Rows at position p speak of token p + 1; the prompt's last row speaks of the output."""
+    """Select the rows about prompt tokens: a row at position p is about token p + 1."""
     seq = job.seq
     first = job.start + job.rows.start
     of_prompt = min(job.start + job.rows.stop, seq.prompt_tokens - 1) - first
@@ -125,7 +125,7 @@ def _of_prompt(job: Job, rows_RV: Tensor) -> list[TokenLogprob]:
 
 
 def _tokens(job: Job, before: LaunchedStep | None) -> list[int]:
-    """A token in flight is named by its place among those that the step before draws: -1 is the first."""
+    """Return a job's token ids; one in flight is -1 - its place among those that the step before draws."""
     tokens = job.seq.tokens[job.start : job.end]
     if len(tokens) < job.tokens:
         assert before is not None, f"sequence {job.seq.id} waits for a token that no step draws"

@@ -1,4 +1,4 @@
-"""One step's way to the shards and back: laid out, run, its draws begun. Changes no books."""
+"""Launches a step: lays it out, runs it and starts sampling. Changes no state of the engine."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class StepExecutor(Copier, Protocol):
 
     @property
     def overlaps(self) -> bool:
-        """Whether `run` returns before the step is computed, so that the next can be planned meanwhile."""
+        """Tell whether `run` returns before the step is computed, so that the next one can be planned."""
 
     def run(self, batch: StepBatch, drawn: Tensor | None = None) -> Tensor:
-        """fp32 logits [R, V] of the batch's wanted rows, good until the next call. Raises ReplicaDied.
+        """Compute fp32 logits [R, V] of the batch's rows, valid until the next call. Raises ReplicaDied.
 
-        `drawn`: int64 tokens that the step before drew, for the batch's negative token ids.
+        `drawn`: int64 tokens of the previous step, for the batch's negative token ids.
         """
 
     def can_go_on(self) -> bool:
-        """Whether another step can be computed, now that one has raised."""
+        """Tell whether another step can be computed after one has raised."""
 
 
 def launch(
@@ -41,10 +41,10 @@ def launch(
     time: StepClock,
     now_s: float,
 ) -> tuple[LaunchedStep, list[list[TokenLogprob]]]:
-    """Start a step, and say what every job's sequence learns of its prompt. `before` is still under way.
+    """Start a step, while `before` still runs, and return prompt log-probabilities of every job.
 
-    If this raises, cells of the jobs' pages may have been written, which are written again before they are
-    read; nothing else has changed.
+    If this raises, nothing has changed but cells of the jobs' pages, which are written again before they are
+    read.
     """
     drawn_R = before.samples.tokens_R if before and before.samples else None
     logits_RV = executor.run(lay_out(jobs, page_tokens, before), drawn_R)

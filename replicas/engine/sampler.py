@@ -1,6 +1,6 @@
-"""From a step's logits to its sequences' next tokens: parameters laid out as tensors, results read back.
+"""Samples the next tokens of a step's sequences from its logits.
 
-Two halves, so that the device can go on meanwhile: `start_sampling` enqueues, `Samples.collect` waits.
+The device works meanwhile: `start_sampling` enqueues, `Samples.collect` waits.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Samples:
     """The tokens of a step, perhaps still being computed."""
 
     tokens_R: Tensor
-    """int64, where the logits were: what the next step reads."""
+    """int64, on the device of the logits: the input of the next step."""
     _on_host: tuple[Tensor, ...]
-    """Tokens, whether the row was finite, and where logprobs were asked for: own, likeliest ids, theirs."""
+    """Tokens, whether rows were finite, and logprobs where requested: own, most probable ids, theirs."""
     _counts: dict[int, int]
-    """Rows that want logprobs, in order, and of how many likeliest tokens."""
+    """Rows that want logprobs, in order, and of how many most probable tokens."""
     _done: torch.cuda.Event | None
 
     def collect(self) -> list[Sampled | None]:
-        """Wait for the tokens. None marks a row that is not finite: a fault of the shard, never a token."""
+        """Wait for the tokens; None for a row that is not finite, which is an error of the shard."""
         if self._done is not None:
             self._done.synchronize()
         tokens, finite, *found = (x.tolist() for x in self._on_host)
@@ -52,7 +52,7 @@ class Samples:
 
 
 def start_sampling(logits_RV: Tensor, sequences: Seq[Sequence]) -> Samples:
-    """Begin to draw one token for each sequence from its row of fp32 logits, which are not read later.
+    """Start to draw one token for each sequence from its row of fp32 logits, which are not read later.
 
     Log-probabilities are taken before temperature, penalties and bans.
     """
@@ -78,14 +78,14 @@ def start_sampling(logits_RV: Tensor, sequences: Seq[Sequence]) -> Samples:
 
 
 def token_logprobs(logits_RV: Tensor, tokens: Seq[int], count: int) -> list[TokenLogprob]:
-    """The log-probability of each row's given token and of the row's `count` likeliest ones."""
+    """Return log-probabilities of each row's given token and of its `count` most probable ones."""
     tokens_R = torch.tensor(tokens, device=logits_RV.device)
     found = [x.tolist() for x in logprobs(logits_RV, tokens_R, count)]
     return list(_with_likeliest(tokens, dict.fromkeys(range(len(tokens)), count), found).values())
 
 
 def needs_tokens(seq: Sequence) -> bool:
-    """Whether the next token depends on what the tokens before it were, beyond the logits."""
+    """Tell whether sampling the next token needs the previous tokens (penalties, min_tokens)."""
     p = seq.progress.sampling
     return bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)
 
@@ -93,7 +93,7 @@ def needs_tokens(seq: Sequence) -> bool:
 def _with_likeliest(
     tokens: Seq[int], counts: dict[int, int], found: Seq[list[Any]]
 ) -> dict[int, TokenLogprob]:
-    """`found`: own log-probability, likeliest ids and theirs, of every row that `counts` names."""
+    """Convert `found` (own log-probability, most probable ids and theirs) for the rows of `counts`."""
     own, ids, values = found
     return {
         row: TokenLogprob(tokens[row], own[at], tuple(zip(ids[at][:count], values[at][:count], strict=True)))
@@ -102,7 +102,7 @@ def _with_likeliest(
 
 
 def _draws(sequences: Seq[Sequence], params: Seq[ResolvedSampling], device: torch.device) -> list[Draw]:
-    """Rows that draw, those with filters apart: a row's token must not depend on its company."""
+    """Group the rows that draw by whether they filter: a token must not depend on its batch."""
     drawn = [row for row, p in enumerate(params) if p.temperature]
     groups = [[row for row in drawn if _filters(params[row]) == filtered] for filtered in (False, True)]
     draws = []

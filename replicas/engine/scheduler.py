@@ -5,7 +5,7 @@ Pure: values in, a value out; no clock, lock, tensor or pool. `engine.py` execut
 **Order.** Higher priority first, then earlier arrival. Slots and pages are granted in this order. A waiting
 sequence may take them from running ones of lower priority, which then wait again. A sequence that
 `MAX_OVERTAKEN` later arrivals have overtaken is overdue: it comes before all that are not, in order of
-arrival, and never gives way to them.
+arrival, and is not preempted for them.
 
 **Budget.** Each decoding sequence gets its one token. A quarter of the remaining token budget goes to the
 oldest prompt. The rest goes by priority, and within a priority to the prompts with the fewest tokens left to
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, NewType, TypeVar
 
 SeqId = NewType("SeqId", int)
-"""Counted up: of two sequences, the one with the smaller id arrived earlier."""
+"""An increasing number: of two sequences, the one with the smaller id arrived earlier."""
 
 MAX_OVERTAKEN = 64
-"""Later arrivals that may be admitted before a waiting sequence."""
+"""The most later arrivals that may be admitted before a waiting sequence."""
 
 _OLDEST_PROMPT_SHARE = 4
 """The oldest prompt gets one part in this many of the prompts' budget."""
@@ -38,16 +38,16 @@ class Running:
     id: SeqId
     priority: int
     tokens: int
-    """Known tokens: prompt and output so far."""
+    """Number of known tokens: prompt and output so far."""
     computed: int
-    """How many of them have their KV in pages."""
+    """Number of those whose KV is in pages."""
     pages: int
-    """Pages it holds."""
+    """Number of pages it holds."""
     overdue: bool = False
 
     @property
     def left(self) -> int:
-        """Known tokens that are not computed yet; a decoding sequence has one."""
+        """Count known tokens that are not computed yet; a decoding sequence has one."""
         return self.tokens - self.computed
 
 
@@ -59,20 +59,20 @@ class Waiting:
     priority: int
     tokens: int
     cached_pages: int = 0
-    """Leading full blocks found in the pool; they need not be computed."""
+    """Number of leading full blocks found in the pool, which need not be computed."""
     idle_pages: int = 0
-    """How many of those are unused: taking them makes them unavailable to other sequences."""
+    """Number of those that are unused: taking them makes them unavailable to other sequences."""
     overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerState:
-    """What a plan is made from."""
+    """The inputs of a plan."""
 
     running: Sequence[Running]
     waiting: Sequence[Waiting]
     available_pages: int
-    """Free pages and pages of unused cached blocks."""
+    """Number of free pages and pages of unused cached blocks."""
     page_tokens: int
     max_running: int
     max_step_tokens: int
@@ -88,20 +88,20 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Executed in this order: preempt, admit, work."""
+    """A plan, executed in this order: preempt, admit, work."""
 
     preempt: tuple[SeqId, ...]
     admit: tuple[SeqId, ...]
     work: tuple[Work, ...]
-    """Fewest tokens first."""
+    """Work in order of its tokens, fewest first."""
 
 
 class Prompt(NamedTuple):
-    """What is left of a prompt. Sorts in the order in which prompts get a step's budget."""
+    """The rest of a prompt. Sorts in the order in which prompts get a step's budget."""
 
     minus_priority: int
     left: int
-    """Tokens to compute."""
+    """Number of tokens to compute."""
     id: SeqId
 
 
@@ -111,8 +111,8 @@ _Either = TypeVar("_Either", Running, Waiting)
 def plan_step(state: SchedulerState) -> StepPlan:
     """Plan one step. Every page that the plan needs is available if it is executed in order.
 
-    The one exception: pages that a preempted sequence shares with others do not come back. Work that then
-    finds too few pages is left out by the engine, and planned again.
+    Except that a preempted sequence does not free pages it shares with others: the engine leaves out work
+    that then finds too few pages, and plans it again.
     """
     books = _Books(state)
     for seq in books.in_order():
@@ -134,7 +134,7 @@ def plan_step(state: SchedulerState) -> StepPlan:
 
 
 def candidates(state: SchedulerState) -> list[Waiting]:
-    """The waiting sequences that the step's budget would reach if all were admitted, most important first.
+    """Return the waiting sequences that the step's budget would reach, most important first.
 
     The others need no slot yet; once they are admitted, more of their blocks may be in the pool.
     """
@@ -148,7 +148,7 @@ def candidates(state: SchedulerState) -> list[Waiting]:
 
 
 def share_budget(prompts: Sequence[Prompt], budget: int) -> dict[SeqId, int]:
-    """How many of `budget` tokens each prompt gets: the rule at the top of this file."""
+    """Share `budget` tokens among prompts by the rule at the top of this file."""
     shares = dict.fromkeys((prompt.id for prompt in prompts), 0)
     if not prompts:
         return shares
@@ -163,12 +163,12 @@ def share_budget(prompts: Sequence[Prompt], budget: int) -> dict[SeqId, int]:
 
 
 def by_importance(sequences: Iterable[_Either]) -> list[_Either]:
-    """The order in which slots and pages are granted."""
+    """Sort by the order in which slots and pages are granted."""
     return sorted(sequences, key=lambda seq: (not seq.overdue, 0 if seq.overdue else -seq.priority, seq.id))
 
 
 class _Books:
-    """Who holds slots and pages while a plan is made."""
+    """Slots and pages while a plan is made."""
 
     def __init__(self, state: SchedulerState) -> None:
         self._page_tokens, self._slots = state.page_tokens, state.max_running
@@ -179,11 +179,11 @@ class _Books:
         self.admitted: list[SeqId] = []
 
     def in_order(self) -> list[Running]:
-        """Those that hold pages, most important first."""
+        """Return the sequences that hold pages, most important first."""
         return by_importance(self._holding.values())
 
     def grow(self, seq: Running, tokens: int) -> None:
-        """Plan the sequence's next tokens; where pages run short, the least important sequence gives way."""
+        """Plan the sequence's next tokens; if pages run short, the least important sequence is preempted."""
         while seq.id in self._holding:
             need = self._count(seq.computed + tokens) - seq.pages
             if need <= self._pages:
@@ -212,7 +212,7 @@ class _Books:
             self.admitted.append(seq.id)
 
     def _victims(self, seq: Waiting, missing_pages: int) -> list[Running] | None:
-        """The fewest sequences that must give way so that `seq` can be admitted; None if that cannot be."""
+        """Return the fewest sequences to preempt so that `seq` can be admitted; None if it cannot."""
         missing_slots = len(self._holding) + 1 - self._slots
         victims: list[Running] = []
         while missing_slots > 0 or missing_pages > 0:
@@ -225,7 +225,7 @@ class _Books:
         return victims
 
     def _claim(self, seq: Running) -> int:
-        """Pages it holds once all its known tokens are computed: they are promised to it."""
+        """Count the pages it will hold once all its known tokens are computed, which are reserved for it."""
         return max(self._count(seq.tokens), self._held(seq))
 
     def _preempt(self, seq: Running) -> None:
@@ -235,7 +235,7 @@ class _Books:
         self.preempted.append(seq.id)
 
     def _held(self, seq: Running) -> int:
-        """Pages it holds, those of its work in this step included."""
+        """Count the pages it holds, those of its work in this step included."""
         return max(self._count(seq.computed + self.work.get(seq.id, 0)), seq.pages)
 
     def _count(self, tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Where an engine's time goes: who ends a part of a step says so, and the time since the last word is its."""
+"""Measures the parts of an engine's steps: time since the last report belongs to the part that ends."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from enum import StrEnum
 
 
 class Part(StrEnum):
-    """Together they are all of the time an engine spends in steps."""
+    """The parts of a step; together they are all of its time."""
 
-    PLAN = "plan"  # deadlines, news of the store, prefixes, the schedule
+    PLAN = "plan"  # deadlines, results of the store, prefixes, the schedule
     FORWARD = "forward"  # laying the step out and running it; on one GPU only launching it
     SAMPLE = "sample"  # drawing tokens; on one GPU also the wait for the step before
     EMIT = "emit"  # publishing blocks, text, events
 
 
 class StepClock:
-    """Laps of one thread."""
+    """The laps of one thread."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -24,16 +24,16 @@ class StepClock:
         self._seconds = dict.fromkeys(Part, 0.0)
 
     def start(self) -> None:
-        """A step begins."""
+        """Start a step."""
         self._since_s = self._clock()
 
     def ended(self, part: Part) -> None:
-        """What was done since the last word was `part`."""
+        """Add the time since the last call to `part`."""
         now = self._clock()
         self._seconds[part] += now - self._since_s
         self._since_s = now
 
     @property
     def seconds(self) -> Mapping[str, float]:
-        """By part, since the engine's start."""
+        """Return the seconds of each part since the engine's start."""
         return {part.value: seconds for part, seconds in self._seconds.items()}

@@ -1,6 +1,6 @@
-"""How much of a GPU is left for pages: measured once the largest step has had its workspace.
+"""Runs the largest step to measure how much of a GPU is left for pages.
 
-torch's allocator keeps what that step took, so that no admitted step asks the device for more.
+torch's allocator keeps the memory of that step, so that no admitted step needs more from the device.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from quire.replicas.model.step import StepBuilder
 from quire.replicas.step_batch import StepBatch
 
 _HISTORY_TOKENS = 16384
-"""Beyond so many, attention's workspace does not grow: `prefill_library.py` takes history in pieces."""
+"""Attention's workspace does not grow beyond this: `prefill_library.py` processes history in pieces."""
 
 
 def run_largest_step(
     forward: ForwardPass, builder: StepBuilder, *, tokens: int, rows: int, max_model_tokens: int
 ) -> None:
-    """A step of `tokens` tokens, and `rows` rows of logits used in the dearest way. Writes to no page."""
+    """Run a step of `tokens` tokens and `rows` rows of logits with the most memory. Writes to no page."""
     batch = largest_step(tokens, rows, max_model_tokens, builder.caches[0].layout.page_tokens)
     logits_RV = forward(builder.build(batch))
     count, device = len(logits_RV), builder.device
@@ -32,7 +32,7 @@ def run_largest_step(
 
 
 def largest_step(tokens: int, rows: int, max_model_tokens: int, page_tokens: int) -> StepBatch:
-    """Chunks as long as sequences may be, each at the end of a long history; every page is page 0. Pure."""
+    """Build chunks as long as sequences may be, each after a long history; every page is page 0. Pure."""
     lengths = [max_model_tokens] * (tokens // max_model_tokens) + [tokens % max_model_tokens]
     new_S = np.array(sorted(n for n in lengths if n), dtype=np.int64)
     kv_tokens_S = np.minimum(new_S + _HISTORY_TOKENS, max_model_tokens)

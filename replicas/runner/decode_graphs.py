@@ -1,9 +1,9 @@
 """CUDA graphs of steps in which every sequence decodes one token: a whole step is one launch.
 
-A graph is made for a number of sequences and serves batches of that many and fewer, of any lengths: what a
-step brings (tokens, pages, lengths, the plan of its attention) is copied to where the graph reads it.
+A graph is captured for a number of sequences and serves batches of that many and fewer, of any lengths: the
+step's tokens, pages, lengths and attention plan are copied to where the graph reads them.
 
-Names: S sequences, M pages per sequence at most, R wanted rows of logits, V vocabulary.
+Names: S sequences, M pages per sequence at most, R rows of logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from quire.replicas.staging import Array, Packing, host_bytes
 from quire.replicas.step_batch import Ints, StepBatch
 
 Compute = Callable[[ModelInputs], Tensor]
-"""A forward pass: fp32 logits [R, V]."""
+"""Runs a forward pass: fp32 logits [R, V]."""
 
 
 def graph_sizes(most: int) -> list[int]:
-    """Numbers of sequences to make graphs for: padding costs a quarter at most, and little in most steps."""
+    """Choose the sizes of graphs: padding costs a quarter at most, and little in most steps."""
     sizes = [2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, most, 128)]
     return [*(size for size in sizes if size < most), max(most, 2)]
 
@@ -59,7 +59,7 @@ class DecodeGraphs:
         self._sizes = sizes
 
     def run(self, batch: StepBatch, drawn: Tensor | None) -> Tensor | None:
-        """fp32 logits [R, V], good until the next run; None for a step that is no graph's."""
+        """Compute fp32 logits [R, V], valid until the next run; None for a step without a graph."""
         sequences = len(batch.kv_tokens_S)
         if not sequences == len(batch.token_ids_T) == len(batch.logit_rows_R) <= self._sizes[-1]:
             return None
@@ -76,9 +76,9 @@ class _Graph:
     packing: Packing
     size: int
     buffer_B: Tensor
-    """Where the graph reads its step."""
+    """The memory from which the graph reads its step."""
     drawn_S: Tensor
-    """Where it reads the tokens that the step before drew."""
+    """The memory from which it reads the tokens that the previous step drew."""
     logits_SV: Tensor
 
     @classmethod
@@ -92,7 +92,7 @@ class _Graph:
         drawn_S: Tensor,
         memory: Any,
     ) -> _Graph:
-        """Graphs share their memory, for one runs at a time and its logits are read before the next."""
+        """Capture a graph. All share memory: one runs at a time, and its logits are read before the next."""
         packing = _packing(builder, size, max_pages)
         host_B = host_bytes(packing.size_bytes, builder.device)
         _fill(packing.arrays(host_B), builder, _NOTHING, size)
@@ -115,7 +115,7 @@ class _Graph:
 
 
 def _packing(builder: StepBuilder, size: int, max_pages: int) -> Packing:
-    """Where the arrays of `size` sequences lie, each with up to `max_pages`."""
+    """Return the packing of the arrays of `size` sequences, each with up to `max_pages`."""
     arrays: dict[str, Array] = {
         **{name: np.zeros(size, dtype=np.int64) for name in ("token_ids", "positions", "slots", "rows")},
         "query_start": np.zeros(size + 1, dtype=np.int32),
@@ -127,14 +127,14 @@ def _packing(builder: StepBuilder, size: int, max_pages: int) -> Packing:
 
 
 def _plans(builder: StepBuilder, kv_tokens_S: Ints) -> dict[str, Array]:
-    """One new token a sequence; a sequence without tokens is padding and owns no work."""
+    """Plan one new token for each sequence; one without tokens is padding and owns no work."""
     kinds, size = builder.kinds(1), len(kv_tokens_S)
     capacities = {kind: items_capacity(kind, size) for kind in kinds}
     return plan_arrays(kinds, np.ones(size, dtype=np.int64), kv_tokens_S, capacities)
 
 
 def _fill(arrays: Mapping[str, Array], builder: StepBuilder, batch: StepBatch, size: int) -> None:
-    """Lay a batch out for a graph. What no sequence reads keeps whatever is there."""
+    """Lay out a batch for a graph; entries that no sequence reads are left as they are."""
     count, pages = batch.page_table_SM.shape
     for name, numbers, padding in (
         ("token_ids", batch.token_ids_T, 0),

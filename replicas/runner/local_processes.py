@@ -1,4 +1,4 @@
-"""Shards of rank 1 and up as processes of this machine. They die with the process that started them."""
+"""Runs shards of rank 1 and up as processes on this machine, which die with their parent."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ _GRACE_S = 2.0
 class LocalProcesses:
     """A launcher: one child process per shard.
 
-    A child lives as long as its standard input is open, which the kernel closes with its parent, however
-    that ends.
+    A child lives as long as its standard input is open, which the kernel closes when its parent ends.
     """
 
     def __init__(self) -> None:
@@ -59,7 +58,7 @@ def _die_with_parent() -> None:
 
 
 def main() -> int:
-    """The child: read the spec, serve, say in one line why it ended."""
+    """Run the child: read the spec, serve, and print in one line why it ended."""
     spec = pickle.load(sys.stdin.buffer)
     assert isinstance(spec, ShardSpec)
     threading.Thread(target=_die_with_parent, daemon=True).start()

@@ -111,5 +111,5 @@ def test_what_is_not_said_is_the_models_default_and_an_explicit_zero_is_said():
 
 
 def test_a_number_of_more_digits_than_python_writes_is_refused_like_any_other():
-    with pytest.raises(InvalidRequest, match="max_tokens must lie in"):
+    with pytest.raises(InvalidRequest, match="max_tokens must be in"):
         SamplingParams(max_tokens=10**5000)

@@ -47,7 +47,7 @@ def test_layout_reads_a_policy_file(tmp_path):
         (("serve", "demo", "--replicas", "3..1"), 1, "min=3, max=1"),
         (("serve", "demo", "--config", __file__), 1, "is not YAML"),
         (("generate", "a", "--address", "127.0.0.1:1"), 1, "127.0.0.1:1"),
-        (("generate", "a", "--max-tokens", "0"), 1, "max_tokens must lie in 1.."),
+        (("generate", "a", "--max-tokens", "0"), 1, "max_tokens must be in 1.."),
         (("generate",), 2, "Missing argument"),
         (("top", "--address", "127.0.0.1:1"), 1, "127.0.0.1:1"),
         (("top", "--every", "0"), 2, "--every is a positive number"),

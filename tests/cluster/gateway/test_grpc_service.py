@@ -112,7 +112,7 @@ async def test_a_bad_prompt_is_refused_in_words(stage: Stage, prompt, sampling, 
 @pytest.mark.parametrize(
     ("field", "value", "text"),
     [
-        ("max_tokens", 0, "max_tokens must lie in 1..4294967295, got 0"),
+        ("max_tokens", 0, "max_tokens must be in 1..4294967295, got 0"),
         ("min_tokens", 999, "min_tokens"),
         ("temperature", -1, "temperature"),
         ("temperature", float("nan"), "temperature"),
@@ -122,8 +122,8 @@ async def test_a_bad_prompt_is_refused_in_words(stage: Stage, prompt, sampling, 
         ("repetition_penalty", 0, "repetition_penalty"),
         ("presence_penalty", 3, "presence_penalty"),
         ("logprobs", 21, "logprobs"),
-        ("n", 17, "n must lie in 1..16"),
-        ("n", 0, "n must lie in 1..16"),
+        ("n", 17, "n must be in 1..16"),
+        ("n", 0, "n must be in 1..16"),
         ("stop", [""], "empty text"),
     ],
 )
@@ -138,7 +138,7 @@ async def test_impossible_sampling_is_refused_by_the_server(stage: Stage, field,
 async def test_a_request_without_a_prompt_or_with_an_unfit_priority_is_refused(stage: Stage):
     assert "no prompt" in (await _status_of(stage, inference_pb2.GenerateRequest()))[1]
     request = inference_pb2.GenerateRequest(text="a", priority=1000)
-    assert "priority must lie in" in (await _status_of(stage, request))[1]
+    assert "priority must be in" in (await _status_of(stage, request))[1]
 
 
 @pytest.mark.parametrize(
