@@ -1,4 +1,4 @@
-"""Autoscaling inside Ray Serve: the controller calls the policy, which decides and leaves a record of why."""
+"""Autoscaling inside Ray Serve: the controller calls the policy, which decides and records why."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _RECORD_PERIOD_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class ScalingRecord:
-    """What autoscaling last wanted, for people and metrics."""
+    """The last decision of autoscaling, for users and metrics."""
 
     target: int
-    """Replicas that Serve is bringing about."""
+    """The number of replicas that Serve aims at."""
     wanted: int
-    """What the figures ask for now; becomes the target once it has been wanted long enough."""
+    """The number that loads require now, which becomes the target after the delay."""
     reasons: tuple[str, ...]
-    """For `wanted`."""
+    """The reasons for `wanted`."""
     at_s: float
-    """Wall clock."""
+    """Time of the decision, by the wall clock."""
 
 
 class Policy:
-    """Called by Serve's controller ten times a second. Its arguments are `AutoscalingConfig`'s."""
+    """The policy, which Serve's controller calls ten times a second. Arguments are `AutoscalingConfig`'s."""
 
     def __init__(self, **config: Any) -> None:
         self._config = AutoscalingConfig(**config)
@@ -63,7 +63,7 @@ class Policy:
 
 
 def observed(context: AutoscalingContext) -> Observed:
-    """What Serve's controller knows of the replicas and of what waits for them."""
+    """Convert what Serve's controller knows of replicas and of requests that wait for them."""
     metrics = context.aggregated_metrics or {}
     names = [f.name for f in fields(Pressure)]
     return Observed(
@@ -79,7 +79,7 @@ def observed(context: AutoscalingContext) -> Observed:
 
 
 def serve_options(config: AutoscalingConfig) -> ServeAutoscaling:
-    """The deployment's option. The first replica starts even where min is 0: what fails, fails at once."""
+    """Return the deployment's option. A first replica starts even with min 0, so that errors show at once."""
     return ServeAutoscaling(
         min_replicas=config.min,
         max_replicas=config.max,
@@ -96,7 +96,7 @@ def serve_options(config: AutoscalingConfig) -> ServeAutoscaling:
 
 
 def last_record(app: str) -> ScalingRecord | None:
-    """Of an application on the connected cluster; None where nothing is autoscaled."""
+    """Return the last record of an application on the connected cluster; None without autoscaling."""
     said = _internal_kv_get(_key(app))
     if said is None:
         return None

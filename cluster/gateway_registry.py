@@ -1,4 +1,4 @@
-"""Where gateways listen: each says so in Ray's key-value store, and whoever asks gets those that live."""
+"""Where gateways listen: each registers in Ray's key-value store; look-ups return those that are alive."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _PREFIX = "quire/gateway/"
 
 
 def announce(actor: str, address: str) -> None:
-    """`actor`: the name Serve has given the gateway's actor."""
+    """Register a gateway's address. `actor`: the name that Serve gave the gateway's actor."""
     _internal_kv_put((_PREFIX + actor).encode(), address.encode(), overwrite=True)
 
 
 def withdraw(actor: str) -> None:
-    """It does not listen any more."""
+    """Remove a gateway that does not listen any more."""
     _internal_kv_del((_PREFIX + actor).encode())
 
 
 def addresses(app: str) -> list[str]:
-    """host:port of the application's gateways."""
+    """Return host:port of the application's gateways."""
     return sorted(by_actor(app).values())
 
 
 def by_actor(app: str) -> dict[str, str]:
-    """The same by their actors' names. What gateways left behind that were killed is removed."""
+    """Return addresses by the actors' names, and remove entries of gateways that were killed."""
     living = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
     found = {}
     for key in _internal_kv_list(_PREFIX.encode()):

@@ -15,11 +15,11 @@ from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from quire.replicas.errors import ConfigError
 
 _KEEPALIVE = (
-    # A client whose machine is gone sends no FIN, and load balancers end what is quiet for a minute.
+    # A client whose machine is gone sends no FIN, and load balancers close idle connections after a minute.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),  # no bound: a stream may be quiet for as long as it waits
-    # Clients and load balancers look for dead gateways as well, once a second if they like, with a call open
+    ("grpc.http2.max_pings_without_data", 0),  # no bound: a stream is idle while its request waits
+    # Clients and load balancers look for dead gateways as well, up to once a second, with a call open
     # or without. Pings that come faster than this, three in a row, are an attack: "too many pings".
     ("grpc.http2.min_ping_interval_without_data_ms", 250),  # of those received
     ("grpc.http2.max_ping_strikes", 2),
@@ -29,20 +29,20 @@ _KEEPALIVE = (
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A gateway that answers."""
+    """A gateway that serves."""
 
     port: int
     server: grpc.aio.Server
     health: health.aio.HealthServicer
 
     async def stop(self, grace_s: float | None) -> None:
-        """Says NOT_SERVING, then ends; open streams have `grace_s` seconds."""
+        """Report NOT_SERVING, then stop; open streams get `grace_s` seconds."""
         await self.health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises ConfigError where nobody can listen, in particular because somebody does."""
+    """Raise ConfigError where the address cannot be used, in particular because another process listens."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -56,10 +56,10 @@ def check_port(host: str, port: int) -> None:
 
 
 async def listen(service: InferenceService, config: GatewayConfig, *, shared: bool = False) -> Listener:
-    """Serves on config.host and config.port (0: a free one).
+    """Serve on config.host and config.port (0: a free one).
 
     `shared`: a gateway that this one replaces may still listen there. Raises ConfigError if the address
-    cannot be had.
+    cannot be used.
     """
     if not shared:
         check_port(config.host, config.port)

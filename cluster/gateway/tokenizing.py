@@ -1,7 +1,7 @@
-"""Work on texts beside the event loop: bounded in threads and bytes, short texts before long ones.
+"""Runs work on texts outside the event loop, bounded in threads and bytes, short texts before long ones.
 
-Knows no tokenizer. A caller that is cancelled, for instance because its deadline has passed, gives up its
-turn; work that has begun is asked to stop.
+Knows no tokenizer. A caller that is cancelled, for instance because its deadline has passed, leaves the
+queue; work that has begun is told to stop.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from typing import TypeVar
 from quire.replicas.errors import QueueFull
 
 _INLINE_BYTES = 2_000
-"""More would hold up everyone else's tokens on the event loop."""
+"""The largest text that is tokenized on the event loop; larger ones would delay other requests' tokens."""
 _SHORT_BYTES = 1 << 16
-"""Texts of up to this size have a thread of their own: no long text is ever before them."""
+"""Texts of up to this size have their own thread, so that they never wait for a long text."""
 _BYTES_PER_S = 1_000_000
-"""About what tokenizers do: a text waits until it is its turn and its size's worth of time later."""
+"""The assumed rate of tokenizers, by which texts are ordered."""
 
 T = TypeVar("T")
 Work = Callable[[Callable[[], bool]], T]
-"""Asks now and then whether to stop, because nobody waits for its result."""
+"""Work that checks now and then whether to stop, because its result is not needed any more."""
 
 
 class Tokenizing:
-    """One for each gateway; called on its event loop."""
+    """A gateway's queue of texts; called on its event loop."""
 
     def __init__(self, max_bytes: int = 64 << 20) -> None:
-        """`max_bytes`: of texts that wait or are worked on; more are refused."""
+        """Bound the bytes of texts that wait or are worked on; more are refused."""
         self._max_bytes = max_bytes
         self._bytes = 0
         self._short, self._long = _Lane(), _Lane()
 
     async def run(self, size_bytes: int, work: Work[T]) -> T:
-        """The result of `work`, about a text of this size. Raises QueueFull, and what `work` raises."""
+        """Return the result of `work` on a text of this size. Raises QueueFull, and what `work` raises."""
         if size_bytes <= _INLINE_BYTES:
             return work(lambda: False)
         if self._bytes + size_bytes > self._max_bytes:
             raise QueueFull(
                 f"{self._bytes} bytes of text wait to be tokenized on this gateway, and "
                 f"gateway.max_tokenizing_bytes={self._max_bytes} leaves no room for {size_bytes} more; "
-                "try again later"
+                "retry later"
             )
         self._bytes += size_bytes
         try:
@@ -55,7 +55,7 @@ class Tokenizing:
 
 
 class _Lane:
-    """One thread. Of those that wait, the one goes next whose arrival plus time of work comes first."""
+    """One thread, which serves waiting texts by their arrival plus expected time of work."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-text")
@@ -82,7 +82,7 @@ class _Lane:
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # it was told that it is its turn in the same moment
+            if not turn.cancelled():  # its turn came at the same moment
                 self._pass_on()
             raise
 

@@ -1,8 +1,8 @@
-"""Which replica is thought to hold which blocks: what was sent where, as the pools there would keep it.
+"""Which replica is expected to hold which blocks: what was sent where, as the pools there would keep it.
 
-For each replica the keys of the blocks it was sent, forgotten in the order in which its pool forgets: least
-recently used first, and the end of a prompt before its beginning. So what is known of a prompt at a replica
-is always a beginning of it, found by bisection. Memory is bounded, however long it runs.
+For each replica the keys of the blocks it was sent, evicted in the order of its pool: least recently used
+first, and the end of a prompt before its beginning. So the known blocks of a prompt are always a prefix of
+it, found by bisection. Memory is bounded.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from quire.kvstore.books.keys import BlockKey
 
 _HINT_BYTES = 8
 MAX_BLOCKS = 1 << 20
-"""Over all replicas; about 100 bytes each."""
+"""The most keys over all replicas; about 100 bytes each."""
 
 
 class KnownBlocks:
-    """One replica's."""
+    """The known blocks of one replica."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -29,17 +29,17 @@ class KnownBlocks:
         return len(self._hints)
 
     def resize(self, most: int) -> None:
-        """It holds so many blocks at most."""
+        """Set the most blocks that the replica holds."""
         self._most = most
         self._trim()
 
     def match(self, chain: Sequence[BlockKey]) -> int:
-        """Leading blocks of a prompt that are thought to be there."""
+        """Count the leading blocks of a prompt that are expected there."""
         return bisect_left(chain, True, key=lambda key: key[:_HINT_BYTES] not in self._hints)
 
     def used(self, chain: Sequence[BlockKey]) -> None:
-        """The replica computes or reads these; where they need room, others are forgotten."""
-        for key in reversed(chain):  # the beginning is used last, and stays longest
+        """Record blocks that the replica computes or reads; where they need room, others are evicted."""
+        for key in reversed(chain):  # the beginning is used last, and is kept longest
             hint = key[:_HINT_BYTES]
             self._hints[hint] = None
             self._hints.move_to_end(hint)
