@@ -12,9 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "kvstore", "replicas", "cluster", "benchmarks", "deploy")
 TO_COME = (  # whose words are still to be changed
-    *("README.md", "docs/", "protos/", "kvstore/", "cluster/", "deploy/"),
-    *("replicas/" + name for name in ("admission", "config", "deployment", "llm", "request", "values")),
-    *("replicas/engine/", "replicas/runner/"),
+    *("README.md", "docs/", "protos/", "deploy/", "cluster/cli/", "cluster/gateway/", "cluster/metrics/"),
+    *("cluster/autoscaling", "cluster/config", "cluster/routing/", "cluster/teardown", "cluster/app"),
+    *("kvstore/peers/", "kvstore/wire/", "kvstore/books/host_tier", "replicas/engine/", "replicas/runner/"),
+    *("replicas/" + name for name in ("config", "deployment", "llm", "request")),
+    "benchmarks/",
 )
 
 
@@ -56,8 +58,7 @@ def _pages() -> list[Path]:
     """Everything that is read, but for what was written down at its time."""
     sources = [p for room in ROOMS for p in (ROOT / room).rglob("*") if p.suffix in (".py", ".yaml", ".cpp")]
     others = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("protos/quire/v1/*.proto")]
-    examples = [p for p in (ROOT / "examples").rglob("*") if p.suffix in (".py", ".md")]
-    return sorted({*ROOT.glob("docs/*.md"), *sources, *others, *examples})
+    return sorted({*ROOT.glob("docs/*.md"), *ROOT.glob("docs/examples/*"), *sources, *others})
 
 
 def _offences(path: Path) -> Iterator[str]:
@@ -67,7 +68,7 @@ def _offences(path: Path) -> Iterator[str]:
             yield f"{path}:{line + plain.count(chr(10), 0, word.start())}: {word[0]}"
 
 
-@pytest.mark.parametrize("room", ["README.md", "CONTRIBUTING.md", "docs", "protos", "examples", *ROOMS])
+@pytest.mark.parametrize("room", ["README.md", "CONTRIBUTING.md", "docs", "protos", *ROOMS])
 def test_ruled_out_words_occur_nowhere(room):
     pages = [p for p in _pages() if p.relative_to(ROOT).parts[0] == room]
     pages = [p for p in pages if not str(p.relative_to(ROOT)).startswith(TO_COME)]
