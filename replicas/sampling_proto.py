@@ -1,4 +1,4 @@
-"""Sampling parameters as a proto and back, for clients, gateways and engines; fields are called alike in both."""
+"""Sampling parameters as a proto and back, for clients, gateways and engines: fields have the same names."""
 
 from __future__ import annotations
 
