@@ -1,4 +1,4 @@
-"""`routing.py` without a cluster or a clock: our real `Routes`, simulated replicas.
+"""`routing.py` without a cluster or a clock: our real `ReplicaTable`, simulated replicas.
 
     PYTHONPATH=src:benchmarks python benchmarks/routing_simulated.py WORKLOAD... [--per-s 6] [--json FILE]
 
@@ -24,7 +24,7 @@ from statistics import mean
 from routing_workloads import WORKLOADS, Workload
 from rows import Row, report
 
-from quire.cluster.routing.book import Route, Routes
+from quire.cluster.routing.replica_table import ReplicaTable, RoutedRequest
 from quire.cluster.routing.score import Reason, Weights
 from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.peers.cost import Average, PrefillPace
@@ -50,7 +50,7 @@ class Asked:
 
     prompt: list[int]
     at_s: float
-    route: Route | None = None
+    route: RoutedRequest | None = None
     held: list[BlockKey] = field(default_factory=list)
     """Pages that it reads."""
     own_pages: int = 0
@@ -184,14 +184,14 @@ class Simulation:
         """Without weights: the default router."""
         self._now_s, self._order = 0.0, count()
         self._random = random.Random(seed)
-        self._routes = Routes(clock=lambda: self._now_s, seed=seed, weights=weights) if weights else None
+        self._table = ReplicaTable(clock=lambda: self._now_s, seed=seed, weights=weights) if weights else None
         self._replicas = {f"replica {n}": Replica() for n in range(REPLICAS)}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self.first_s: list[float] = []
         self.prompt_tokens = self.cached_tokens = 0
-        if self._routes:
+        if self._table:
             for name in self._replicas:
-                self._routes.joined(name, KEYS, PAGE_TOKENS)
+                self._table.connected(name, KEYS, PAGE_TOKENS)
 
     def at(self, time_s: float, happens: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time_s, next(self._order), happens))
@@ -205,7 +205,7 @@ class Simulation:
         """`name`: of the replica that is to warm up with it."""
         asked = Asked(prompt, self._now_s)
         if name is None:
-            name = self._route(asked) if self._routes else self._of_two()
+            name = self._route(asked) if self._table else self._of_two()
         replica = self._replicas[name]
         replica.waiting.append(asked)
         if not replica.busy:
@@ -214,18 +214,18 @@ class Simulation:
 
     @property
     def copies(self) -> int:
-        return self._routes.numbers().decisions[Reason.COPY] if self._routes else 0
+        return self._table.numbers().decisions[Reason.COPY] if self._table else 0
 
     def _route(self, asked: Asked) -> str:
-        assert self._routes
+        assert self._table
         for name, replica in self._replicas.items():
             if not replica.busy:  # which reports in quiet times as well
                 self._hear(name)
-        asked.route = self._routes.route(asked.prompt)
-        name = asked.route.rank(dict.fromkeys(self._replicas, ""))[0]
-        asked.route.reserved(name)
+        asked.route = RoutedRequest(asked.prompt)
+        name = self._table.choose(asked.route)
+        assert name
         self._replicas[name].taken += 1
-        asked.route.submitted(self._replicas[name].taken)
+        asked.route.call = self._replicas[name].taken
         return name
 
     def _of_two(self) -> str:
@@ -244,18 +244,18 @@ class Simulation:
                 self.first_s.append(self._now_s - asked.at_s)
                 self.prompt_tokens += len(asked.prompt)
                 self.cached_tokens += asked.cached
-            if asked.route:
-                asked.route.answered()
+            if self._table and asked.route:
+                self._table.answered(asked.route)
         for asked in last:
-            if asked.route:
-                asked.route.ended()
+            if self._table and asked.route:
+                self._table.ended(asked.route)
         self._step(name)
         self._hear(name)
 
     def _hear(self, name: str) -> None:
-        if self._routes:
+        if self._table:
             replica = self._replicas[name]
-            self._routes.heard(name, replica.load(), replica.taken)
+            self._table.heard(name, replica.load(), replica.taken)
 
 
 def simulate(workload: Workload, weights: Weights | None, seed: int) -> tuple[float, float, float, int]:

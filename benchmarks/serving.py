@@ -20,7 +20,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -30,10 +30,9 @@ from rows import Row, alternate, median, report
 
 from quire.cluster import AsyncClient, SamplingParams
 from quire.cluster.config import GatewayConfig
-from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService
+from quire.cluster.gateway.replica_streams import ReplicaStreams
 from quire.cluster.gateway.server import listen as listen_to_clients
-from quire.cluster.routing.book import Route
 from quire.kvstore.books.keys import KeySpace
 from quire.replicas.config import EngineConfig, PoolConfig
 from quire.replicas.engine import service
@@ -215,8 +214,8 @@ def replica_process(pipe: Connection, config: EngineConfig | None) -> None:
 
 def gateway_process(pipe: Connection, replica: str) -> None:
     async def main() -> None:
-        fleet = Fleet(_Only(ReplicaAddress("replica", replica)), secret=SECRET, wait_s=30)
-        inference = InferenceService(fleet, max_open_requests=4096)
+        streams = ReplicaStreams(_Only(replica), secret=SECRET, wait_s=30)
+        inference = InferenceService(streams, max_open_requests=4096)
         listener = await listen_to_clients(inference, GatewayConfig(port=0))
         pipe.send(f"127.0.0.1:{listener.port}")
         await asyncio.to_thread(pipe.recv)
@@ -226,13 +225,16 @@ def gateway_process(pipe: Connection, replica: str) -> None:
 
 @dataclass(frozen=True)
 class _Only:
-    """A chooser with one replica to name."""
+    """A source with one replica, at this address."""
 
-    replica: ReplicaAddress
+    address: str
+
+    def follow(self, listed: Callable[[Mapping[str, str]], None]) -> None:
+        listed({"replica": self.address})
 
     @asynccontextmanager
-    async def choose(self, route: Route) -> AsyncIterator[ReplicaAddress]:
-        yield self.replica
+    async def waiting(self) -> AsyncIterator[None]:
+        yield
 
 
 @dataclass

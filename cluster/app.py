@@ -12,7 +12,6 @@ import ray
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
 
 from quire.cluster.autoscaling_policy import serve_options
 from quire.cluster.config import GatewayConfig, ReplicaConfig, ServeConfig, parse
@@ -22,10 +21,6 @@ from quire.replicas.config import EngineConfig
 from quire.replicas.deployment import Replica
 
 _SECRET_KEY = b"quire/secret"
-_SLACK = 64
-"""Requests a replica may take beyond its engine's bounds, so that the engine and not Serve says no."""
-
-ROUTER = "quire.cluster.routing.serve_router:FirstTokenRouter"
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -33,8 +28,8 @@ def build(args: dict[str, Any]) -> Application:
     return application(parse(args))
 
 
-def application(config: ServeConfig, router: str = ROUTER) -> Application:
-    """Asks the connected Ray cluster, if any, whether it has GPUs. `router`: the class that chooses."""
+def application(config: ServeConfig) -> Application:
+    """Asks the connected Ray cluster, if any, whether it has GPUs."""
     secret = config.secret or _kept_secret()
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     gpus = gpus_per_shard(config, cluster.get("GPU", 0))
@@ -44,9 +39,7 @@ def application(config: ServeConfig, router: str = ROUTER) -> Application:
     made_of = (engine, secret, config.replicas.cpus_per_shard, gpus)
     bound = (*made_of, publish_replica)
     options = _replica_options(engine, config.replicas, gpus)
-    routed: Any = RequestRouterConfig  # its signature is wrong about its values
-    options["request_router_config"] = routed(request_router_class=router)
-    replicas = _versioned(serve.deployment(Replica, **options), *made_of, router)
+    replicas = _versioned(serve.deployment(Replica, **options), *made_of)
     replica = replicas.options(name="Replica", **_how_many(config.replicas)).bind(*bound)
     prefill = None
     if config.prefill.count:
@@ -109,7 +102,6 @@ def _gateway_options(gateway: GatewayConfig, drain_s: float) -> dict[str, Any]:
 def _replica_options(engine: EngineConfig, replicas: ReplicaConfig, gpus: float) -> dict[str, Any]:
     shard = {"CPU": replicas.cpus_per_shard} | ({"GPU": gpus} if gpus else {})
     return {
-        "max_ongoing_requests": engine.scheduler.max_running + engine.scheduler.max_queued + _SLACK,
         "ray_actor_options": {"num_cpus": replicas.cpus_per_shard, "num_gpus": gpus},
         "placement_group_bundles": [shard] * engine.tp,
         "placement_group_strategy": replicas.placement,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -146,15 +146,10 @@ class Replica:
             host=_node_address(),
             neighbours=self._neighbours,
         )
-        service = EngineService(
-            self._engine,
-            secret=secret,
-            replica_id=name,
-            tokenizer=tokenizer,
-            peer_id=me,
-            give_back=_give_back,
+        self._service = EngineService(
+            self._engine, secret=secret, replica_id=name, tokenizer=tokenizer, peer_id=me
         )
-        await serve_on(self._server, service)
+        await serve_on(self._server, self._service)
         self._metrics = publish(self._engine, config)
         log.info("replica %s answers at %s", name, self._address)
 
@@ -171,7 +166,11 @@ class Replica:
         self._engine.check_health()
 
     async def __del__(self) -> None:
-        """Serve has let requests finish, as long as it may: what is still open fails as UNAVAILABLE."""
+        """Let open requests end, then hand blocks over. Serve kills what is not done in graceful_shutdown_s.
+
+        Serve knows of no requests here: it calls this as soon as it has taken the replica off its list.
+        """
+        await self._service.drain()
         if self._neighbours is not None:
             others = await asyncio.to_thread(self._neighbours.others)
             await asyncio.to_thread(self._engine.hand_over, others, self._hand_over_s)
@@ -192,13 +191,6 @@ def _folder(model: str) -> Path:
             "every node that runs replicas"
         )
     return find_model(model)
-
-
-def _give_back(places: Iterable[str]) -> None:
-    """Serve counts them as requests on this replica until somebody says otherwise, and drains for them."""
-    actor: Any = ray.get_runtime_context().current_actor
-    for place in places:
-        actor.release_slot.remote(place)
 
 
 def _neighbours(me: ReplicaId, secret: str, config: StoreConfig) -> GrpcNeighbours:

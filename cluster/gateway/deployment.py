@@ -3,43 +3,69 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve._private.common import DeploymentTargetInfo
+from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from quire.cluster.config import GatewayConfig, PrefillConfig
-from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService
 from quire.cluster.gateway.prefill import PrefillFirst
-from quire.cluster.gateway.prompts import Tokenizers
+from quire.cluster.gateway.replica_streams import ReplicaStreams
 from quire.cluster.gateway.server import listen
+from quire.cluster.gateway.tokenizer import Tokenizers
 from quire.cluster.gateway.tokenizing import Tokenizing
 from quire.cluster.gateway_registry import addresses, announce, withdraw
 from quire.cluster.metrics.gateway_meter import Answered, Meter
 from quire.cluster.metrics.publish import Publisher
 from quire.cluster.metrics.samples import gateway_samples
-from quire.cluster.routing.book import Route
 from quire.replicas.metric import samples_of
 
 _STOP_S = 1.0
 """Of the time it has to stop: for what comes after the last request."""
 
 
-class ServeChooser:
-    """Ray Serve's request router names the replica, and counts the request there while it is held."""
+class ServeReplicas:
+    """Ray Serve's running replicas of one deployment, as its controller announces them to all handles."""
 
-    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
-        self._replicas = replicas
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._poll: LongPollClient | None = None
+
+    def follow(self, listed: Callable[[Mapping[str, str]], None]) -> None:
+        """See `ReplicaSource`."""
+
+        def on_targets(targets: DeploymentTargetInfo) -> None:
+            listed({r.replica_id.unique_id: r.replica_metadata["address"] for r in targets.running_replicas})
+
+        client, deployment = _get_global_client(), self._handle.deployment_id
+        assert client is not None, "Serve runs: it has started this process"
+        self._poll = LongPollClient(
+            client._controller,
+            {(LongPollNamespace.DEPLOYMENT_TARGETS, deployment): on_targets},  # type: ignore[dict-item]
+            call_in_event_loop=asyncio.get_running_loop(),
+            client_id=f"quire:{deployment}",
+        )
 
     @asynccontextmanager
-    async def choose(self, route: Route) -> AsyncIterator[ReplicaAddress]:
-        async with self._replicas.choose_replica(route) as chosen:
-            address = chosen.replica_metadata["address"]
-            yield ReplicaAddress(chosen.replica_id, address, chosen._slot_token or "")
+    async def waiting(self) -> AsyncIterator[None]:
+        """See `ReplicaSource`. Serve's autoscaling starts a replica for whatever waits in a handle."""
+        place = asyncio.create_task(self._place())
+        try:
+            yield
+        finally:
+            place.cancel()
+
+    async def _place(self) -> None:
+        with suppress(Exception):  # the request waits for a stream, not for this
+            async with self._handle.choose_replica():
+                pass
 
 
 class Gateway:
@@ -62,17 +88,17 @@ class Gateway:
         self._actor = context.replica_id.to_full_id_str()
         self._grace_s = max(drain_s - _STOP_S, 0.0)
         tokenizers = Tokenizers(Tokenizing(config.max_tokenizing_bytes))
-        self._fleet = Fleet(
-            ServeChooser(replicas), secret=secret, wait_s=config.replica_wait_s, tokenizers=tokenizers
+        self._streams = ReplicaStreams(
+            ServeReplicas(replicas), secret=secret, wait_s=config.replica_wait_s, tokenizers=tokenizers
         )
         self._prefill: PrefillFirst | None = None
         if prefill is not None:
-            prefillers = Fleet(
-                ServeChooser(prefill), secret=secret, wait_s=split.wait_s, tokenizers=tokenizers
+            prefillers = ReplicaStreams(
+                ServeReplicas(prefill), secret=secret, wait_s=split.wait_s, tokenizers=tokenizers
             )
             self._prefill = PrefillFirst(prefillers, least_tokens=split.least_tokens)
         service = InferenceService(
-            self._fleet,
+            self._streams,
             max_open_requests=config.max_open_requests,
             meter=Meter(self._observe),
             prefill=self._prefill,
@@ -105,6 +131,6 @@ class Gateway:
         await asyncio.to_thread(withdraw, self._actor)
         await self._listener.stop(self._grace_s)
         await asyncio.to_thread(self._metrics.close)
-        await self._fleet.close()
+        await self._streams.close()
         if self._prefill is not None:
             await self._prefill.close()

@@ -1,6 +1,6 @@
-"""The `quire.v1.Inference` service: checks a request, makes a prompt of it, relays the answer.
+"""The `quire.v1.Inference` service: admits a request, relays its answer, and says how each call ended.
 
-Knows neither Ray nor the engine; replicas are reached through the fleet.
+Knows neither Ray nor the engine; replicas are reached through `ReplicaStreams`.
 """
 
 from __future__ import annotations
@@ -8,28 +8,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from reprlib import repr as shown
 from typing import Any
 
 import grpc
 
-from quire.cluster.api.resume import repeatable
 from quire.cluster.api.status import answer_metadata, code_of, retry_hint
-from quire.cluster.gateway.fleet import Fleet
-from quire.cluster.gateway.links import ReplicaLink
 from quire.cluster.gateway.prefill import PrefillFirst
 from quire.cluster.gateway.relay import Relay
+from quire.cluster.gateway.replica_stream import ReplicaStream
+from quire.cluster.gateway.replica_streams import ReplicaStreams
+from quire.cluster.gateway.submission import ClientRequest, check_name
+from quire.cluster.gateway.tokenizer import PromptSource
 from quire.cluster.metrics.gateway_meter import GatewayNumbers, Meter, Send, Watch
-from quire.protos.quire.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
-from quire.replicas.admission import check_caller, check_prompt, check_sampling, check_token_ids
-from quire.replicas.errors import InvalidRequest, QueueFull, QuireError, Status, UnknownModel
-from quire.replicas.sampling_proto import sampling_from_proto
+from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
+from quire.replicas.admission import check_caller, check_token_ids
+from quire.replicas.errors import InvalidRequest, QueueFull, QuireError, Status
 
 _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
-Asked = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 _DEADLINE_SLACK_S = 0.1
 """A client's clock began when it asked: its deadline comes before ours. A cancel so near to ours is that."""
 
@@ -39,13 +37,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def __init__(
         self,
-        fleet: Fleet,
+        streams: ReplicaStreams,
         *,
         max_open_requests: int,
         meter: Meter | None = None,
         prefill: PrefillFirst | None = None,
     ) -> None:
-        self._fleet = fleet
+        self._streams = streams
         self._prefill = prefill
         self._meter = meter or Meter()
         self._max_open_requests = max_open_requests
@@ -71,20 +69,21 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
         async with self._answering(context, "Tokenize"):
-            link = await self._serving(request.model)
+            stream = await self._serving(request.model)
             if request.messages:
-                token_ids = await _chat_ids(request, link)
+                prompt = PromptSource(messages=request.messages)
             else:
-                token_ids = await link.prompts.encode(request.text, link.info.max_model_tokens)
+                prompt = PromptSource(text=request.text)
+            token_ids = await stream.tokenizer.encode(prompt, stream.info.max_model_tokens)
             return inference_pb2.TokenizeResponse(token_ids=token_ids)
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
         async with self._answering(context, "Detokenize"):
-            link = await self._serving(request.model)
-            check_token_ids(request.token_ids, link.info)
-            return inference_pb2.DetokenizeResponse(text=await link.prompts.decode(request.token_ids))
+            stream = await self._serving(request.model)
+            check_token_ids(request.token_ids, stream.info)
+            return inference_pb2.DetokenizeResponse(text=await stream.tokenizer.decode(request.token_ids))
 
     async def GetModel(self, request: inference_pb2.GetModelRequest, context: Context) -> inference_pb2.Model:
         async with self._answering(context, "GetModel"):
@@ -93,35 +92,34 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def GetStats(self, request: inference_pb2.GetStatsRequest, context: Context) -> inference_pb2.Stats:
         async with self._answering(context, "GetStats"):
             return inference_pb2.Stats(
-                model=(await self._fleet.known()).model,
-                replicas=await self._fleet.stats(),
+                model=(await self._streams.any_replica()).model,
+                replicas=await self._streams.stats(),
                 gateway_open_requests=self._open,
                 gateway_retries=self._retries,
             )
 
     def numbers(self) -> GatewayNumbers:
-        """What it counts. From any thread."""
+        """Return what the gateway counts. May be called from any thread."""
         return GatewayNumbers(
             open_requests=self._open,
             max_open_requests=self._max_open_requests,
             retries=self._retries,
-            replicas=self._fleet.linked,
+            replicas=self._streams.connected,
             outcomes=dict(self._meter.outcomes),
-            routing=self._fleet.routes.numbers(),
+            routing=self._streams.table.numbers(),
         )
 
-    async def _answer(self, method: str, request: Asked, context: Context) -> None:
+    async def _answer(self, method: str, request: ClientRequest, context: Context) -> None:
         async with (
             self._answering(context, method) as watch,
             self._admitted(),
             self._named(request, context) as relay,
         ):
-            caller = _Caller(request, context, watch.watched(context.write))
-            await relay.run(caller.submit_for, caller)
+            await relay.run(_Client(context, watch.watched(context.write)))
 
     @asynccontextmanager
     async def _answering(self, context: Context, method: str) -> AsyncIterator[Watch]:
-        """Turns what is raised inside into the call's status; a bug shows its traceback in the log only."""
+        """Turn what is raised inside into the call's status; the traceback of a bug goes to the log only."""
         with self._meter.call(method) as watch:
             try:
                 yield watch
@@ -153,14 +151,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         finally:
             self._open -= 1
 
-    async def _serving(self, name: str) -> ReplicaLink:
-        link = await self._fleet.known()
-        _check_name(name, link.model)
-        return link
+    async def _serving(self, name: str) -> ReplicaStream:
+        stream = await self._streams.any_replica()
+        check_name(name, stream.model)
+        return stream
 
     @asynccontextmanager
-    async def _named(self, request: Asked, context: Context) -> AsyncIterator[Relay]:
-        """The request's relay, to be found by its id from the first moment on."""
+    async def _named(self, request: ClientRequest, context: Context) -> AsyncIterator[Relay]:
+        """Make the request's relay, which Cancel finds by its id from now on."""
         check_caller(request.priority, request.tenant, request.request_id)
         if request.request_id in self._relays:
             raise InvalidRequest(
@@ -168,7 +166,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        relay = Relay(self._fleet, deadline_s, self._prefill, explain=request.explain_routing)
+        relay = Relay(request, self._streams, deadline_s, self._prefill)
         if request.request_id:
             self._relays[request.request_id] = relay
         try:
@@ -179,59 +177,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 del self._relays[request.request_id]
 
 
-class _Caller:
-    """One request and the client that waits for its answer."""
+class _Client:
+    """The caller of one RPC, who waits for its deltas."""
 
-    def __init__(self, request: Asked, context: Context, write: Send) -> None:
-        self._request, self._context, self._write = request, context, write
-        self._repeatable = False
+    def __init__(self, context: Context, send: Send) -> None:
+        self._context, self._send = context, send
 
-    async def submit_for(self, link: ReplicaLink) -> engine_pb2.Submit:
-        """The request as the replica's model reads it: with its tokens, and with its defaults of sampling.
-
-        Raises what it raises for a request that no replica could answer.
-        """
-        request = self._request
-        _check_name(request.model, link.model)
-        sampling = inference_pb2.Sampling()
-        sampling.CopyFrom(link.model.sampling)
-        sampling.MergeFrom(request.sampling)
-        params = sampling_from_proto(sampling)
-        token_ids = await _prompt_ids(request, link)
-        check_prompt(token_ids, link.info)
-        check_sampling(params, link.info, len(token_ids))
-        self._repeatable = repeatable(sampling)
-        return engine_pb2.Submit(
-            token_ids=token_ids, sampling=sampling, priority=request.priority, tenant=request.tenant
-        )
-
-    async def begin(self, fingerprint: str) -> None:
-        await self._context.send_initial_metadata(answer_metadata(fingerprint, self._repeatable))
+    async def begin(self, fingerprint: str, *, can_repeat: bool) -> None:
+        """See `relay.Client`."""
+        await self._context.send_initial_metadata(answer_metadata(fingerprint, can_repeat))
 
     async def send(self, delta: inference_pb2.Delta) -> None:
-        await self._write(delta)
-
-
-async def _prompt_ids(request: Asked, link: ReplicaLink) -> Sequence[int]:
-    if isinstance(request, inference_pb2.ChatRequest):
-        return await _chat_ids(request, link)
-    match request.WhichOneof("prompt"):
-        case "text":
-            return await link.prompts.encode(request.text, link.info.max_model_tokens)
-        case "token_ids":
-            return request.token_ids.ids
-        case _:
-            raise InvalidRequest("the request has no prompt; set text or token_ids")
-
-
-async def _chat_ids(
-    request: inference_pb2.ChatRequest | inference_pb2.TokenizeRequest, link: ReplicaLink
-) -> list[int]:
-    return await link.prompts.encode_chat(request.messages, link.info.max_model_tokens, request.ByteSize())
-
-
-def _check_name(name: str, model: inference_pb2.Model) -> None:
-    if name not in ("", model.name):
-        raise UnknownModel(
-            f"no model {shown(name)} is served here; {model.name!r} is. Leave the name empty for it"
-        )
+        """See `relay.Client`."""
+        await self._send(delta)

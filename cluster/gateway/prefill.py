@@ -7,7 +7,7 @@ computes the prompt; a prompt that one has failed at goes no further, for the fa
 from __future__ import annotations
 
 from quire.cluster.api.status import error_of
-from quire.cluster.gateway.fleet import Fleet
+from quire.cluster.gateway.replica_streams import ReplicaStreams
 from quire.protos.quire.v1 import engine_pb2
 from quire.replicas.errors import ReplicaDied, Status
 from quire.replicas.request import ResolvedSampling
@@ -20,9 +20,9 @@ _ONE_TOKEN = sampling_to_proto(ResolvedSampling(max_tokens=1, ignore_eos=True))
 class PrefillFirst:
     """The way to the prefill replicas of one gateway."""
 
-    def __init__(self, fleet: Fleet, *, least_tokens: int) -> None:
+    def __init__(self, streams: ReplicaStreams, *, least_tokens: int) -> None:
         """`least_tokens`: shorter prompts are computed where they decode."""
-        self._fleet = fleet
+        self._streams = streams
         self._least_tokens = least_tokens
 
     async def compute(self, submit: engine_pb2.Submit) -> bool:
@@ -36,20 +36,20 @@ class PrefillFirst:
         prompt.CopyFrom(submit)
         prompt.sampling.CopyFrom(_ONE_TOKEN)
         try:
-            async with self._fleet.reserve(submit.token_ids, submit.tenant) as place:
-                call = place.link.submit(prompt)
-                place.route.submitted(call.number)
+            async with self._streams.take(submit.token_ids, submit.tenant) as (stream, routed):
+                call = stream.submit(prompt)
+                routed.call = call.number
                 try:
                     event = await call.next()
                     while not (event.HasField("failure") or event.delta.HasField("usage")):
                         event = await call.next()
                 finally:
                     call.close()
-                    place.route.answered()
+                    self._streams.table.answered(routed)
                 if not event.HasField("failure"):
-                    submit.computed_by = place.link.peer_id
+                    submit.computed_by = stream.peer_id
                 elif event.failure.status == Status.UNAVAILABLE:
-                    await self._fleet.report_lost(place.link)
+                    await stream.report_dead()
                 elif event.failure.status == Status.INTERNAL:
                     raise error_of(event.failure.status, event.failure.message)
                 return event.failure.begun
@@ -57,4 +57,4 @@ class PrefillFirst:
             return False  # none is ready
 
     async def close(self) -> None:
-        await self._fleet.close()
+        await self._streams.close()

@@ -1,35 +1,42 @@
-"""One request's way through the gateway: a replica, its deltas, and another replica if the first dies."""
+"""One request's way through the gateway: a replica, its deltas, and another replica if the first one dies."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from quire.cluster.api.resume import Delivered, Differs, Repeated, repeatable
 from quire.cluster.api.status import error_of
-from quire.cluster.gateway.explained import explained
-from quire.cluster.gateway.fleet import Fleet, NoReplicaReady, Place
-from quire.cluster.gateway.links import Call, ReplicaLink
 from quire.cluster.gateway.prefill import PrefillFirst
+from quire.cluster.gateway.replica_stream import Call, ReplicaStream
+from quire.cluster.gateway.replica_streams import NoReplicaReady, ReplicaStreams
+from quire.cluster.gateway.submission import ClientRequest, submission
+from quire.cluster.routing.replica_table import Decision, RoutedRequest
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
-from quire.replicas.errors import QuireError, ReplicaDied, Status
+from quire.replicas.errors import QueueFull, QuireError, ReplicaDied, Status
 
-SubmitFor = Callable[[ReplicaLink], Awaitable[engine_pb2.Submit]]
-"""The request as the replica's model reads it. Raises InvalidRequest if that model cannot."""
-
-_MOST_RETRIES = 3
-_MOST_DEATHS = 2
+_MAX_RETRIES = 3
+_MAX_FULL = 3
+"""Full replicas that a request is offered to before its client is told."""
+_MAX_DEATHS = 2
 """Replicas that may die while they compute a request; one that kills two is given to no third."""
 
 
 class Client(Protocol):
-    """Who gets the answer."""
+    """The client that the answer goes to."""
 
-    async def begin(self, fingerprint: str) -> None:
-        """What follows is this model's."""
+    async def begin(self, fingerprint: str, *, can_repeat: bool) -> None:
+        """Announce the model whose answer follows, and whether the answer can be repeated elsewhere."""
 
     async def send(self, delta: inference_pb2.Delta) -> None: ...
+
+
+class _Full(QueueFull):
+    """The replica refused the request because its queue is full."""
+
+
+class _Draining(Exception):
+    """The replica refused the request because it is shutting down."""
 
 
 class Relay:
@@ -37,106 +44,132 @@ class Relay:
 
     def __init__(
         self,
-        fleet: Fleet,
+        request: ClientRequest,
+        streams: ReplicaStreams,
         deadline_s: float | None,
         prefill: PrefillFirst | None = None,
-        *,
-        explain: bool = False,
     ) -> None:
-        """`deadline_s` is on this process' monotonic clock. `explain`: say why which replica was chosen."""
-        self._fleet = fleet
+        """`deadline_s` is on this process' monotonic clock."""
+        self._request = request
+        self._streams = streams
         self._prefill = prefill
         self._deadline_s = deadline_s
-        self._explain = explain
+        self._submit = engine_pb2.Submit(tenant=request.tenant)
+        self._made_for: ReplicaStream | None = None
+        """A replica of the model that `_submit` was made for; None before it is made."""
         self._call: Call | None = None
         self._cancelled = False
         self._delivered = Delivered()
         self._deaths = 0
+        self._full: set[str] = set()
         self.retries = 0
 
     def cancel(self) -> None:
-        """Ends the request; the last delta says so."""
+        """End the request; the last delta says so."""
         self._cancelled = True
         if self._call is not None:
             self._call.cancel()
 
-    async def run(self, submit_for: SubmitFor, client: Client) -> None:
-        """Raises the QuireError that the replica failed the request with."""
-        request = await _Request.of(submit_for, self._fleet)
+    async def run(self, client: Client) -> None:
+        """Relay the answer to the client. Raises the QuireError that the request failed with."""
+        await self._make_for_any()
         if self._prefill is not None:
-            self._deaths += await self._prefill.compute(request.submit)
+            self._deaths += await self._prefill.compute(self._submit)
         while True:
             try:
-                await self._attempt(request, client)
+                await self._attempt(client)
                 return
+            except _Draining:
+                continue
+            except _Full:
+                if len(self._full) >= _MAX_FULL or not self._streams.others(self._full):
+                    raise
             except ReplicaDied as error:
-                if not self._may_retry(error, request.submit.sampling):
+                if not self._may_retry(error):
                     raise
                 self.retries += 1
 
-    def _may_retry(self, error: ReplicaDied, sampling: inference_pb2.Sampling) -> bool:
-        if isinstance(error, NoReplicaReady | Differs) or self.retries >= _MOST_RETRIES:
+    async def _make_for_any(self) -> None:
+        """Make the request for the model that is likely to take it, so that its tokens can be routed by.
+
+        Raises what making it raises, unless another model is served as well, which may be able to read it.
+        """
+        stream = await self._streams.any_replica()
+        try:
+            await self._make_for(stream)
+        except QuireError:
+            if self._streams.all_same_model_as(stream):
+                raise
+
+    async def _make_for(self, stream: ReplicaStream) -> None:
+        if self._made_for is None or not stream.same_model_as(self._made_for):
+            self._submit = await submission(self._request, stream)
+            self._made_for = stream
+
+    def _may_retry(self, error: ReplicaDied) -> bool:
+        if isinstance(error, NoReplicaReady | Differs) or self.retries >= _MAX_RETRIES:
             return False
-        return not self._delivered or repeatable(sampling)
+        return not self._delivered or repeatable(self._submit.sampling)
 
-    async def _attempt(self, request: _Request, client: Client) -> None:
-        def send(link: ReplicaLink) -> Call | None:
-            return self._send(request, link) if request.fits(link) else None
-
-        async with self._fleet.reserve(request.submit.token_ids, request.submit.tenant, send) as place:
-            call = place.call
-            if call is None:
-                await request.fit(place.link)
-                call = self._send(request, place.link)
-                place.route.submitted(call.number)
+    async def _attempt(self, client: Client) -> None:
+        taken = self._streams.take(self._submit.token_ids, self._submit.tenant, self._full)
+        async with taken as (stream, routed):
+            await self._make_for(stream)
+            if self._deadline_s is not None:
+                self._submit.remaining_s = max(0.0, self._deadline_s - time.monotonic())
+            call = self._call = stream.submit(self._submit)
+            routed.call = call.number
             try:
-                await self._forward(place, call, client)
+                if self._cancelled:
+                    call.cancel()
+                await self._forward(stream, routed, call, client)
             finally:
                 self._call = None
                 call.close()
 
-    def _send(self, request: _Request, link: ReplicaLink) -> Call:
-        if self._deadline_s is not None:
-            request.submit.remaining_s = max(0.0, self._deadline_s - time.monotonic())
-        call = self._call = link.submit(request.submit)
-        if self._cancelled:
-            call.cancel()
-        return call
-
-    async def _forward(self, place: Place, call: Call, client: Client) -> None:
+    async def _forward(
+        self, stream: ReplicaStream, routed: RoutedRequest, call: Call, client: Client
+    ) -> None:
         output_ids: list[int] = []
         again = self._delivered.again()
         while True:
             event = await call.next()
             if event.HasField("failure"):
-                await self._fail(place, event.failure)
+                await self._fail(stream, event.failure)
             delta = event.delta
-            place.route.answered()
+            self._streams.table.answered(routed)
             if delta.index == 0:
                 output_ids.extend(delta.token_ids)
-            if delta.HasField("usage") and self._explain and (decision := place.route.decision):
-                delta.routing.CopyFrom(explained(decision))
-            await self._pass_on(place.link, again, delta, client)
+            if delta.HasField("usage") and self._request.explain_routing and routed.decision:
+                delta.routing.CopyFrom(_explained(routed.decision))
+            await self._pass_on(stream, again, delta, client)
             if delta.HasField("usage"):
-                place.route.ended(output_ids)
+                self._streams.table.ended(routed, output_ids)
                 return
 
     async def _pass_on(
-        self, link: ReplicaLink, again: Repeated, delta: inference_pb2.Delta, client: Client
+        self, stream: ReplicaStream, again: Repeated, delta: inference_pb2.Delta, client: Client
     ) -> None:
         if not self._delivered:
-            await client.begin(link.fingerprint)
-        self._delivered.from_model(link.fingerprint)
+            await client.begin(stream.fingerprint, can_repeat=repeatable(self._submit.sampling))
+        self._delivered.from_model(stream.fingerprint)
         if (rest := again.rest(delta)) is not None:
             await client.send(rest)
             self._delivered.add(rest)
 
-    async def _fail(self, place: Place, failure: engine_pb2.Failure) -> None:
-        if failure.status != Status.UNAVAILABLE:  # the fault may lie in the request: nobody else is asked
+    async def _fail(self, stream: ReplicaStream, failure: engine_pb2.Failure) -> None:
+        if failure.status == Status.RESOURCE_EXHAUSTED:
+            self._full.add(stream.replica_id)
+            raise _Full(failure.message)
+        if (
+            failure.status != Status.UNAVAILABLE
+        ):  # the fault may lie in the request: no other replica is asked
             raise error_of(failure.status, failure.message)
-        await self._fleet.report_lost(place.link)
+        if stream.draining and not failure.begun and not self._delivered:
+            raise _Draining
+        await stream.report_dead()
         self._deaths += failure.begun
-        if failure.begun and self._deaths >= _MOST_DEATHS:
+        if failure.begun and self._deaths >= _MAX_DEATHS:
             raise QuireError(
                 f"{self._deaths} replicas died while they computed this request, so it is given to no other: "
                 f"{failure.message}"
@@ -144,32 +177,18 @@ class Relay:
         raise ReplicaDied(failure.message)
 
 
-class _Request:
-    """A request as one model reads it, and as another one does once that takes it."""
-
-    def __init__(
-        self, submit_for: SubmitFor, submit: engine_pb2.Submit, made_for: ReplicaLink | None
-    ) -> None:
-        self.submit = submit
-        self._submit_for, self._made_for = submit_for, made_for
-
-    @staticmethod
-    async def of(submit_for: SubmitFor, fleet: Fleet) -> _Request:
-        """For the model that is likely to take it. Raises what making it raises if there is no other one."""
-        link = await fleet.known()
-        try:
-            return _Request(submit_for, await submit_for(link), link)
-        except QuireError:
-            if fleet.all_read_like(link):
-                raise
-            return _Request(submit_for, engine_pb2.Submit(), None)
-
-    def fits(self, link: ReplicaLink) -> bool:
-        """Whether it is made as this replica reads it."""
-        return self._made_for is not None and link.reads_like(self._made_for)
-
-    async def fit(self, link: ReplicaLink) -> None:
-        """For this replica now. Raises what making it raises."""
-        if not self.fits(link):
-            self.submit = await self._submit_for(link)
-        self._made_for = link
+def _explained(decision: Decision) -> inference_pb2.Routing:
+    """Return a decision as clients see it; where nothing was predicted, no prediction is set."""
+    said = inference_pb2.Routing(
+        replica_id=decision.replica_id,
+        reason=decision.reason.value,
+        candidates=decision.candidates,
+        scoring_us=decision.scoring_s * 1e6,
+    )
+    if (predicted := decision.predicted) is not None:
+        said.predicted_first_token_s = predicted.first_token_s
+        said.expected_cached_tokens = predicted.cached_tokens
+        said.expected_fetched_tokens = predicted.fetched_tokens
+        said.wait_s = predicted.wait_s + predicted.pressure_s
+        said.work_s = predicted.work_s
+    return said

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from quire.cluster.metrics import catalogue as c
-from quire.cluster.routing.book import RoutingNumbers
+from quire.cluster.routing.replica_table import RoutingNumbers
 from quire.protos.quire.v1 import inference_pb2
 from quire.replicas.metric import series
 

@@ -48,7 +48,7 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class PromptSize:
     """What is to be computed somewhere."""
 
     tokens: int
@@ -85,14 +85,6 @@ class Candidate:
         """Whether it is known to have nothing to do."""
         load = self.load
         return load is not None and not (load.running or load.waiting or self.sent_requests)
-
-    @property
-    def has_room(self) -> bool:
-        """Whether it is known that a request would run there at once."""
-        load = self.load
-        if load is None or self.age_s > STALE_S:
-            return False
-        return load.running + load.waiting + self.sent_requests < load.max_running
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +139,9 @@ class Ranking:
     """None: nothing could be predicted."""
 
 
-def rank(prompt: Prompt, candidates: Sequence[Candidate], draw: Sequence[float], weights: Weights) -> Ranking:
+def rank(
+    prompt: PromptSize, candidates: Sequence[Candidate], draw: Sequence[float], weights: Weights
+) -> Ranking:
     """`draw`: one random number for each candidate, which breaks what ties remain."""
     if len(candidates) == 1:
         return Ranking((candidates[0].replica_id,), Reason.ONLY, None)
@@ -177,7 +171,7 @@ def rank(prompt: Prompt, candidates: Sequence[Candidate], draw: Sequence[float],
     return Ranking(tuple(c.replica_id for c in order + silent), reason, best)
 
 
-def predict(prompt: Prompt, candidate: Candidate, rates: Rates, weights: Weights) -> Prediction:
+def predict(prompt: PromptSize, candidate: Candidate, rates: Rates, weights: Weights) -> Prediction:
     """For one replica. One that has not said anything yet is thought to be idle and empty."""
     load = candidate.load or LoadReport(pages_total=1, pages_free=1 << 30, max_running=1 << 30)
     cached = min(candidate.known_blocks * prompt.page_tokens, prompt.tokens - 1)
@@ -218,7 +212,7 @@ def rates_of(loads: Sequence[LoadReport]) -> Rates | None:
 
 
 def _computes_it_too(
-    prompt: Prompt,
+    prompt: PromptSize,
     order: Sequence[Candidate],
     predictions: Mapping[str, Prediction],
     rates: Rates,

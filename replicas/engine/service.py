@@ -1,6 +1,7 @@
-"""The `quire.v1.Engine` service: many gateways' streams over one engine. Knows no Ray.
+"""The `quire.v1.Engine` service: the streams of many gateways over one engine. Knows no Ray.
 
-Every stream is a lease: when it ends, its requests are cancelled.
+When a stream ends, for whatever reason, its requests are cancelled. A replica that shuts down drains itself:
+it refuses new requests and lets the open ones end.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hmac
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -47,12 +48,11 @@ INTERNAL_CHANNEL = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),  # more often would be taken for an attack
 )
 """Options of both ends of the stream between a gateway and a replica."""
-_QUIET_S = 0.25
-"""So often a gateway that gets no steps hears of the replica's load, if it has changed."""
-_SILENT_S = 1.0
-"""And so often in any case: a gateway takes an older report for no report."""
-
-
+_LOAD_INTERVAL_S = 0.25
+"""Period at which a gateway that gets no steps is sent the replica's load, if it has changed."""
+_LOAD_HEARTBEAT_S = 1.0
+"""Period at which it is sent the load in any case: a gateway ignores older reports."""
+_DRAINING = engine_pb2.ReplicaMessage(draining=engine_pb2.Draining())
 _UNSAYABLE = "the replica cannot read this request or say its answer; the others go on"
 
 log = logging.getLogger(__name__)
@@ -76,28 +76,26 @@ class Engine(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Lease:
-    """One gateway's stream: its open requests and what waits to be sent on it."""
+class _GatewayStream:
+    """One gateway's stream: its open requests and the messages that wait to be sent on it."""
 
     number: int
     open: dict[int, RequestId] = field(default_factory=dict)
-    places: set[str] = field(default_factory=set)
-    """That it holds on this replica."""
     outbox: list[engine_pb2.ReplicaMessage] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ended: bool = False
-    unseen: deque[tuple[int, int]] = field(default_factory=deque)
-    """Calls that the engine had not taken in when it was last looked at: (requests up to it, call)."""
+    unreported_calls: deque[tuple[int, int]] = field(default_factory=deque)
+    """Calls that no load report has counted yet: (requests that the replica was sent up to it, call)."""
     seen_call: int = 0
-    told: LoadReport | None = None
-    told_s: float = 0.0
+    last_load_sent: LoadReport | None = None
+    last_load_sent_s: float = 0.0
 
     def post(self, message: engine_pb2.ReplicaMessage) -> None:
         self.outbox.append(message)
         self.wake.set()
 
     def post_event(self, call: int, event: Event) -> None:
-        """Adds to the step that waits already: a slow gateway gets fewer and larger messages."""
+        """Add to the step that is waiting already: a slow gateway gets fewer and larger messages."""
         large = isinstance(event, Output) and event.prompt_logprobs
         if large or not self.outbox or self.outbox[-1].WhichOneof("message") != "step":
             self.post(engine_pb2.ReplicaMessage(step=engine_pb2.Step()))
@@ -120,11 +118,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         replica_id: str,
         tokenizer: Mapping[str, bytes] = MappingProxyType({}),
         peer_id: ReplicaId | None = None,
-        give_back: Callable[[Iterable[str]], None] = lambda places: None,
     ) -> None:
-        """Starts the engine. `secret` is what gateways and other replicas must show; `peer_id` is how the
+        """Start the engine. `secret` is what gateways and other replicas must show; `peer_id` is how the
         latter call this one, None where it shares nothing. `tokenizer`: its files, by name.
-        `give_back` is told the places that a gateway held when its stream ended.
         """
         self._tokenizer = engine_pb2.TokenizerFiles(files=tokenizer)
         self._tokenizer_digest = digest_of(tokenizer)
@@ -132,11 +128,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._peer_id = peer_id
         self._secret = secret.encode()
         self._replica_id = replica_id
-        self._give_back = give_back
         self._started_s = time.monotonic()
-        self._leases = 0
+        self._connected = 0
+        self._streams: set[_GatewayStream] = set()
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._submitted = 0
-        self._owners: dict[RequestId, tuple[_Lease, int]] = {}
+        self._owners: dict[RequestId, tuple[_GatewayStream, int]] = {}
         self._loop = asyncio.get_running_loop()
         engine.start(self._from_engine_thread)
 
@@ -144,9 +143,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self, requests: AsyncIterator[engine_pb2.GatewayMessage], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[engine_pb2.ReplicaMessage]:
         await self._authenticate(context)
-        self._leases += 1
-        lease = _Lease(self._leases)
-        reader = asyncio.create_task(self._read(lease, requests))
+        self._connected += 1
+        stream = _GatewayStream(self._connected)
+        self._streams.add(stream)
+        reader = asyncio.create_task(self._read(stream, requests))
         try:
             hello = engine_pb2.Hello(
                 model=model_to_proto(self._engine.info),
@@ -156,21 +156,30 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 tokenizer=self._tokenizer_digest,
             )
             yield engine_pb2.ReplicaMessage(hello=hello)
-            while not lease.ended:
-                self._tell_load(lease)
-                outbox, lease.outbox = lease.outbox, []
+            if self._draining:
+                yield _DRAINING
+            while not stream.ended:
+                self._tell_load(stream)
+                outbox, stream.outbox = stream.outbox, []
                 for message in outbox:
                     yield message
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(_QUIET_S):
-                        await lease.wake.wait()
-                lease.wake.clear()
+                    async with asyncio.timeout(_LOAD_INTERVAL_S):
+                        await stream.wake.wait()
+                stream.wake.clear()
         finally:  # also on CancelledError and GeneratorExit: both happen when a gateway goes
             reader.cancel()
-            lease.ended = True
-            for request_id in lease.open.values():
+            self._streams.discard(stream)
+            stream.ended = True
+            for request_id in stream.open.values():
                 self._engine.cancel(request_id)
-            self._give_back(lease.places)
+
+    async def drain(self) -> None:
+        """Refuse new requests from now on; return when all open ones have ended."""
+        self._draining = True
+        for stream in self._streams:
+            stream.post(_DRAINING)
+        await self._idle.wait()
 
     async def Say(
         self, request: engine_pb2.PeerMessage, context: grpc.aio.ServicerContext[Any, Any]
@@ -205,46 +214,45 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 "only gateways and replicas of the same deployment may connect",
             )
 
-    async def _read(self, lease: _Lease, requests: AsyncIterator[engine_pb2.GatewayMessage]) -> None:
+    async def _read(self, stream: _GatewayStream, requests: AsyncIterator[engine_pb2.GatewayMessage]) -> None:
         try:
             async for message in requests:
                 match message.WhichOneof("message"):
                     case "submit":
-                        self._submit(lease, message.submit)
-                    case "cancel" if message.cancel.call in lease.open:
-                        self._engine.cancel(lease.open[message.cancel.call])
+                        self._submit(stream, message.submit)
+                    case "cancel" if message.cancel.call in stream.open:
+                        self._engine.cancel(stream.open[message.cancel.call])
                     case "stats":
-                        lease.post(self._stats(message.stats.query))
-                    case "place" if message.place.held:
-                        lease.places.add(message.place.name)
-                    case "place":
-                        lease.places.discard(message.place.name)
+                        stream.post(self._stats(message.stats.query))
         finally:
-            lease.ended = True
-            lease.wake.set()
+            stream.ended = True
+            stream.wake.set()
 
-    def _submit(self, lease: _Lease, submit: engine_pb2.Submit) -> None:
-        request_id = RequestId(f"{lease.number}.{submit.call}")
-        self._owners[request_id] = (lease, submit.call)
-        lease.open[submit.call] = request_id
+    def _submit(self, stream: _GatewayStream, submit: engine_pb2.Submit) -> None:
+        request_id = RequestId(f"{stream.number}.{submit.call}")
+        self._owners[request_id] = (stream, submit.call)
+        self._idle.clear()
+        stream.open[submit.call] = request_id
         with self._alone(request_id):
+            if self._draining:
+                raise ReplicaDied("the replica is shutting down; try again")
             self._engine.submit(request_from_proto(submit, request_id))
             self._submitted += 1
-            lease.unseen.append((self._submitted, submit.call))
+            stream.unreported_calls.append((self._submitted, submit.call))
 
-    def _tell_load(self, lease: _Lease) -> None:
-        """With the step that goes out anyhow, or alone."""
+    def _tell_load(self, stream: _GatewayStream) -> None:
+        """Send the load with the step that goes out anyway, or alone."""
         load, now_s = self._engine.load, time.monotonic()
-        if load == lease.told and now_s - lease.told_s < _SILENT_S:
+        if load == stream.last_load_sent and now_s - stream.last_load_sent_s < _LOAD_HEARTBEAT_S:
             return
-        lease.told, lease.told_s = load, now_s
-        while lease.unseen and lease.unseen[0][0] <= load.taken:
-            lease.seen_call = lease.unseen.popleft()[1]
-        said = load_to_proto(load, lease.seen_call)
-        if lease.outbox and lease.outbox[-1].WhichOneof("message") == "step":
-            lease.outbox[-1].step.load.CopyFrom(said)
+        stream.last_load_sent, stream.last_load_sent_s = load, now_s
+        while stream.unreported_calls and stream.unreported_calls[0][0] <= load.taken:
+            stream.seen_call = stream.unreported_calls.popleft()[1]
+        said = load_to_proto(load, stream.seen_call)
+        if stream.outbox and stream.outbox[-1].WhichOneof("message") == "step":
+            stream.outbox[-1].step.load.CopyFrom(said)
         else:
-            lease.outbox.append(engine_pb2.ReplicaMessage(load=said))
+            stream.outbox.append(engine_pb2.ReplicaMessage(load=said))
 
     def _stats(self, query: int) -> engine_pb2.ReplicaMessage:
         uptime_s = time.monotonic() - self._started_s
@@ -255,7 +263,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._loop.call_soon_threadsafe(self._dispatch, events)
 
     def _dispatch(self, events: tuple[Event, ...]) -> None:
-        """Sorts a step's events by stream; an event of a request that is over has no owner and ends here."""
+        """Sort a step's events by stream; an event of a request that is over has no owner and ends here."""
         for event in events:
             with self._alone(event.request_id):
                 self._post(event)
@@ -264,15 +272,17 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         owner = self._owners.get(event.request_id)
         if owner is None:
             return
-        lease, call = owner
-        if not lease.ended:
-            lease.post_event(call, event)
+        stream, call = owner
+        if not stream.ended:
+            stream.post_event(call, event)
         if isinstance(event, Failure) or event.usage is not None:
-            del self._owners[event.request_id], lease.open[call]
+            del self._owners[event.request_id], stream.open[call]
+            if not self._owners:
+                self._idle.set()
 
     @contextmanager
     def _alone(self, request_id: RequestId) -> Iterator[None]:
-        """Around all that is done for one request: an error inside ends this request and nobody else."""
+        """Let an error inside end this request and no other."""
         try:
             yield
         except QuireError as error:

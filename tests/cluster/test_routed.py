@@ -1,4 +1,4 @@
-"""Three replicas under Ray Serve: prefixes find their replica, and what Serve counts stays true."""
+"""Three replicas under Ray Serve: prefixes find their replica, and all of them serve what is asked for at once."""
 
 import asyncio
 import random

@@ -11,11 +11,12 @@ import grpc
 
 from quire.cluster import AsyncClient
 from quire.cluster.config import GatewayConfig
-from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.grpc_service import InferenceService
+from quire.cluster.gateway.replica_streams import ReplicaStreams
 from quire.cluster.gateway.server import Listener
 from quire.cluster.gateway.server import listen as listen_to_clients
-from quire.cluster.routing.book import Route
+from quire.cluster.routing.replica_table import ReplicaTable, RoutedRequest
+from quire.cluster.routing.score import Candidate, Ranking, Reason
 from quire.kvstore.books.keys import KeySpace
 from quire.replicas.engine import service
 from quire.replicas.engine.load_report import LoadReport
@@ -109,23 +110,53 @@ def replica_process(address: Connection) -> None:
 
 
 class Listed:
-    """A chooser that names the replicas of a list in turn."""
+    """A source of replicas that lists what the test says, id to address."""
 
-    def __init__(self, replicas: Sequence[ReplicaAddress]) -> None:
-        self.replicas = list(replicas)
-        self.held = 0
-        self._turn = 0
+    def __init__(self, replicas: Mapping[str, str] | None = None) -> None:
+        self.replicas = dict(replicas or {})
+        self.waits = 0
+        """Requests that wait for a replica."""
+        self._followers: list[Callable[[Mapping[str, str]], None]] = []
+
+    def follow(self, listed: Callable[[Mapping[str, str]], None]) -> None:
+        self._followers.append(listed)
+        listed(dict(self.replicas))
+
+    def now(self, replicas: Mapping[str, str]) -> None:
+        """From now on there are these."""
+        for listed in self._followers:
+            listed(dict(replicas))
 
     @asynccontextmanager
-    async def choose(self, route: Route) -> AsyncIterator[ReplicaAddress]:
-        while not self.replicas:
-            await asyncio.sleep(0.01)
-        self._turn += 1
-        self.held += 1
+    async def waiting(self) -> AsyncIterator[None]:
+        self.waits += 1
         try:
-            yield self.replicas[self._turn % len(self.replicas)]
+            yield
         finally:
-            self.held -= 1
+            self.waits -= 1
+
+
+class InTurn(ReplicaTable):
+    """Chooses one replica after the other."""
+
+    _turn = 0
+
+    def _rank(self, request: RoutedRequest, candidates: Sequence[Candidate]) -> Ranking:
+        self._turn += 1
+        names = sorted(candidate.replica_id for candidate in candidates)
+        return Ranking((names[self._turn % len(names)],), Reason.BLIND, None)
+
+
+def open_requests(streams: ReplicaStreams) -> dict[str, int]:
+    """By replica, as the gateway's table has it."""
+    return {name: len(replica.open) for name, replica in streams.table._replicas.items()}
+
+
+async def connected(streams: ReplicaStreams, count: int) -> None:
+    """Until the gateway has this many streams."""
+    async with asyncio.timeout(60):
+        while streams.connected < count:
+            await asyncio.sleep(0.005)
 
 
 class Stage:
@@ -133,14 +164,19 @@ class Stage:
 
     def __init__(
         self,
-        chooser: Listed,
+        streams: list[ReplicaStreams],
         client: AsyncClient,
         address: str,
         servers: list[grpc.aio.Server],
         gateways: list[Listener],
     ) -> None:
-        self.chooser, self.client, self.address = chooser, client, address
+        self.streams, self.client, self.address = streams, client, address
         self._servers, self._gateways = servers, gateways
+
+    @property
+    def open_requests(self) -> int:
+        """What the gateways count, over all replicas."""
+        return sum(sum(open_requests(streams).values()) for streams in self.streams)
 
     async def kill_replica(self, number: int) -> None:
         """Its stream breaks at once, as when its process dies."""
@@ -158,28 +194,28 @@ async def staged(
     tokenizers: Sequence[Mapping[str, bytes]] = (),
     max_open_requests: int = 64,
     wait_s: float = 5.0,
-    chooser_of: Callable[[Sequence[ReplicaAddress]], Listed] = Listed,
 ) -> AsyncIterator[Stage]:
     """A replica for each engine, one gateway or more, one client. `tokenizers`: of the engines' models."""
     async with AsyncExitStack() as stack:
-        replicas, servers = [], []
+        replicas, servers = {}, []
         for number, engine in enumerate(engines):
             name = f"replica{number}"
             files = tokenizers[number] if tokenizers else TOKENIZER
             served = service.EngineService(engine, secret=SECRET, replica_id=name, tokenizer=files)
             server, address = await service.listen(served, "127.0.0.1")
             stack.push_async_callback(server.stop, None)
-            replicas.append(ReplicaAddress(name, address))
+            replicas[name] = address
             servers.append(server)
-        chooser = chooser_of(replicas)
-        listeners = []
+        listeners, of_gateways = [], []
         for _ in range(gateways):
-            fleet = Fleet(chooser, secret=SECRET, wait_s=wait_s)
-            stack.push_async_callback(fleet.close)
-            inference = InferenceService(fleet, max_open_requests=max_open_requests)
+            streams = ReplicaStreams(Listed(replicas), secret=SECRET, wait_s=wait_s, table=InTurn())
+            stack.push_async_callback(streams.close)
+            inference = InferenceService(streams, max_open_requests=max_open_requests)
             gateway = await listen_to_clients(inference, GatewayConfig(port=0))
             stack.push_async_callback(gateway.stop, None)
             listeners.append(gateway)
+            of_gateways.append(streams)
+            await connected(streams, len(engines))
         address = ",".join(f"127.0.0.1:{gateway.port}" for gateway in listeners)
         client = await stack.enter_async_context(AsyncClient(address))
-        yield Stage(chooser, client, address, servers, listeners)
+        yield Stage(of_gateways, client, address, servers, listeners)

@@ -39,24 +39,14 @@ class PeerHeard(_message.Message):
     def __init__(self) -> None: ...
 
 class GatewayMessage(_message.Message):
-    __slots__ = ("submit", "cancel", "stats", "place")
+    __slots__ = ("submit", "cancel", "stats")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
-    PLACE_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     cancel: CancelCall
     stats: StatsQuery
-    place: Place
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[CancelCall, _Mapping]] = ..., stats: _Optional[_Union[StatsQuery, _Mapping]] = ..., place: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
-
-class Place(_message.Message):
-    __slots__ = ("name", "held")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    HELD_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    held: bool
-    def __init__(self, name: _Optional[str] = ..., held: _Optional[bool] = ...) -> None: ...
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[CancelCall, _Mapping]] = ..., stats: _Optional[_Union[StatsQuery, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("call", "token_ids", "sampling", "priority", "tenant", "remaining_s", "computed_by")
@@ -89,16 +79,22 @@ class StatsQuery(_message.Message):
     def __init__(self, query: _Optional[int] = ...) -> None: ...
 
 class ReplicaMessage(_message.Message):
-    __slots__ = ("hello", "step", "stats", "load")
+    __slots__ = ("hello", "step", "stats", "load", "draining")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     step: Step
     stats: StatsAnswer
     load: Load
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., stats: _Optional[_Union[StatsAnswer, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    draining: Draining
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., stats: _Optional[_Union[StatsAnswer, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ...) -> None: ...
+
+class Draining(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("model", "replica_id", "peer_id", "keys", "tokenizer")

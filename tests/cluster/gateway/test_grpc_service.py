@@ -7,14 +7,14 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from serving import Stage, staged
+from serving import Listed, Stage, staged
 
 from quire.cluster import AsyncClient, CallOptions, SamplingParams, collect_async
 from quire.cluster.config import GatewayConfig
-from quire.cluster.gateway.fleet import Fleet
 from quire.cluster.gateway.grpc_service import InferenceService
-from quire.cluster.gateway.prompts import Prompts
+from quire.cluster.gateway.replica_streams import ReplicaStreams
 from quire.cluster.gateway.server import listen
+from quire.cluster.gateway.tokenizer import ChatTokenizer
 from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig
 from quire.replicas.engine.async_engine import AsyncEngine
@@ -224,8 +224,8 @@ async def test_the_engines_queue_bound_is_told(stage: Stage):
 
 
 async def test_one_more_than_the_gateway_takes_is_refused():
-    fleet = Fleet(_Never(), secret="", wait_s=9)
-    service = InferenceService(fleet, max_open_requests=1)
+    streams = ReplicaStreams(Listed(), secret="", wait_s=9)
+    service = InferenceService(streams, max_open_requests=1)
     gateway = await listen(service, GatewayConfig(port=0))
     async with AsyncClient(f"127.0.0.1:{gateway.port}") as client:
         both = [asyncio.ensure_future(collect_async(client.generate("a"))) for _ in range(2)]
@@ -251,7 +251,7 @@ async def test_every_page_comes_back_after_cancellations(stage: Stage):
     stats = await _quiet(stage)
     assert stats.requests_cancelled > 0
     assert stats.pages_free + stats.pages_cached == stats.pages_total
-    assert stage.chooser.held == 0
+    assert stage.open_requests == 0
 
 
 async def test_model_and_stats_say_what_is_stored_how(stage: Stage):
@@ -283,8 +283,8 @@ async def test_health_and_reflection_answer(stage: Stage):
 
 async def test_a_taken_port_is_said_plainly(stage: Stage):
     port = int(stage.address.rsplit(":", 1)[1])
-    fleet = Fleet(_Never(), secret="", wait_s=1)
-    service = InferenceService(fleet, max_open_requests=1)
+    streams = ReplicaStreams(Listed(), secret="", wait_s=1)
+    service = InferenceService(streams, max_open_requests=1)
     with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*gateway.port"):
         await listen(service, GatewayConfig(port=port))
 
@@ -293,25 +293,12 @@ async def test_a_bug_is_internal_without_its_traceback(stage: Stage, monkeypatch
     def broken(*args):
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(Prompts, "decode", broken)
+    monkeypatch.setattr(ChatTokenizer, "decode", broken)
     async with grpc.aio.insecure_channel(stage.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await inference_pb2_grpc.InferenceStub(channel).Detokenize(inference_pb2.DetokenizeRequest())
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in caught.value.details()
-
-
-class _Never:
-    """A chooser with no replica."""
-
-    def choose(self, route):
-        return self
-
-    async def __aenter__(self):
-        await asyncio.Event().wait()
-
-    async def __aexit__(self, *error):
-        return None
 
 
 async def _status_of(stage: Stage, request) -> tuple[grpc.StatusCode, str]:

@@ -4,10 +4,10 @@ import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
-from serving import SECRET, TOKENIZER, Listed, ScriptedEngine
+from serving import SECRET, TOKENIZER, InTurn, Listed, ScriptedEngine, connected
 
-from quire.cluster.gateway.fleet import Fleet, ReplicaAddress
 from quire.cluster.gateway.prefill import PrefillFirst
+from quire.cluster.gateway.replica_streams import ReplicaStreams
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
 from quire.replicas.engine import service
 from quire.replicas.errors import QueueFull, QuireError, Status
@@ -20,7 +20,7 @@ ASKED = inference_pb2.Sampling(max_tokens=50, n=3, temperature=1.0, stop=["x"])
 @asynccontextmanager
 async def prefill_by(*engines):
     async with AsyncExitStack() as stack:
-        replicas = []
+        replicas = {}
         for number, engine in enumerate(engines):
             served = service.EngineService(
                 engine,
@@ -31,9 +31,11 @@ async def prefill_by(*engines):
             )
             server, address = await service.listen(served, "127.0.0.1")
             stack.push_async_callback(server.stop, None)
-            replicas.append(ReplicaAddress(f"r{number}", address))
-        first = PrefillFirst(Fleet(Listed(replicas), secret=SECRET, wait_s=0.5), least_tokens=len(LONG))
+            replicas[f"r{number}"] = address
+        streams = ReplicaStreams(Listed(replicas), secret=SECRET, wait_s=0.5, table=InTurn())
+        first = PrefillFirst(streams, least_tokens=len(LONG))
         stack.push_async_callback(first.close)
+        await connected(streams, len(engines))
         yield first
 
 

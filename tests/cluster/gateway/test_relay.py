@@ -29,7 +29,7 @@ async def test_deltas_arrive_one_by_one_with_text_tokens_and_usage():
         assert (last.usage.prompt_tokens, last.timings.first_token_s) == (3, 0.25)
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
-        assert stage.chooser.held == 0
+        assert stage.open_requests == 0
 
 
 async def test_a_step_with_many_requests_reaches_each_its_own():
@@ -70,7 +70,7 @@ async def test_a_client_that_leaves_is_cancelled_on_its_replica():
         await first
         await stream.aclose()
         assert await engine.cancelled.get() == request.id
-        await _until(lambda: stage.chooser.held == 0)
+        await _until(lambda: stage.open_requests == 0)
 
 
 async def test_a_passed_deadline_cancels_on_the_replica_too():

@@ -57,15 +57,6 @@ async def test_what_the_model_that_takes_it_cannot_read_is_refused():
     assert sum(isinstance(result, InvalidRequest) for result in results) == 3
 
 
-async def test_the_model_that_was_met_last_is_told_of():
-    old, new = Answering(), Answering(replace(INFO, model="newer"), OTHER)
-    async with staged(old, new) as stage:
-        old_first = (await stage.client.model()).name
-        for _ in range(2):  # in turn, so that both have been met
-            await collect_async(stage.client.generate([5]))
-        assert {old_first, (await stage.client.model()).name} == {"demo", "newer"}
-
-
 @pytest.mark.parametrize("same_tokens", [True, False])
 async def test_another_models_answer_does_not_go_on_where_one_stopped(same_tokens):
     """Not even if it begins with the same tokens."""

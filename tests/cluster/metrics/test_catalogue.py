@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 from quire.cluster.metrics.catalogue import CATALOGUE
 from quire.cluster.metrics.gateway_meter import Answered, GatewayNumbers
 from quire.cluster.metrics.samples import format_name, gateway_samples, replica_samples
-from quire.cluster.routing.book import Routes
+from quire.cluster.routing.replica_table import ReplicaTable
 from quire.replicas.config import SchedulerConfig
 from quire.replicas.engine.pressure import Pressure
 from quire.replicas.metric import Kind, Origin, samples_of
@@ -46,7 +46,7 @@ def _gateway(outcomes=None):
         retries=3,
         replicas=4,
         outcomes=outcomes or {},
-        routing=Routes().numbers(),
+        routing=ReplicaTable().numbers(),
     )
     return list(gateway_samples(numbers))
 

@@ -4,10 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-from quire.cluster.routing.score import STALE_S, Candidate, Prompt, Reason, Weights, predict, rank, rates_of
+from quire.cluster.routing.score import (
+    STALE_S,
+    Candidate,
+    PromptSize,
+    Reason,
+    Weights,
+    predict,
+    rank,
+    rates_of,
+)
 from quire.replicas.engine.load_report import LoadReport
 
-PROMPT = Prompt(tokens=1000, page_tokens=64)
+PROMPT = PromptSize(tokens=1000, page_tokens=64)
 IDLE = LoadReport(
     max_running=16,
     pages_total=100,
@@ -162,7 +171,7 @@ def test_ties_go_to_the_one_chosen_less_then_to_the_draw():
 
 
 def test_ties_never_give_up_a_prefix():
-    barely = Prompt(tokens=70, page_tokens=64)
+    barely = PromptSize(tokens=70, page_tokens=64)
     ranking = ranked(replica("a", chosen=0), replica("b", known_blocks=1, chosen=9), prompt=barely)
     assert ranking.order[0] == "b"
 

@@ -136,16 +136,29 @@ async def test_only_the_cancelled_call_is_cancelled():
         assert engine.cancelled.empty()
 
 
-async def test_what_a_gateway_held_is_given_back_when_its_stream_ends():
-    returned = asyncio.Queue()
-    async with connected(
-        ScriptedEngine(), give_back=lambda places: returned.put_nowait(set(places))
-    ) as stream:
+async def test_a_replica_that_drains_says_so_refuses_what_comes_and_lets_end_what_is_open():
+    engine = ScriptedEngine()
+    service = EngineService(engine, secret=SECRET, replica_id="r1")
+    server, address = await listen(service, "127.0.0.1")
+    async with grpc.aio.insecure_channel(address) as channel:
+        stream = engine_pb2_grpc.EngineStub(channel).Connect(metadata=((SECRET_METADATA, SECRET),))
         await said(stream)
-        for name, held in (("a", True), ("b", True), ("c", True), ("b", False), ("other", False)):
-            await stream.write(engine_pb2.GatewayMessage(place=engine_pb2.Place(name=name, held=held)))
-        await stream.done_writing()
-        assert await returned.get() == {"a", "c"}
+        await stream.write(submit(1, 5))
+        request = await engine.requests.get()
+        draining = asyncio.create_task(service.drain())
+        assert (await said(stream)).HasField("draining")
+        await stream.write(submit(2, 6))
+        (refused,) = (await said(stream)).step.events
+        assert (refused.call, refused.failure.status) == (2, "UNAVAILABLE")
+        assert not draining.done()
+        engine.say(request, "x", 1, last=True)
+        (last,) = (await said(stream)).step.events
+        assert (last.call, last.delta.text) == (1, "x")
+        await asyncio.wait_for(draining, 30)
+        late = engine_pb2_grpc.EngineStub(channel).Connect(metadata=((SECRET_METADATA, SECRET),))
+        assert (await said(late)).HasField("hello")
+        assert (await said(late)).HasField("draining")
+    await server.stop(None)
 
 
 @pytest.mark.parametrize("end", ["cancel", "done_writing"])

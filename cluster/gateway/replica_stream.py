@@ -1,42 +1,42 @@
-"""One gateway's stream to one replica: calls go up one by one, events come down a step at a time."""
+"""A gateway's stream to one replica: calls go up one by one, events come down a step at a time.
+
+What the replica says of itself goes to the gateway's `ReplicaTable`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, TypeGuard
 
 import grpc
 
-from quire.cluster.gateway.prompts import Prompts, Tokenizers
+from quire.cluster.gateway.tokenizer import ChatTokenizer, Tokenizers
+from quire.cluster.routing.replica_table import ReplicaTable
 from quire.kvstore.books.keys import KeySpace
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
-from quire.replicas.engine.load_report import LoadReport
 from quire.replicas.engine.service import INTERNAL_CHANNEL, SECRET_METADATA
 from quire.replicas.engine.wire import keys_from_proto, load_from_proto, model_from_proto
 from quire.replicas.errors import ConfigError, ReplicaDied, Status
 from quire.replicas.request import ModelInfo
 
-Heard = Callable[[str, LoadReport, int], None]
-"""Which replica, how busy it is, and up to which call on the link it knows of them."""
-
 
 class Call:
-    """One request on a link. Iterate its events; close it in any case."""
+    """A request on a stream. Read its events with `next`, and close it in any case."""
 
-    def __init__(self, link: ReplicaLink, number: int) -> None:
-        self.link = link
+    def __init__(self, stream: ReplicaStream, number: int) -> None:
         self.number = number
-        """On its link: counted up."""
+        """Names the call on its stream; counted up, never used twice."""
+        self._stream = stream
         self._events: deque[engine_pb2.Event] = deque()
         self._arrived = asyncio.Event()
         self._over = False
 
     async def next(self) -> engine_pb2.Event:
-        """The next event; the last one is a failure or a delta with usage.
+        """Return the next event; the last one is a failure or a delta with usage.
 
-        Deltas that wait already are made one: under load clients get fewer messages, not later tokens.
+        Deltas that are already waiting are merged: under load clients get fewer messages, not later tokens.
         """
         while not self._events:
             self._arrived.clear()
@@ -47,25 +47,25 @@ class Call:
         return event
 
     def cancel(self) -> None:
-        """Asks the replica to end it; its last event still comes."""
-        self.link.send(engine_pb2.GatewayMessage(cancel=engine_pb2.CancelCall(call=self.number)))
+        """Ask the replica to end the call; its last event still arrives."""
+        self._stream.send(engine_pb2.GatewayMessage(cancel=engine_pb2.CancelCall(call=self.number)))
 
     def close(self) -> None:
-        """Gives everything back, on the replica too if the last event has not come."""
+        """Give everything back, on the replica too if the last event has not arrived."""
         if not self._over:
             self._over = True
             self.cancel()
-        self.link.forget(self.number)
+        self._stream.forget(self.number)
 
     def feed(self, event: engine_pb2.Event) -> None:
-        """For the link: an event has come."""
+        """Take an event that has arrived on the stream."""
         self._over = event.HasField("failure") or event.delta.HasField("usage")
         self._events.append(event)
         self._arrived.set()
 
 
-class ReplicaLink:
-    """A connected replica. Made by `connect`; of no more use once `alive` is False."""
+class ReplicaStream:
+    """The stream to a connected replica. Made by `connect`; useless once `alive` is False."""
 
     def __init__(
         self,
@@ -73,36 +73,46 @@ class ReplicaLink:
         stream: Any,
         outbox: Outbox,
         hello: engine_pb2.Hello,
-        prompts: Prompts,
-        heard: Heard,
+        tokenizer: ChatTokenizer,
+        table: ReplicaTable,
     ) -> None:
-        self.prompts = prompts
-        """Made for the replica's model."""
+        self.tokenizer = tokenizer
+        """The tokenizer of the replica's model."""
         self.replica_id: str = hello.replica_id
         self.peer_id: str = hello.peer_id
         self.model: inference_pb2.Model = hello.model
         self.info: ModelInfo = model_from_proto(hello.model)
         self.keys: KeySpace = keys_from_proto(hello.keys)
         self.fingerprint = self.keys.fingerprint.hex()
-        """Of the model as it is served here: equal where answers are."""
+        """Identifies the model as it is served here: equal fingerprints give equal answers."""
         self.alive = True
+        self.draining = False
+        """Whether the replica refuses new requests because it is shutting down."""
+        self.ended = asyncio.Event()
+        """Set when the stream has ended, for whatever reason."""
         self._channel = channel
         self._stream = stream
         self._outbox = outbox
         self._calls: dict[int, Call] = {}
         self._queries: dict[int, asyncio.Future[inference_pb2.ReplicaStats]] = {}
         self._numbers = 0
-        self._heard = heard
+        self._table = table
+        table.connected(self.replica_id, self.keys, self.model.page_tokens)
         self._reader = asyncio.create_task(self._read())
 
     @staticmethod
     async def connect(
-        address: str, secret: str, timeout_s: float, tokenizers: Tokenizers, heard: Heard
-    ) -> ReplicaLink:
-        """`heard` is called with every report of the replica's load.
+        replica_id: str,
+        address: str,
+        secret: str,
+        timeout_s: float,
+        tokenizers: Tokenizers,
+        table: ReplicaTable,
+    ) -> ReplicaStream:
+        """Connect to this replica at `address` (host:port).
 
-        Raises ReplicaDied if the replica at `address` (host:port) does not say hello in time, ConfigError if
-        what it says can never be read.
+        Raises ReplicaDied if it is not there or does not say hello in time, ConfigError if its hello can
+        never be read.
         """
         channel = grpc.aio.insecure_channel(address, options=INTERNAL_CHANNEL)
         outbox: Outbox = asyncio.Queue()
@@ -121,9 +131,11 @@ class ReplicaLink:
                 first = await stream.read()
             if first is grpc.aio.EOF:
                 raise ReplicaDied(f"the replica at {address} closed the stream before its hello")
-            prompts = await tokenizers.of(first.hello.tokenizer, tokenizer)
-            return ReplicaLink(channel, stream, outbox, first.hello, prompts, heard)
-        except BaseException as error:  # also when the request that wanted the link is cancelled
+            if first.hello.replica_id != replica_id:
+                raise ReplicaDied(f"replica {replica_id} is gone: another one answers at {address}")
+            chat_tokenizer = await tokenizers.of(first.hello.tokenizer, tokenizer)
+            return ReplicaStream(channel, stream, outbox, first.hello, chat_tokenizer, table)
+        except BaseException as error:  # also when the gateway ends meanwhile
             await channel.close()
             if _too_large(error):
                 raise ConfigError(
@@ -134,12 +146,12 @@ class ReplicaLink:
                 raise ReplicaDied(f"the replica at {address} does not answer: {_reason(error)}") from error
             raise
 
-    def reads_like(self, other: ReplicaLink) -> bool:
-        """Whether what was made for the other replica's model may be sent to this one."""
-        return self.prompts is other.prompts and self.model == other.model
+    def same_model_as(self, other: ReplicaStream) -> bool:
+        """Return whether what was tokenized for the other replica may be sent to this one."""
+        return self.tokenizer is other.tokenizer and self.model == other.model
 
     def submit(self, submit: engine_pb2.Submit) -> Call:
-        """Sends a request; `submit.call` is set here. On a dead link the call fails at once."""
+        """Send a request and set its `call`. On a dead stream the call fails at once."""
         self._numbers += 1
         submit.call = self._numbers
         call = self._calls[self._numbers] = Call(self, self._numbers)
@@ -149,13 +161,8 @@ class ReplicaLink:
             call.feed(_lost(self._numbers, begun=False))
         return call
 
-    def tell_place(self, name: str, *, held: bool) -> None:
-        """Serve never learns that a gateway has died: the replica gives back what it held."""
-        if name:
-            self.send(engine_pb2.GatewayMessage(place=engine_pb2.Place(name=name, held=held)))
-
     async def stats(self) -> inference_pb2.ReplicaStats:
-        """Raises ReplicaDied if the link ends before the answer."""
+        """Return the replica's stats. Raises ReplicaDied if the stream ends before the answer."""
         if not self.alive:
             raise ReplicaDied(f"replica {self.replica_id} is gone")
         self._numbers += 1
@@ -169,15 +176,24 @@ class ReplicaLink:
             del self._queries[query]
 
     def send(self, message: engine_pb2.GatewayMessage) -> None:
+        """Queue a message for the replica; on a dead stream nothing happens."""
         if self.alive:
             self._outbox.put_nowait(message)
 
     def forget(self, number: int) -> None:
-        """For a call: it wants no more events."""
+        """Deliver no more events to this call."""
         self._calls.pop(number, None)
 
+    async def report_dead(self) -> None:
+        """End the stream because the replica failed a request as dead, unless it is only shutting down.
+
+        All requests there then go elsewhere at once, and no new one comes.
+        """
+        if not self.draining:
+            await self.close()
+
     async def close(self) -> None:
-        """Ends the stream; the replica cancels what was open on it."""
+        """End the stream; the replica cancels what was open on it."""
         self._reader.cancel()
         self._stream.cancel()
         self._fail_all()
@@ -194,6 +210,9 @@ class ReplicaLink:
                         self._hear(message.step.load)
                 elif message.HasField("load"):
                     self._hear(message.load)
+                elif message.HasField("draining"):
+                    self.draining = True
+                    self._table.draining(self.replica_id)
                 elif (answer := self._queries.get(message.stats.query)) is not None and not answer.done():
                     answer.set_result(message.stats.stats)
         except grpc.aio.AioRpcError:
@@ -202,10 +221,14 @@ class ReplicaLink:
             self._fail_all()
 
     def _hear(self, load: engine_pb2.Load) -> None:
-        self._heard(self.replica_id, load_from_proto(load), load.seen_call)
+        self._table.heard(self.replica_id, load_from_proto(load), load.seen_call)
 
     def _fail_all(self) -> None:
+        if not self.alive:
+            return
         self.alive = False
+        self._table.disconnected(self.replica_id)
+        self.ended.set()
         for number, call in self._calls.items():
             call.feed(_lost(number, begun=True))
         self._calls.clear()
