@@ -18,8 +18,8 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,24 @@ from ray import serve
 from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import (
     PrefixCacheAffinityRouter,
 )
+from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RunningReplica
 from routing_workloads import WORKLOADS, Arrival, Workload
 from rows import Row, merge, report
 
 from quire.cluster import AsyncClient, CallOptions, SamplingParams
-from quire.cluster.app import ROUTER, application
+from quire.cluster.app import application
 from quire.cluster.cli.local import cluster
 from quire.cluster.config import GatewayConfig, ReplicaConfig, ServeConfig
+from quire.cluster.gateway.deployment import Gateway
+from quire.cluster.gateway.replica_stream import ReplicaStream
+from quire.cluster.gateway.replica_streams import ReplicaStreams
+from quire.cluster.routing.replica_table import RoutedRequest
 from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig, StoreConfig
 
 NEW_TOKENS = 12
+MAX_ONGOING = 4096
+"""Requests that Serve lets a replica have: its engine refuses first."""
 CONFIG = ServeConfig(
     engine=EngineConfig(
         model="demo",
@@ -63,7 +70,7 @@ CPU_GROUPS, PERIOD_US = Path("/sys/fs/cgroup/cpu"), 10_000
 class RayPrefixRouter(PrefixCacheAffinityRouter):
     """Ray's own, fed as its documentation feeds it: a prompt's text, at every request that is routed.
 
-    Our gateway reserves places and dispatches nothing, so Serve does not call `on_request_routed`: it is
+    `ServeRouted` reserves places and dispatches nothing, so Serve does not call `on_request_routed`: it is
     called here, when a replica is chosen. A token is a character of the text.
     """
 
@@ -85,8 +92,31 @@ class TunedPrefixRouter(RayPrefixRouter):
         super().initialize_state(imbalanced_threshold=5, match_rate_threshold=0.15, **kwargs)
 
 
+class ServeRouted(ReplicaStreams):
+    """Each request holds a place that Serve's request router has chosen and reserved for it."""
+
+    def __init__(self, source: Any, **options: Any) -> None:
+        super().__init__(source, **options)
+        self._handle = source.handle
+
+    @asynccontextmanager
+    async def take(
+        self, token_ids: Sequence[int] = (), tenant: str = "", without: Collection[str] = ()
+    ) -> AsyncIterator[tuple[ReplicaStream, RoutedRequest]]:
+        async with self._handle.choose_replica(RoutedRequest(token_ids)) as chosen:
+            others = set(self.table.candidates()) - {chosen.replica_id}
+            async with super().take(token_ids, tenant, others) as taken:
+                yield taken
+
+
+class ServeRoutedGateway(Gateway):
+    """A gateway that has Serve choose."""
+
+    streams_of = ServeRouted
+
+
 ROUTERS = {
-    "quire": ROUTER,
+    "quire": None,
     "default": "ray.serve._private.request_router.pow_2_router:PowerOfTwoChoicesRequestRouter",
     "prefix": f"{Path(__file__).stem}:RayPrefixRouter",
     "tuned": f"{Path(__file__).stem}:TunedPrefixRouter",
@@ -120,7 +150,15 @@ def applications(names: Sequence[str], config: ServeConfig):
     with ExitStack() as stack:
         handles = {}
         for name in names:
-            app = application(config, ROUTERS[name])
+            app = application(config)
+            if (router := ROUTERS[name]) is not None:
+                routed: Any = RequestRouterConfig  # its signature is wrong about its values
+                app = application(
+                    config,
+                    ServeRoutedGateway,
+                    request_router_config=routed(request_router_class=router),
+                    max_ongoing_requests=MAX_ONGOING,
+                )
             handles[name] = serve.run(app, name=f"bench-{name}", route_prefix=None)
             stack.callback(serve.delete, f"bench-{name}")
         yield {name: f"127.0.0.1:{handle.port.remote().result()}" for name, handle in handles.items()}

@@ -28,8 +28,11 @@ def build(args: dict[str, Any]) -> Application:
     return application(parse(args))
 
 
-def application(config: ServeConfig) -> Application:
-    """Asks the connected Ray cluster, if any, whether it has GPUs."""
+def application(config: ServeConfig, gateway: type[Gateway] = Gateway, **options: Any) -> Application:
+    """Make the application, for the connected Ray cluster if there is one: it may have GPUs.
+
+    `gateway`, and `options` of the replicas' deployment, are for benchmarks of other ways to choose a replica.
+    """
     secret = config.secret or _kept_secret()
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     gpus = gpus_per_shard(config, cluster.get("GPU", 0))
@@ -38,7 +41,7 @@ def application(config: ServeConfig) -> Application:
         engine = replace(engine, store=replace(engine.store, share=False))
     made_of = (engine, secret, config.replicas.cpus_per_shard, gpus)
     bound = (*made_of, publish_replica)
-    options = _replica_options(engine, config.replicas, gpus)
+    options = _replica_options(engine, config.replicas, gpus) | options
     replicas = _versioned(serve.deployment(Replica, **options), *made_of)
     replica = replicas.options(name="Replica", **_how_many(config.replicas)).bind(*bound)
     prefill = None
@@ -47,7 +50,7 @@ def application(config: ServeConfig) -> Application:
     drain_s = config.replicas.graceful_shutdown_s
     front = replace(config.gateway, count=1)  # how many there are is nothing to one of them
     split = replace(config.prefill, count=min(config.prefill.count, 1))
-    gateways = serve.deployment(Gateway, **_gateway_options(config.gateway, drain_s))
+    gateways = serve.deployment(gateway, **_gateway_options(config.gateway, drain_s))
     gateways = _versioned(gateways, front, secret, split, drain_s)
     app: Application = gateways.bind(replica, front, secret, prefill, split, drain_s)
     return app

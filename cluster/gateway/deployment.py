@@ -35,7 +35,7 @@ class ServeReplicas:
     """Ray Serve's running replicas of one deployment, as its controller announces them to all handles."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
+        self.handle = handle
         self._poll: LongPollClient | None = None
 
     def follow(self, listed: Callable[[Mapping[str, str]], None]) -> None:
@@ -44,7 +44,7 @@ class ServeReplicas:
         def on_targets(targets: DeploymentTargetInfo) -> None:
             listed({r.replica_id.unique_id: r.replica_metadata["address"] for r in targets.running_replicas})
 
-        client, deployment = _get_global_client(), self._handle.deployment_id
+        client, deployment = _get_global_client(), self.handle.deployment_id
         assert client is not None, "Serve runs: it has started this process"
         self._poll = LongPollClient(
             client._controller,
@@ -64,12 +64,15 @@ class ServeReplicas:
 
     async def _place(self) -> None:
         with suppress(Exception):  # the request waits for a stream, not for this
-            async with self._handle.choose_replica():
+            async with self.handle.choose_replica():
                 pass
 
 
 class Gateway:
-    """Options (name, resources) are set by `cluster/app.py`."""
+    """A gateway's process. Its options (name, resources) are set by `cluster/app.py`."""
+
+    streams_of: type[ReplicaStreams] = ReplicaStreams
+    """How replicas are reached and chosen."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
@@ -88,12 +91,12 @@ class Gateway:
         self._actor = context.replica_id.to_full_id_str()
         self._grace_s = max(drain_s - _STOP_S, 0.0)
         tokenizers = Tokenizers(Tokenizing(config.max_tokenizing_bytes))
-        self._streams = ReplicaStreams(
+        self._streams = self.streams_of(
             ServeReplicas(replicas), secret=secret, wait_s=config.replica_wait_s, tokenizers=tokenizers
         )
         self._prefill: PrefillFirst | None = None
         if prefill is not None:
-            prefillers = ReplicaStreams(
+            prefillers = self.streams_of(
                 ServeReplicas(prefill), secret=secret, wait_s=split.wait_s, tokenizers=tokenizers
             )
             self._prefill = PrefillFirst(prefillers, least_tokens=split.least_tokens)

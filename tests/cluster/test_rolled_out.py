@@ -148,9 +148,8 @@ async def test_a_gateway_that_dies_costs_the_others_streams_nothing():
         tokens = [*begun.token_ids, *rest.outputs[0].token_ids]
         assert tokens == right[n] if n % 2 else len(tokens) == DRAWN.max_tokens
     assert set(at) == set(both)
-    (replica,) = (name for name in actors().values() if "#Replica#" in name)
-    async with asyncio.timeout(10):  # nor does it take part in Serve's books
-        while await ray.get_actor(replica, namespace="serve").get_num_ongoing_requests.remote():
+    async with AsyncClient(both[1]) as client, asyncio.timeout(60):  # what it had open has ended
+        while (await client.stats()).replicas[0].running:
             await asyncio.sleep(0.1)
     async with asyncio.timeout(60):
         while len(found := await asyncio.to_thread(addresses, APP)) < 2 or both[0] in found:

@@ -1,4 +1,4 @@
-"""Three replicas under Ray Serve: prefixes find their replica, and all of them serve what is asked for at once."""
+"""Three replicas under Ray Serve: prefixes find their replica, and a replica that dies is done without."""
 
 import asyncio
 import random

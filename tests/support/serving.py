@@ -167,11 +167,12 @@ class Stage:
         streams: list[ReplicaStreams],
         client: AsyncClient,
         address: str,
+        services: list[service.EngineService],
         servers: list[grpc.aio.Server],
         gateways: list[Listener],
     ) -> None:
         self.streams, self.client, self.address = streams, client, address
-        self._servers, self._gateways = servers, gateways
+        self.services, self._servers, self._gateways = services, servers, gateways
 
     @property
     def open_requests(self) -> int:
@@ -197,7 +198,7 @@ async def staged(
 ) -> AsyncIterator[Stage]:
     """A replica for each engine, one gateway or more, one client. `tokenizers`: of the engines' models."""
     async with AsyncExitStack() as stack:
-        replicas, servers = {}, []
+        replicas, services, servers = {}, [], []
         for number, engine in enumerate(engines):
             name = f"replica{number}"
             files = tokenizers[number] if tokenizers else TOKENIZER
@@ -205,6 +206,7 @@ async def staged(
             server, address = await service.listen(served, "127.0.0.1")
             stack.push_async_callback(server.stop, None)
             replicas[name] = address
+            services.append(served)
             servers.append(server)
         listeners, of_gateways = [], []
         for _ in range(gateways):
@@ -218,4 +220,4 @@ async def staged(
             await connected(streams, len(engines))
         address = ",".join(f"127.0.0.1:{gateway.port}" for gateway in listeners)
         client = await stack.enter_async_context(AsyncClient(address))
-        yield Stage(of_gateways, client, address, servers, listeners)
+        yield Stage(of_gateways, client, address, services, servers, listeners)

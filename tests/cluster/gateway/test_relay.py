@@ -128,6 +128,53 @@ async def test_what_the_engine_refuses_reaches_the_client():
             await collect_async(stage.client.generate(PROMPT))
 
 
+async def test_what_one_replica_refuses_because_it_is_full_another_one_takes():
+    full, other = ScriptedEngine(), ScriptedEngine()
+    full.refusal = QueueFull("all 3 places are taken; come back later")
+    async with staged(full, other) as stage:
+        for _ in range(2):  # in turn: one of them is offered to the full replica first
+            answer = asyncio.ensure_future(collect_async(stage.client.generate(PROMPT)))
+            other.say(await other.requests.get(), "fine", 4, last=True)
+            assert (await answer).text == "fine"
+        assert (await stage.client.stats()).gateway_retries == 0
+        other.refusal = full.refusal
+        with pytest.raises(QueueFull, match="all 3 places"):
+            await collect_async(stage.client.generate(PROMPT))
+        assert stage.open_requests == 0
+
+
+async def test_a_request_is_offered_to_three_full_replicas_at_most():
+    engines = [ScriptedEngine() for _ in range(4)]
+    offers = []
+    for engine in engines:
+        engine.submit = lambda request: refuse(offers, request)
+    async with staged(*engines) as stage:
+        with pytest.raises(QueueFull):
+            await collect_async(stage.client.generate(PROMPT))
+    assert len(offers) == 3
+
+
+def refuse(offers, request):
+    offers.append(request)
+    raise QueueFull("come back later")
+
+
+async def test_what_a_draining_replica_refuses_goes_elsewhere_and_what_it_has_ends_there():
+    first, second = ScriptedEngine(), ScriptedEngine()
+    async with staged(first, second) as stage:
+        answer = asyncio.ensure_future(collect_async(stage.client.generate(PROMPT)))
+        (request, leaver), stays, number = await _first_of(first, second, with_request=True)
+        draining = asyncio.create_task(stage.services[number].drain())
+        for n in range(3):
+            more = asyncio.ensure_future(collect_async(stage.client.generate([n + 1])))
+            stays.say(await stays.requests.get(), "there", 4, last=True)
+            assert (await more).text == "there"
+        leaver.say(request, "here", 4, last=True)
+        assert (await answer).text == "here"
+        await draining
+        assert (await stage.client.stats()).gateway_retries == 0
+
+
 async def test_a_death_before_the_first_delta_is_not_noticed():
     first, second = ScriptedEngine(), ScriptedEngine()
     async with staged(first, second) as stage:
