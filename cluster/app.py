@@ -31,7 +31,7 @@ def build(args: dict[str, Any]) -> Application:
 def application(config: ServeConfig, gateway: type[Gateway] = Gateway, **options: Any) -> Application:
     """Make the application, for the connected Ray cluster if there is one: it may have GPUs.
 
-    `gateway`, and `options` of the replicas' deployment, are for benchmarks of other ways to choose a replica.
+    `gateway` and `options`, of the replicas' deployment, are for benchmarks that choose replicas otherwise.
     """
     secret = config.secret or _kept_secret()
     cluster = ray.cluster_resources() if ray.is_initialized() else {}

@@ -28,7 +28,7 @@ from quire.cluster.metrics.samples import gateway_samples
 from quire.replicas.metric import samples_of
 
 _STOP_S = 1.0
-"""Of the time it has to stop: for what comes after the last request."""
+"""Part of the time to stop that is kept for what comes after the last request."""
 
 
 class ServeReplicas:
@@ -83,7 +83,7 @@ class Gateway:
         split: PrefillConfig,
         drain_s: float,
     ) -> None:
-        """Listens when done. `drain_s`: Serve kills it so long after it has begun to stop it.
+        """Start to listen. `drain_s`: the time from the beginning of its shutdown until Serve kills it.
 
         Raises ConfigError if the port is taken, but for a gateway of the same application that is replaced.
         """
@@ -111,17 +111,17 @@ class Gateway:
         await asyncio.to_thread(announce, self._actor, self._address(config, self._listener.port))
 
     async def port(self) -> int:
-        """The port it listens on."""
+        """Return the port that the gateway listens on."""
         return self._listener.port
 
     async def _replaces(self, app: str, config: GatewayConfig) -> bool:
-        """Whether the address is free, or will be: a gateway of this application has it that is to go."""
+        """Return whether a gateway of this application, which is to be replaced, listens on the address."""
         before = await asyncio.to_thread(addresses, app)
         return self._address(config, config.port) in before
 
     @staticmethod
     def _address(config: GatewayConfig, port: int) -> str:
-        """For clients, also on other machines."""
+        """Return the address for clients, also on other machines."""
         host = ray.util.get_node_ip_address() if config.host in ("0.0.0.0", "::") else config.host
         return f"{host}:{port}"
 
@@ -130,7 +130,7 @@ class Gateway:
             self._metrics.observe(sample.metric, sample.value)
 
     async def __del__(self) -> None:
-        """New requests go elsewhere from now on; open ones may end as long as there is time."""
+        """Refuse new requests from now on; open ones may end as long as there is time."""
         await asyncio.to_thread(withdraw, self._actor)
         await self._listener.stop(self._grace_s)
         await asyncio.to_thread(self._metrics.close)

@@ -1,7 +1,7 @@
-"""Long prompts are computed first by replicas that do nothing else; those that decode fetch the blocks.
+"""Long prompts are computed first by prefill replicas; the replicas that decode fetch the blocks.
 
-So no decoding step waits for a long prompt. Where no prefill replica can take it, the decoding replica
-computes the prompt; a prompt that one has failed at goes no further, for the fault may lie in it.
+So no decoding step waits for a long prompt. If no prefill replica can take it, the decoding replica computes
+the prompt; a prompt that a prefill replica has failed at goes no further, as the fault may lie in it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from quire.replicas.request import ResolvedSampling
 from quire.replicas.sampling_proto import sampling_to_proto
 
 _ONE_TOKEN = sampling_to_proto(ResolvedSampling(max_tokens=1, ignore_eos=True))
-"""Greedy whatever the model's defaults are: nobody reads the token."""
+"""Greedy whatever the model's defaults are, as the token is not used."""
 
 
 class PrefillFirst:
-    """The way to the prefill replicas of one gateway."""
+    """The prefill replicas of one gateway."""
 
     def __init__(self, streams: ReplicaStreams, *, least_tokens: int) -> None:
         """`least_tokens`: shorter prompts are computed where they decode."""
@@ -26,7 +26,7 @@ class PrefillFirst:
         self._least_tokens = least_tokens
 
     async def compute(self, submit: engine_pb2.Submit) -> bool:
-        """Where the prompt is long, have it computed, and note in `submit` by whom.
+        """Have a long prompt computed, and note in `submit` by which replica.
 
         Returns whether a replica died while it computed the prompt. Raises QuireError if one failed at it.
         """

@@ -1,14 +1,13 @@
-"""Which replica gives a prompt its first token soonest: a prediction for each, and a choice. Pure.
+"""Which replica has the lowest cost for a prompt: a prediction for each, and a choice. Pure.
 
-    time to first token = wait (what is queued there, and the step under way)
-                        + pressure (until there are pages and a place)
-                        + work (compute what it has not, or fetch that from a neighbour)
+    TTFT = wait (the work queued there, and the step under way)
+         + pressure (until there are pages, and fewer running sequences than max_running)
+         + work (compute what is not cached, or fetch it from a peer)
+    cost = TTFT + half of the delay that computing the prompt imposes on the sequences running there
 
-All rates are measured by the replicas. The cost of a choice is this time plus half of what the sequences
-running there wait while the prompt is computed.
-
-A prefix that is requested again while it is still being computed is likely to be requested by many. Then an
-idle replica computes it too, if that costs this request no more than it would save the next one.
+All rates are measured by the replicas. A prefix that is requested again while it is still being computed is
+likely to be requested by many. Then an idle replica computes it too, if that costs this request no more than
+it would save the next one. docs/routing.md has the formulas.
 """
 
 from __future__ import annotations
@@ -20,36 +19,36 @@ from enum import StrEnum
 from quire.replicas.engine.load_report import LoadReport
 
 STALE_S = 3.0
-"""A report so old says nothing any more: replicas report once a second at least."""
+"""Age at which a load report is ignored: replicas report once a second at least."""
 _TIE_S = 0.002
 _TIE_SHARE = 0.1
-"""Costs closer than this, or than this share of the least one's time to first token, are equal."""
+"""Costs that differ by less than this, or by less than this share of the lowest TTFT, count as equal."""
 _TYPICAL_BEFORE = 1000
-"""Tokens behind which paces of prefill are compared."""
+"""Context tokens at which prefill paces are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What was found by simulation: docs/lab/performance.md has what others come to."""
+    """Weights of the cost, found by simulation: docs/lab/performance.md shows what other values lead to."""
 
     delay: float = 0.5
-    """Of what running sequences wait for a prompt, against what it waits itself."""
+    """Weight of the delay of running sequences, relative to the TTFT of the request."""
 
 
 class Reason(StrEnum):
     """Why a replica was chosen."""
 
-    PREFIX = "prefix"  # soonest, and it holds some of the prompt
-    LOAD = "load"  # soonest, and it holds nothing of the prompt
-    COPY = "copy"  # another one computes the prefix just now, and this one is idle and computes it too
+    PREFIX = "prefix"  # the lowest cost, and it holds some of the prompt
+    LOAD = "load"  # the lowest cost, and it holds nothing of the prompt
+    COPY = "copy"  # another replica is computing the prefix, and this one is idle and computes it too
     ONLY = "only"  # there was no other
-    BLIND = "blind"  # nothing is known: the one with less of this gateway's work, of two drawn
-    FALLBACK = "fallback"  # choosing failed, and any was taken
+    BLIND = "blind"  # no rates are known: of two drawn, the one with fewer requests of this gateway
+    FALLBACK = "fallback"  # choosing failed, and any replica was taken
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSize:
-    """What is to be computed somewhere."""
+    """The size of a prompt, and of the blocks that caches share."""
 
     tokens: int
     page_tokens: int
@@ -57,42 +56,42 @@ class PromptSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A replica, as one gateway knows it."""
+    """What one gateway knows of a replica, for one prompt."""
 
     replica_id: str
     load: LoadReport | None = None
-    """None: it has not said anything yet."""
+    """The replica's last load report; None before the first one."""
     age_s: float = 0.0
-    """Of the load."""
+    """Age of the load report."""
     sent_tokens: int = 0
-    """Prompt tokens to compute in requests of this gateway that the load does not know of yet."""
+    """Prompt tokens to compute in requests of this gateway that the load report does not count yet."""
     sent_requests: int = 0
     sent_age_s: float = 0.0
-    """Since the first of those was sent."""
+    """Time since the first of those requests was sent."""
     open_requests: int = 0
-    """Of this gateway, all of them."""
+    """All open requests of this gateway there."""
     chosen: int = 0
-    """How often, lately: ties go to the one that was chosen less."""
+    """How often it was chosen recently: ties go to the replica that was chosen less."""
     known_blocks: int = 0
     """Leading blocks of the prompt that it is thought to hold."""
     coming: bool = False
-    """Whether most of these are still being computed there, for another request."""
+    """Whether most of those blocks are still being computed there for another request."""
     holder_blocks: int = 0
-    """Leading blocks that it could fetch from another replica; 0 where nothing is shared."""
+    """Leading blocks of the prompt that it could fetch from a peer; 0 where nothing is shared."""
 
     @property
     def idle(self) -> bool:
-        """Whether it is known to have nothing to do."""
+        """Whether the replica is known to have nothing to do."""
         load = self.load
         return load is not None and not (load.running or load.waiting or self.sent_requests)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """How quick the replicas are, all of them: one deployment has like machines.
+    """The rates of all replicas: the machines of one deployment are alike.
 
-    A replica by itself may have measured badly, at its start above all. Believed, it would be sent nothing
-    and never measure again.
+    A single replica may have measured badly, above all at its start. If its own rates were used, it would be
+    sent nothing and would never measure again.
     """
 
     prefill_s_per_token: float
@@ -101,48 +100,49 @@ class Rates:
     fetch_s_per_token: float
 
     def compute_s(self, before: int, tokens: int) -> float:
-        """For so many tokens that stand behind so many others."""
+        """Return the time to prefill `tokens` tokens of a prompt after the first `before`."""
         middle = before + tokens / 2
         return tokens * (self.prefill_s_per_token + self.prefill_s_per_token_before * middle)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What would happen at one replica."""
+    """What is predicted for a prompt at one replica."""
 
     replica_id: str
     wait_s: float
     pressure_s: float
     work_s: float
     others_s: float
-    """What counts of the waiting of running sequences."""
+    """Weighted delay of the sequences running there."""
     cached_tokens: int
     fetched_tokens: int
 
     @property
     def first_token_s(self) -> float:
+        """The predicted TTFT."""
         return self.wait_s + self.pressure_s + self.work_s
 
     @property
     def cost_s(self) -> float:
-        """What is made small."""
+        """The time that the choice minimizes."""
         return self.first_token_s + self.others_s
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Replicas, best first, and why the first one is."""
+    """All replicas, the lowest cost first, and why the first one comes first."""
 
     order: tuple[str, ...]
     reason: Reason
     best: Prediction | None
-    """None: nothing could be predicted."""
+    """The prediction for the first replica; None where nothing could be predicted."""
 
 
 def rank(
     prompt: PromptSize, candidates: Sequence[Candidate], draw: Sequence[float], weights: Weights
 ) -> Ranking:
-    """`draw`: one random number for each candidate, which breaks what ties remain."""
+    """Order the candidates by cost. `draw`: a random number for each, which breaks the last ties."""
     if len(candidates) == 1:
         return Ranking((candidates[0].replica_id,), Reason.ONLY, None)
     rates = rates_of([c.load for c in candidates if c.load is not None and c.age_s <= STALE_S])
@@ -172,7 +172,7 @@ def rank(
 
 
 def predict(prompt: PromptSize, candidate: Candidate, rates: Rates, weights: Weights) -> Prediction:
-    """For one replica. One that has not said anything yet is thought to be idle and empty."""
+    """Predict for one replica. One that has not reported yet is taken to be idle and empty."""
     load = candidate.load or LoadReport(pages_total=1, pages_free=1 << 30, max_running=1 << 30)
     cached = min(candidate.known_blocks * prompt.page_tokens, prompt.tokens - 1)
     fetchable = min(candidate.holder_blocks * prompt.page_tokens, prompt.tokens - 1)
@@ -192,7 +192,7 @@ def predict(prompt: PromptSize, candidate: Candidate, rates: Rates, weights: Wei
 
 
 def rates_of(loads: Sequence[LoadReport]) -> Rates | None:
-    """The medians of what was measured; None: nobody has computed anything yet."""
+    """Return the medians of the measured rates; None if no replica has computed anything yet."""
     computed = sorted(
         (load for load in loads if load.prefill_s_per_token),
         key=lambda load: load.prefill_s_per_token + load.prefill_s_per_token_before * _TYPICAL_BEFORE,
