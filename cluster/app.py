@@ -37,7 +37,7 @@ def application(config: ServeConfig, gateway: type[Gateway] = Gateway, **options
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     gpus = gpus_per_shard(config, cluster.get("GPU", 0))
     engine = config.engine
-    if config.most_replicas == 1:  # nobody to share with
+    if config.most_replicas == 1:  # no peer to share with
         engine = replace(engine, store=replace(engine.store, share=False))
     made_of = (engine, secret, config.replicas.cpus_per_shard, gpus)
     bound = (*made_of, publish_replica)

@@ -94,7 +94,7 @@ class RayShards:
             ray.wait(self._served, num_returns=len(self._served), timeout=_STOP_WAIT_S)
 
     def _ended(self, rank: int, served: Future[None]) -> None:
-        """Ray's news: the actor's only call has returned, or the actor has died."""
+        """Note that the actor's only call has returned, or that the actor has died."""
         error = served.exception()
         how = "ended" if error is None else str(error).strip().splitlines()[0]
         with self._lock:  # the first one to die is the reason; the others follow it
@@ -205,7 +205,7 @@ def _node_address() -> str:
 
 
 def _progress_of(replica: str) -> Callable[[int, int], None]:
-    """Tells whoever asks `loading_progress` in this cluster how far the weights are."""
+    """Return a function that publishes for `loading_progress` how much of the weights is loaded."""
 
     def publish(done: int, total: int) -> None:
         _internal_kv_put(_PROGRESS_KEY, f"{replica} {done} {total}".encode(), overwrite=True)

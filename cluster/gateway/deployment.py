@@ -42,7 +42,10 @@ class ServeReplicas:
         """See `ReplicaSource`."""
 
         def on_targets(targets: DeploymentTargetInfo) -> None:
-            listed({r.replica_id.unique_id: r.replica_metadata["address"] for r in targets.running_replicas})
+            named = {
+                r.replica_id.unique_id: r.replica_metadata.get("address") for r in targets.running_replicas
+            }
+            listed({name: address for name, address in named.items() if address})
 
         client, deployment = _get_global_client(), self.handle.deployment_id
         assert client is not None, "Serve runs: it has started this process"

@@ -1,7 +1,7 @@
 """Long prompts are computed first by prefill replicas; the replicas that decode fetch the blocks.
 
 So no decoding step waits for a long prompt. If no prefill replica can take it, the decoding replica computes
-the prompt; a prompt that a prefill replica has failed at goes no further, as the fault may lie in it.
+the prompt; a prompt that a prefill replica has failed at goes no further, as it may be at fault.
 """
 
 from __future__ import annotations

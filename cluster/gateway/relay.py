@@ -161,9 +161,7 @@ class Relay:
         if failure.status == Status.RESOURCE_EXHAUSTED:
             self._full.add(stream.replica_id)
             raise _Full(failure.message)
-        if (
-            failure.status != Status.UNAVAILABLE
-        ):  # the fault may lie in the request: no other replica is asked
+        if failure.status != Status.UNAVAILABLE:  # the request may be at fault: no other replica is asked
             raise error_of(failure.status, failure.message)
         if stream.draining and not failure.begun and not self._delivered:
             raise _Draining

@@ -124,6 +124,7 @@ class ReplicaStreams:
 
     def _on_listed(self, replicas: Mapping[str, str]) -> None:
         self._listed = replicas
+        self._connect_error = None  # of a replica that may be gone
         self.table.listed(replicas)
         for replica_id in replicas:
             if replica_id not in self._keepers:

@@ -24,7 +24,7 @@ _TIE_S = 0.002
 _TIE_SHARE = 0.1
 """Costs that differ by less than this, or by less than this share of the lowest TTFT, count as equal."""
 _TYPICAL_BEFORE = 1000
-"""Context tokens at which prefill paces are compared."""
+"""Context tokens at which prefill rates are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +218,7 @@ def _computes_it_too(
     rates: Rates,
     weights: Weights,
 ) -> Candidate | None:
-    """The idle replica that is to compute a prefix which the first in order is still computing."""
+    """Return the idle replica that is to compute a prefix which the first in order is still computing."""
     first = order[0]
     most = max(c.known_blocks for c in order)
     holders = [c for c in order if c.known_blocks == most]
@@ -238,7 +238,7 @@ def _computes_it_too(
 
 
 def _wait(load: LoadReport, rates: Rates, candidate: Candidate) -> float:
-    """What was queued when the load was told has been worked on since, then what was sent."""
+    """Return the wait: what was queued when the load was reported, less the work since, and what was sent."""
     queued_s = load.queued_tokens * rates.prefill_s_per_token - candidate.age_s
     worked_s = min(candidate.sent_age_s, max(-queued_s, 0.0))
     sent_s = max(candidate.sent_tokens * rates.prefill_s_per_token - worked_s, 0.0)
@@ -258,7 +258,7 @@ def _pressure(load: LoadReport, need_pages: int, sent_requests: int) -> float:
 
 
 def _work(rates: Rates, tokens: int, cached: int, fetchable: int) -> tuple[float, int]:
-    """Seconds, and how many tokens are fetched for it, which the replica does only where it is sooner."""
+    """Return the seconds of work, and how many tokens are fetched: some only where that is faster."""
     compute_s = rates.compute_s(cached, tokens - cached)
     fetch = fetchable - cached
     if fetch <= 0 or not rates.fetch_s_per_token:
@@ -269,7 +269,7 @@ def _work(rates: Rates, tokens: int, cached: int, fetchable: int) -> tuple[float
 
 
 def _of_two(candidates: Sequence[Candidate], draw: Sequence[float]) -> tuple[str, ...]:
-    """Power of two choices: of two drawn ones the less busy first, then all others."""
+    """Order by the power of two choices: of two drawn ones the less busy first, then all others."""
     drawn = [candidates[at] for at in sorted(range(len(candidates)), key=lambda at: draw[at])]
     two = sorted(drawn[:2], key=lambda c: c.open_requests)
     return tuple(c.replica_id for c in [*two, *drawn[2:]])
