@@ -1,10 +1,10 @@
-"""How many replicas there should be, and why. Pure: figures in, a number with its reasons out.
+"""Decides how many replicas there should be, and why. Pure.
 
-Knows no Ray (`autoscaling_policy.py`) and no time: looking back and waiting before a change are Serve's.
+Knows no Ray (`autoscaling_policy.py`) and no time: Serve averages over time and delays changes.
 
-Loads add up over replicas, so each asks for a number of replicas whatever number there is now: the sum over
-what one replica is meant to carry. More are started when a load asks for more at its target; fewer remain
-only when all loads would still leave `margin` of it free there. In between nothing changes.
+Loads are summed over replicas, and each requires the sum divided by its target per replica. More replicas are
+started when a load requires more; fewer are kept only when all loads would leave `margin` of their targets
+free. In between nothing changes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ that takes long to compute by itself takes as long on any number of replicas."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoscalingConfig:
-    """Between which numbers replicas are scaled, and what one replica is meant to carry."""
+    """The range of the number of replicas, and the targets of one replica."""
 
     max: Count
-    """Replicas at most."""
+    """The most replicas."""
     min: Annotated[int, Meta(ge=0)] = 1
-    """Replicas at least. 0: none while there are no requests; the next one waits for a replica to load."""
+    """The fewest replicas. 0: none while there are no requests; the next one waits for a replica to load."""
     occupancy: Positive = 0.7
     """Share of a replica's KV pages (or of scheduler.max_running) that sequences hold or wait for."""
     prefill_queue_s: Positive = 1.0
@@ -44,15 +44,15 @@ class AutoscalingConfig:
     margin: Annotated[float, Meta(ge=0, lt=1)] = 0.3
     """Replicas are taken away only if every load then stays below its target by this share."""
     look_back_s: Positive = 10.0
-    """Figures are averaged over this time."""
+    """Loads are averaged over this time."""
     report_period_s: Positive = 1.0
-    """How often replicas report them."""
+    """How often replicas report loads."""
     upscale_delay_s: NotNegative = 5.0
     """How long more replicas must be wanted before they are started."""
     downscale_delay_s: NotNegative = 60.0
     """How long fewer must be wanted before one is taken down."""
     downscale_to_zero_delay_s: NotNegative = 600.0
-    """The same for the last one, where min is 0."""
+    """The same for the last replica, where min is 0."""
 
     def __post_init__(self) -> None:
         where = "replicas.autoscaling"
@@ -67,22 +67,22 @@ class AutoscalingConfig:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """The fleet at one moment."""
+    """The replicas at one moment."""
 
     running: int
-    """Replicas that answer."""
+    """Number of replicas that run."""
     target: int
-    """How many Serve is bringing about."""
+    """Number of replicas that Serve aims at."""
     waiting: float
     """Requests at gateways that no replica has taken. Counts only while none runs: what is too much for those
     that do, they queue or refuse, and that shows in their pressure."""
     pressures: tuple[Pressure, ...]
-    """Of the replicas that have reported; the others are new."""
+    """The pressures of the replicas that have reported; the others are new."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How many replicas are wanted. `reasons`: the load that asked for most first."""
+    """How many replicas are required. `reasons` begin with the load that requires the most."""
 
     replicas: int
     reasons: tuple[str, ...]
@@ -91,12 +91,12 @@ class Decision:
 @dataclass(frozen=True, slots=True)
 class _Need:
     replicas: float
-    """That would carry the load at its target, not rounded."""
+    """Number of replicas, not rounded, that would carry the load at its target."""
     said: str
 
 
 def decide(seen: Observed, config: AutoscalingConfig) -> Decision:
-    """Monotone: more load of any kind never asks for fewer replicas."""
+    """Decide how many replicas are required. Monotone: more load of any kind never requires fewer."""
     if seen.running == 0:
         return _without_replicas(seen, config)
     if not seen.pressures:
@@ -105,7 +105,7 @@ def decide(seen: Observed, config: AutoscalingConfig) -> Decision:
     up = _whole(needs[0].replicas)
     down = _whole(needs[0].replicas / (1 - config.margin))
     reasons = [need.said for need in needs]
-    if len(seen.pressures) < seen.running:  # what the silent ones carry is not known
+    if len(seen.pressures) < seen.running:  # the load of those is not known
         down = max(down, seen.target)
         reasons.append(f"{seen.running - len(seen.pressures)} replicas have not reported yet")
     first_token_s = max(p.first_token_s for p in seen.pressures)
@@ -121,10 +121,10 @@ def decide(seen: Observed, config: AutoscalingConfig) -> Decision:
 
 
 def _without_replicas(seen: Observed, config: AutoscalingConfig) -> Decision:
-    """Those that are starting are waited for: taken down now, they would never come up for anybody."""
+    """Wait for replicas that are starting: stopping them now would restart them forever."""
     if seen.waiting > 0:
         return _bounded(max(seen.target, 1), ("requests wait and no replica runs",), config)
-    return _bounded(seen.target, ("no replica runs and nobody asks",), config)
+    return _bounded(seen.target, ("no replica runs and no request waits",), config)
 
 
 def _needs(pressures: tuple[Pressure, ...], config: AutoscalingConfig) -> Iterable[_Need]:
@@ -146,5 +146,5 @@ def _whole(replicas: float) -> int:
 def _bounded(replicas: int, reasons: tuple[str, ...], config: AutoscalingConfig) -> Decision:
     bounded = min(max(replicas, config.min), config.max)
     if bounded != replicas:
-        reasons = (*reasons, f"{replicas} lies outside {config.min}..{config.max}")
+        reasons = (*reasons, f"{replicas} is outside {config.min}..{config.max}")
     return Decision(bounded, reasons)

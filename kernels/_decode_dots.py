@@ -102,7 +102,7 @@ def logits(
 
 @triton.jit
 def _dot_bytes(codes_PW, q_WR, q_sum_R, KC: tl.constexpr, ASM: tl.constexpr, FP8_NATIVE: tl.constexpr):
-    """codes . q of a part of one number per byte (or 16 bits), fp32 [P, R]."""
+    """Compute codes . q of a part of one number per byte (or 16 bits), fp32 [P, R]."""
     if KC == "int8":
         dot_PR = tl.dot(int8_to_fp16(codes_PW, ASM), q_WR) - (q_sum_R * INT8_ZERO)[None, :]
     elif KC == "fp8":
@@ -125,7 +125,7 @@ def accumulate(
     ASM: tl.constexpr,
     FP8_NATIVE: tl.constexpr,
 ):
-    """acc * decay + V' P' for every part, each [W, R]; high nibbles stay times 16.
+    """Compute acc * decay + V' P' for every part, each [W, R]; high nibbles stay times 16.
 
     V's scales multiply the probabilities. Zero points and the magic 1024 leave page by page: left in the
     accumulator they would grow with the context and eat its precision.

@@ -24,7 +24,7 @@ _WIDE_TILE_ROWS = 64
 
 
 def changes_query(transform: SideTransform) -> bool:
-    """Whether there is anything for `transform_query` to do: a shift of K does not touch Q."""
+    """Tell whether `transform_query` changes Q: a shift of K does not."""
     return transform.rotate or transform.scale_HD is not None
 
 

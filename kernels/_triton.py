@@ -39,7 +39,7 @@ def check_head_dim(cache: LayerCache) -> int:
 
 
 def instructions(device: torch.device) -> tuple[bool, bool]:
-    """Whether kernels may use PTX, and the fp8 conversion of sm_89 and later (which the interpreter has)."""
+    """Tell whether kernels may use PTX, and fp8 conversion as of sm_89 (which the interpreter has)."""
     asm = device.type == "cuda"
     return asm, not asm or torch.cuda.get_device_capability(device) >= (8, 9)
 
@@ -223,5 +223,5 @@ def zero_of(word):
 
 @triton.jit
 def softcap_base2(logit_PR, softcap):
-    """softcap * tanh(logit / softcap), both sides in base 2: tanh(x) = 1 - 2 / (exp(2 x) + 1)."""
+    """Compute softcap * tanh(logit / softcap), both sides in base 2: tanh(x) = 1 - 2 / (exp(2 x) + 1)."""
     return (softcap * 1.4426950408889634) * (1.0 - 2.0 / (tl.exp2(logit_PR * (2.0 / softcap)) + 1.0))

@@ -30,7 +30,7 @@ class Codes(StrEnum):
 
     @property
     def quantized(self) -> bool:
-        """True for formats of 8 bits and less: their V codes are stored transposed, [d][token]."""
+        """Tell whether codes have at most 8 bits: their V codes are stored transposed, [d][token]."""
         return self.bits <= 8
 
 
@@ -40,7 +40,7 @@ _BITS: Mapping[Codes, int] = MappingProxyType(
 
 
 class Scales(StrEnum):
-    """Where a code's scale comes from."""
+    """The source of a code's scale."""
 
     NONE = "none"  # the codes are the numbers
     TOKEN = "token"  # dynamic: one per token, kv head and group of channels, stored in the page
@@ -97,7 +97,7 @@ class KVFormat:
 
 @dataclass(frozen=True, slots=True)
 class LayerFormat:
-    """Both sides of one layer."""
+    """The formats of both sides of one layer."""
 
     k: KVFormat
     v: KVFormat

@@ -100,7 +100,7 @@ class PageLayout:
         return self.page_tokens * fmt.groups(self.head_dim) * fmt.scale_bytes
 
     def uses(self, codes: Codes) -> bool:
-        """Whether any layer and side is stored as `codes`."""
+        """Tell whether any layer and side is stored as `codes`."""
         return any(codes in (layer.k.codes, layer.v.codes) for layer in self.layers)
 
 

@@ -95,7 +95,7 @@ def attend_dequantized(
     spec: AttentionSpec,
     attend: Attend = library_attention,
 ) -> Tensor:
-    """`prefill_attention` of a batch of one sequence; see `suits_library` for what it takes."""
+    """Compute `prefill_attention` of a single sequence for which `suits_library` holds."""
     rows, tokens = q_TQD.shape[0], batch.max_kv_tokens
     plan = plan_stretches(batch.max_query_tokens, tokens)
     pages_M, page_tokens = batch.page_table_SM[0], cache.layout.page_tokens

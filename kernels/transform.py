@@ -78,7 +78,7 @@ class SideTransform:
 
 @dataclass(frozen=True, eq=False)
 class LayerTransform:
-    """Both sides of one layer."""
+    """The maps of both sides of one layer."""
 
     k: SideTransform
     v: SideTransform

@@ -1,6 +1,6 @@
-"""The engine: from requests to tokens. Runs without Ray; `deployment.py` puts it on a cluster.
+"""The engine. Runs without Ray; `deployment.py` runs it on a cluster.
 
-The public names are loaded on first use: who only wants `errors` or `request`, as clients do, need not wait
+Public names are imported on first use, so that clients, which only need `errors` or `request`, do not wait
 for torch.
 """
 

@@ -1,4 +1,4 @@
-"""The one way from plain values, as YAML, JSON and callers give them, to a checked configuration.
+"""Converts plain values from YAML, JSON and callers to a checked configuration.
 
 msgspec converts by the types of the dataclasses, bounds included; what it refuses is told in our words.
 """
@@ -27,7 +27,7 @@ _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def decode(kind: type[T], tree: object) -> T:
-    """A configuration from a mapping of keys to values.
+    """Decode a configuration from a mapping of keys to values.
 
     Raises ConfigError, which names the key by its place in the tree, and says what it takes and what was
     given.
@@ -41,7 +41,7 @@ def decode(kind: type[T], tree: object) -> T:
 
 
 def checked(config: T) -> T:
-    """A configuration that was made in Python, with its values checked as `decode` does."""
+    """Check a configuration that was made in Python, as `decode` does."""
     return decode(type(config), asdict(config))  # type: ignore[call-overload]
 
 
@@ -60,7 +60,7 @@ def _refuse_unknown_keys(shape: inspect.Type, tree: object, path: str) -> None:
 
 
 def _explained(error: str, shape: inspect.Type, given: Any) -> str:
-    """msgspec's message, such as "Expected `int`, got `str` - at `$.engine.tp`", in our words."""
+    """Reword msgspec's message, such as "Expected `int`, got `str` - at `$.engine.tp`", in our words."""
     place = re.search(r"`\$\.([\w.]+)", error)
     path = place[1] if place else ""
     for key in filter(None, path.split(".")):
@@ -72,13 +72,13 @@ def _explained(error: str, shape: inspect.Type, given: Any) -> str:
 
 
 def _keys(shape: inspect.Type) -> dict[str, inspect.Type]:
-    """The keys of a dataclass, also of one that may be null; none of anything else."""
+    """Return the keys of a dataclass, also of one that may be null; none of other types."""
     options = shape.types if isinstance(shape, inspect.UnionType) else (shape,)
     return {f.name: f.type for one in options if isinstance(one, inspect.DataclassType) for f in one.fields}
 
 
 def _words(shape: inspect.Type) -> str:
-    """What a key takes."""
+    """Describe the values of a key."""
     match shape:
         case inspect.UnionType():
             return " or ".join(map(_words, shape.types))

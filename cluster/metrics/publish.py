@@ -1,7 +1,7 @@
-"""From samples to Ray's metrics, which every node's endpoint shows to Prometheus.
+"""Publishes samples as Ray's metrics, which every node's endpoint exports to Prometheus.
 
-Ray forgets a gauge some 20 s after it was last set, so a thread says everything again every two seconds, also
-while nothing happens. Ray Serve labels the metrics with application, deployment and replica.
+Ray drops a gauge some 20 s after it was last set, so a thread sets all of them again every two seconds. Ray
+Serve labels the metrics with application, deployment and replica.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Series = tuple[Metric, tuple[tuple[str, str], ...]]
 
 
 class _Counter(metrics.Counter):
-    """Ray's, which may also say that nothing has happened yet.
+    """A counter of Ray that may start at 0.
 
     `inc` refuses 0; but a series that begins with its first event shows Prometheus no increase.
     """
@@ -39,7 +39,7 @@ class _Counter(metrics.Counter):
 
 
 def publish_replica(engine: AsyncEngine, config: EngineConfig) -> Publisher:
-    """A replica's metrics, until closed."""
+    """Publish a replica's metrics until closed."""
 
     def samples() -> Iterable[Sample]:
         return replica_samples(
@@ -50,10 +50,10 @@ def publish_replica(engine: AsyncEngine, config: EngineConfig) -> Publisher:
 
 
 class Publisher:
-    """One for each process."""
+    """Publishes the metrics of one process."""
 
     def __init__(self, samples: Callable[[], Iterable[Sample]], *, period_s: float = _PERIOD_S) -> None:
-        """`samples` is called every `period_s` in a thread of its own until `close`."""
+        """Call `samples` every `period_s` in its own thread until `close`."""
         self._samples = samples
         self._period_s = period_s
         self._instruments: dict[Metric, Any] = {}
@@ -64,11 +64,11 @@ class Publisher:
         self._thread.start()
 
     def observe(self, metric: Metric, value: float) -> None:
-        """One observation of a histogram. From any thread; takes some microseconds."""
+        """Add an observation to a histogram. From any thread; takes some microseconds."""
         self._instrument(metric).observe(value)
 
     def close(self) -> None:
-        """Nothing more is said; Ray forgets the gauges."""
+        """Stop publishing; Ray drops the gauges."""
         self._closing.set()
         self._thread.join()
 
@@ -77,7 +77,7 @@ class Publisher:
             try:
                 for sample in self._samples():
                     self._say(sample)
-            except Exception:  # what is watched must not fail because somebody watches
+            except Exception:  # errors of metrics must not stop what they measure
                 log.exception("metrics could not be published; trying again")
             if self._closing.wait(self._period_s):
                 return

@@ -1,4 +1,4 @@
-"""From counted numbers to values of metrics: what a replica and a gateway publish. Pure."""
+"""Converts counted numbers to the samples that replicas and gateways publish. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ASKING = ("Generate", "Chat")
 
 
 def gateway_samples(numbers: GatewayNumbers) -> Iterator[Sample]:
-    """Statuses that have not been seen yet count 0: a first failure must be seen as a step from there."""
+    """Return a gateway's samples; unseen statuses are 0, so that a first failure shows as an increase."""
     yield from samples_of(numbers)
     statuses = (OK, *(status.value for status in Status))
     outcomes = {(method, status): 0 for method in ASKING for status in statuses} | dict(numbers.outcomes)
@@ -39,7 +39,7 @@ def gateway_samples(numbers: GatewayNumbers) -> Iterator[Sample]:
 def replica_samples(
     stats: EngineStats, info: ModelInfo, limits: SchedulerConfig, pressure: Pressure, *, alive: bool
 ) -> Iterator[Sample]:
-    """All that a replica's engine counts, with what it may count to and what a token takes."""
+    """Return all that a replica's engine counts, with its limits and the bytes of a token."""
     stored = format_name(info)
     yield from samples_of(stats, format=stored)
     yield from samples_of(pressure)
@@ -54,7 +54,7 @@ def replica_samples(
 
 
 def format_name(info: ModelInfo) -> str:
-    """The one format of all layers, such as int8 or int8/int4 (K/V); else `mixed`."""
+    """Return the format of all layers, such as int8 or int8/int4 (K/V); `mixed` if they differ."""
     formats = set(info.kv_formats)
     if len(formats) > 1:
         return "mixed"

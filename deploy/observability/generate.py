@@ -2,7 +2,7 @@
 
 Run by `make observability`; a test runs it again.
 
-Tables of pages stand between two markers; the prose around them is written by hand.
+Tables of pages are between two markers; the prose around them is written by hand.
 """
 
 import re
@@ -76,7 +76,7 @@ def runbook(chosen: tuple[Alert, ...]) -> str:
 
 
 def fill(page: str, tables: dict[str, str]) -> str:
-    """The page with what stands between the markers of each table replaced."""
+    """Replace the text between the markers of each table in a page."""
     for name, table in tables.items():
         begin, end = f"<!-- {name}: made by `make observability` -->", f"<!-- end of {name} -->"
         before, found, rest = page.partition(begin)

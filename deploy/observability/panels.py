@@ -1,8 +1,4 @@
-"""What a dashboard is, and expressions that both of ours show.
-
-What they show stands in `operators.py` and `capacity.py`; `generate.py` makes of it what Grafana
-reads.
-"""
+"""Dashboards as data, and expressions that both share; `generate.py` writes Grafana's files."""
 
 from __future__ import annotations
 

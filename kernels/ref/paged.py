@@ -101,7 +101,7 @@ def _store(
 def _load(
     cache: LayerCache, fmt: KVFormat, codes_at: int, scales_at: int, pages_M: Tensor, *, transposed: bool
 ) -> Tensor:
-    """fp32 [M, H, P, D]."""
+    """Dequantize one side of pages: fp32 [M, H, P, D]."""
     layout = cache.layout
     codes = _section(cache, codes_at, layout.codes_bytes(fmt))[pages_M]
     width = codes.shape[-1] // layout.page_tokens
@@ -117,6 +117,6 @@ def _load(
 
 
 def _section(cache: LayerCache, offset: int, size: int) -> Tensor:
-    """uint8 view [N, H, size] of one section of every page."""
+    """View one section of every page: uint8 [N, H, size]."""
     pages_NHB: Tensor = cache.pool_NB.unflatten(1, (cache.layout.kv_heads, cache.layout.head_bytes))
     return pages_NHB[:, :, offset : offset + size]

@@ -1,4 +1,4 @@
-"""How busy and how fast an engine is: what gateways are told, to choose well among replicas."""
+"""How busy and how fast an engine is, by which gateways choose among replicas."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """One moment of a replica. Paces are averages of recent measurements; 0 before the first."""
+    """The load of a replica at one moment. Times are averages of recent measurements, 0 before the first."""
 
     taken: int = 0
     """Requests that the engine has taken in since its start."""

@@ -1,6 +1,6 @@
-"""The sequences of an engine: how they arrive, run, wait, grow and leave, and the events that tell of it.
+"""The sequences of an engine: how they arrive, run, wait, grow and leave, and their events.
 
-Which of them run is the scheduler's decision, and whose fault an error is the engine's.
+The scheduler decides which of them run, and the engine which of them an error ends.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How hard a replica is pressed: the figures that autoscaling decides on. Knows no clock and no cluster."""
+"""Measures the load of a replica for autoscaling. Knows no clock and no cluster."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from quire.replicas import stats
 from quire.replicas.metric import series
 
 _PERIOD_S = 0.2
-"""How often the figures are taken."""
+"""How often the load is measured."""
 _USE_WINDOW_S = 5.0
 _FIRST_TOKEN_WINDOW_S = 10.0
 _FIRST_TOKENS = 512
-"""How many times to first token are remembered at most."""
+"""The most TTFTs that are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pressure:
-    """One replica at one moment. All but `first_token_s` add up: halved on each of twice as many replicas."""
+    """The load of a replica at one moment. All but `first_token_s` are divided among replicas."""
 
     occupancy: float = series(stats.OCCUPANCY)
     """Pages that sequences hold or, while they wait, will need for their tokens, as a share of the pool; or
@@ -36,21 +36,21 @@ class Pressure:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a replica holds and has yet to do, counted over its sequences."""
+    """The pages and backlog of a replica, counted over its sequences."""
 
     pages: int
-    """Held, or to be held once those that wait are admitted."""
+    """Number of pages held, or needed once waiting sequences are admitted."""
     sequences: int
     prompt_tokens: int
-    """Still to be computed."""
+    """Number of prompt tokens still to be computed."""
     prefill_tokens_s: float | None
     """Prompt tokens that full steps compute in a second; None before the first was measured."""
     oldest_s: float | None
-    """When the request was submitted that has waited longest for its first token."""
+    """When the oldest request without a first token was submitted."""
 
 
 class PressureGauge:
-    """Remembers a replica's last seconds. Owned by the engine; times are on the engine's clock."""
+    """Measures over a replica's last seconds. Owned by the engine; times are on the engine's clock."""
 
     def __init__(self, *, pages: int, max_running: int) -> None:
         self.latest = Pressure()
@@ -60,12 +60,12 @@ class PressureGauge:
         self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_FIRST_TOKENS)
 
     def prefilled(self, tokens: int, now_s: float) -> None:
-        """A step has computed this many prompt tokens."""
+        """Record that a step has computed prompt tokens."""
         if tokens:
             self._prefills.append((now_s, tokens))
 
     def first_token(self, after_s: float, now_s: float) -> None:
-        """A request has got its first token, `after_s` after it came."""
+        """Record that a request got its first token, `after_s` after its arrival."""
         self._first_tokens.append((now_s, after_s))
 
     def update(self, load: Callable[[], Load], now_s: float) -> None:
@@ -74,7 +74,7 @@ class PressureGauge:
             self.latest, self._latest_s = self.read(load(), now_s), now_s
 
     def read(self, load: Load, now_s: float) -> Pressure:
-        """Before the first prefill was measured there is no rate, and what depends on it is 0."""
+        """Compute the pressure; without a measured prefill rate, what depends on it is 0."""
         _forget(self._prefills, now_s - _USE_WINDOW_S)
         _forget(self._first_tokens, now_s - _FIRST_TOKEN_WINDOW_S)
         rate = load.prefill_tokens_s
@@ -94,6 +94,6 @@ def _forget(seen: deque[tuple[float, int]] | deque[tuple[float, float]], before_
 
 
 def _percentile_90(values: Iterable[float]) -> float:
-    """The smallest value that nine in ten do not exceed; 0 of none."""
+    """Return the 90th percentile; 0 of no values."""
     ranked = sorted(values)
     return ranked[-(-9 * len(ranked) // 10) - 1] if ranked else 0.0

@@ -1,4 +1,4 @@
-"""One output of one request while it is being made: its tokens, pages, keys and text.
+"""One output of one request while it is generated: its tokens, pages, keys and text.
 
 Mutable, and owned by the engine alone.
 """
@@ -29,17 +29,17 @@ from quire.replicas.text.detokenize import Detokenizer
 
 @dataclass(eq=False, slots=True)
 class Progress:
-    """What the outputs of one request have in common."""
+    """The state that the outputs of one request share."""
 
     request: Request
     sampling: ResolvedSampling
-    """What the request asks for, and the model's defaults where it asks for nothing."""
+    """The request's sampling parameters, with the model's defaults filled in."""
     end_tokens: frozenset[int]
-    """Any of them ends an output that has min_tokens."""
+    """Tokens that end an output that has min_tokens."""
     submitted_s: float
     seed: int
     open: int
-    """Outputs that are not finished."""
+    """Number of outputs that are not finished."""
     admitted_s: float | None = None
     first_token_s: float | None = None
     cached_tokens: int = 0
@@ -49,7 +49,7 @@ class Progress:
     def begin(
         request: Request, sampling: ResolvedSampling, end_tokens: frozenset[int], now_s: float
     ) -> Progress:
-        """A request has come."""
+        """Start a request."""
         seed = request.sampling.seed
         return Progress(
             request=request,
@@ -68,7 +68,7 @@ class Progress:
         )
 
     def timings(self, now_s: float) -> Timings:
-        """Moments that never came count as now."""
+        """Return the request's timings; moments that never came count as now."""
         admitted_s = now_s if self.admitted_s is None else self.admitted_s
         first_token_s = now_s if self.first_token_s is None else self.first_token_s
         return Timings(
@@ -80,7 +80,7 @@ class Progress:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Tokens are appended, never changed; pages hold the KV of the first `computed` of them.
+    """One output. Tokens are only appended; pages hold the KV of the first `computed` of them.
 
     With a step in flight, `computed` may run ahead of the tokens known here.
     """
@@ -93,24 +93,24 @@ class Sequence:
     detokenizer: Detokenizer | None
     tokens: list[int] = field(init=False)
     in_flight: int = 0
-    """Tokens after those, drawn by steps whose results are not here yet."""
+    """Number of later tokens, drawn by steps whose results are not known yet."""
     computed: int = 0
-    """Tokens whose KV is in pages once all launched steps are done."""
+    """Number of tokens whose KV is in pages once all launched steps are done."""
     pages: list[PageId] = field(default_factory=list)
     published: int = 0
-    """Leading blocks already offered to the prefix index."""
+    """Number of leading blocks that are in the prefix index."""
     brought_back: bool = False
-    """Whether host memory was asked for its prefix since it last gave its pages back."""
+    """Whether its prefix was looked up in host memory since it last lost its pages."""
     found_blocks: int = 0
-    """Leading blocks that were in the pool when they were last looked for."""
+    """Number of leading blocks that were in the pool at the last lookup."""
     fetched_blocks: int = 0
-    """That another replica sent while it waited."""
+    """Number of leading blocks that another replica sent while it waited."""
     promoted_blocks: int = 0
-    """That came back from host memory when it was last looked for."""
+    """Number of leading blocks that came back from host memory at the last lookup."""
     overtaken: int = 0
-    """Later arrivals that were admitted while it waited."""
+    """Number of later arrivals that were admitted while it waited."""
     evictions: int = 0
-    """How often it gave its pages back: what a step before that computed is gone."""
+    """How often it lost its pages; results of steps launched before that are dropped."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
     finish_reason: FinishReason | None = None
@@ -135,7 +135,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens, those in flight included."""
+        """Count its tokens, those in flight included."""
         return len(self.tokens) + self.in_flight
 
     @property
@@ -144,7 +144,7 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Only the first output reports them, once."""
+        """Tell whether it must report prompt log-probabilities: only the first output does, once."""
         return (
             self.request.sampling.prompt_logprobs is not None
             and self.index == 0
@@ -152,7 +152,7 @@ class Sequence:
         )
 
     def keys(self) -> list[BlockKey]:
-        """Keys of all full blocks of the known tokens."""
+        """Return the keys of all full blocks of the known tokens."""
         parent = self._keys[-1] if self._keys else self.root
         self._keys += extend_chain(
             parent, self.tokens[len(self._keys) * self.page_tokens :], self.page_tokens
@@ -160,20 +160,20 @@ class Sequence:
         return self._keys
 
     def shareable_keys(self) -> list[BlockKey]:
-        """Keys worth looking up: at least one token must be left to compute, or there are no logits."""
+        """Return the keys to look up: at least one token must be left to compute, or there are no logits."""
         if self.wants_prompt_logprobs:
             return []
         return self.keys()[: (len(self.tokens) - 1) // self.page_tokens]
 
     def hits(self) -> dict[str, int]:
-        """Tokens that are cached as it is admitted, by where their blocks were."""
+        """Count the tokens that are cached as it is admitted, by where their blocks were."""
         remote = min(self.fetched_blocks, len(self.pages))
         host = min(self.promoted_blocks, len(self.pages) - remote)
         blocks = {"local": len(self.pages) - remote - host, "host": host, "remote": remote}
         return {f"{source}_tokens": count * self.page_tokens for source, count in blocks.items()}
 
     def complete_blocks(self, computed: int) -> Iterator[tuple[BlockKey, PageId]]:
-        """Blocks that are complete once `computed` tokens are, and that were not returned before."""
+        """Return the blocks that are complete with `computed` tokens and were not returned before."""
         full = computed // self.page_tokens
         if full > self.published:
             keys = self.keys()
@@ -182,7 +182,7 @@ class Sequence:
             self.published = full
 
     def text_and_end(self, token: int, max_model_tokens: int) -> tuple[str, FinishReason | None]:
-        """What the token, which was appended, adds to the text, and whether the output ends with it."""
+        """Return the text that the appended token adds, and whether the output ends with it."""
         params, text = self.request.sampling, ""
         may_stop = self.output_tokens >= params.min_tokens
         if may_stop and token in self.progress.end_tokens:
@@ -205,7 +205,7 @@ class Sequence:
         self.pages += pages
 
     def drop_pages(self) -> list[PageId]:
-        """Give up all pages: what was computed will be computed again, or found in the prefix index."""
+        """Release all pages: their KV will be recomputed, or found in the prefix index."""
         pages, self.pages = self.pages, []
         self.computed = self.published = 0
         self.evictions += 1
@@ -216,13 +216,13 @@ class Sequence:
         return self._page_row[: len(self.pages)]
 
     def as_running(self, max_model_tokens: int) -> Running:
-        """A sequence whose last token is in flight has nothing left to compute."""
+        """Return it for the scheduler; with its last token in flight, nothing is left to compute."""
         limit = min(self.prompt_tokens + self.request.sampling.max_tokens, max_model_tokens)
         known = self.length if self.length < limit else self.computed
         pages = len(self.pages)
         return Running(self.id, self.request.priority, known, self.computed, pages, self.overdue)
 
     def as_waiting(self, cached_pages: int, idle_pages: int = 0) -> Waiting:
-        """With the leading blocks that are in the pool, and how many of those are unused."""
+        """Return it for the scheduler, with its leading blocks in the pool and the unused ones of them."""
         priority = self.request.priority
         return Waiting(self.id, priority, self.length, cached_pages, idle_pages, self.overdue)

@@ -38,7 +38,7 @@ def with_(**loads: float) -> Pressure:
         ),
         pytest.param(fleet(with_(occupancy=0.2, first_token_s=9.0)), 1, "KV", id="late, but hardly busy"),
         pytest.param(fleet(with_(occupancy=9.0)), 2, "KV", id="a queue at most doubles them"),
-        pytest.param(fleet(*[with_(occupancy=9.0)] * 6), 8, "12 lies outside 1..8", id="bound"),
+        pytest.param(fleet(*[with_(occupancy=9.0)] * 6), 8, "12 is outside 1..8", id="bound"),
         pytest.param(fleet(*[with_(occupancy=0.3)] * 3), 2, "KV occupancy: 0.90 in all", id="fits on fewer"),
         pytest.param(fleet(*[with_(occupancy=0.4)] * 2), 2, "KV", id="would fit, without a margin"),
         pytest.param(
@@ -47,7 +47,7 @@ def with_(**loads: float) -> Pressure:
         pytest.param(
             fleet(*[with_(occupancy=0.4, first_token_s=1.9)] * 3), 3, "KV", id="first tokens hardly in time"
         ),
-        pytest.param(fleet(Pressure(), Pressure(), Pressure()), 1, "0 lies outside 1..8", id="idle"),
+        pytest.param(fleet(Pressure(), Pressure(), Pressure()), 1, "0 is outside 1..8", id="idle"),
         pytest.param(fleet(running=0, target=2), 2, "no replica runs", id="they are starting"),
         pytest.param(fleet(running=2), 2, "no replica has reported", id="nothing is known"),
         pytest.param(fleet(HALF, running=3), 3, "2 replicas have not reported", id="little is known"),
