@@ -40,7 +40,11 @@ def test_layout_reads_a_policy_file(tmp_path):
         (("layout", "/nowhere/at all"), 1, "neither a local folder"),
         (("serve",), 2, "which model?"),
         (("serve", "demo", "--kv", "int5"), 1, "unknown KV format 'int5'"),
-        (("serve", "demo", "--port", "70000"), 1, "gateway.port lies in"),
+        (
+            ("serve", "demo", "--port", "70000"),
+            1,
+            "gateway.port must be a whole number",
+        ),
         (("serve", "demo", "--kv", "int4", "--policy", __file__), 2, "give one of them"),
         (("serve", "demo", "--policy", __file__), 1, "is not JSON"),
         (("serve", "demo", "--replicas", "two"), 2, "neither a number nor LEAST..MOST"),
