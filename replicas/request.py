@@ -1,6 +1,6 @@
 """What goes into an engine and what comes out: requests, sampling parameters, events.
 
-Plain values. Whoever reads them has read what the engine does.
+Plain values: to read them is to read what the engine does.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 64
 MAX_PRIORITY = 100
 MAX_NAME_CHARACTERS = 256
-"""Of a tenant and of a client's request id."""
+"""The longest tenant and the longest request id of a client."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token is chosen and when to stop. Up to 128 tokens, drawn as the model's defaults say.
+    """How the next token is chosen and when to stop. By default: up to 128 tokens, as the model recommends.
 
     NumPy numbers and lists are taken and kept as plain Python values. Raises InvalidRequest, which names the
     parameter.
@@ -43,11 +43,11 @@ class SamplingParams:
     temperature: float | None = None
     """0: greedy. None, here and below: the model's default (`ModelInfo.sampling`)."""
     top_k: int | None = None
-    """Keep the k likeliest tokens; 0: all."""
+    """Keep the k most probable tokens; 0: all."""
     top_p: float | None = None
-    """Keep the likeliest tokens whose probabilities reach this sum."""
+    """Keep the most probable tokens whose probabilities reach this sum."""
     min_p: float | None = None
-    """Drop tokens below this share of the likeliest one's probability."""
+    """Drop tokens below this share of the most probable one's probability."""
     repetition_penalty: float | None = None
     """Divides positive logits of tokens seen in prompt or output, multiplies negative ones."""
     presence_penalty: float = 0.0
@@ -62,11 +62,11 @@ class SamplingParams:
     """Output ends with any of these tokens, besides the model's own end tokens."""
     ignore_eos: bool = False
     logprobs: int | None = None
-    """Log-probability of each output token and of this many likeliest ones; None: off."""
+    """Log-probability of each output token and of this many most probable ones; None: off."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens from the second on. The prompt is then computed again."""
     n: int = 1
-    """Independent outputs; they share the prompt's pages."""
+    """How many independent outputs; they share the prompt's pages."""
 
     def __post_init__(self) -> None:
         for name, rule in _RULES.items():
@@ -77,7 +77,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
         if self.min_tokens > self.max_tokens:
             raise InvalidRequest(
-                f"min_tokens must lie in 0..max_tokens ({self.max_tokens}), got {self.min_tokens}"
+                f"min_tokens must be in 0..max_tokens ({self.max_tokens}), got {self.min_tokens}"
             )
 
 
@@ -93,7 +93,7 @@ class ResolvedSampling(SamplingParams):
 
 
 def resolved(asked: SamplingParams, defaults: ResolvedSampling) -> ResolvedSampling:
-    """What was asked, and where nothing was, the model's defaults."""
+    """The parameters that were asked for, and the model's defaults for the others."""
     values = {field.name: getattr(asked, field.name) for field in fields(SamplingParams)}
     for name in DEFAULTED:
         if values[name] is None:
@@ -102,7 +102,7 @@ def resolved(asked: SamplingParams, defaults: ResolvedSampling) -> ResolvedSampl
 
 
 DEFAULTED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""Parameters for which a model may have defaults of its own."""
+"""Parameters for which a model may have its own defaults."""
 
 _MAY_BE_NONE = {*DEFAULTED, "seed", "logprobs", "prompt_logprobs"}
 
@@ -121,15 +121,15 @@ def _number(holds: Callable[[float], bool], words: str) -> Callable[[str, Any], 
     return rule
 
 
-_PENALTY = _number(lambda x: abs(x) <= 2, "lie in -2..2")
+_PENALTY = _number(lambda x: abs(x) <= 2, "be in -2..2")
 _RULES: dict[str, Callable[[str, Any], object]] = {
     "max_tokens": _whole(1, values.MAX_UINT32),
     "min_tokens": _whole(0, values.MAX_UINT32),
-    "temperature": _number(lambda x: x == 0 or 0.001 <= x <= 100, "be 0 (greedy) or lie in 0.001..100"),
+    "temperature": _number(lambda x: x == 0 or 0.001 <= x <= 100, "be 0 (greedy) or in 0.001..100"),
     "top_k": _whole(0, values.MAX_UINT32),
-    "top_p": _number(lambda x: 0 < x <= 1, "lie in (0, 1]"),
-    "min_p": _number(lambda x: 0 <= x <= 1, "lie in [0, 1]"),
-    "repetition_penalty": _number(lambda x: 0.01 <= x <= 100, "lie in 0.01..100"),
+    "top_p": _number(lambda x: 0 < x <= 1, "be in (0, 1]"),
+    "min_p": _number(lambda x: 0 <= x <= 1, "be in [0, 1]"),
+    "repetition_penalty": _number(lambda x: 0.01 <= x <= 100, "be in 0.01..100"),
     "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY,
     "seed": _whole(0, values.MAX_UINT64),
@@ -189,7 +189,7 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens, best first."""
+    """The most probable tokens, best first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +239,7 @@ class Failure:
     status: Status
     message: str
     begun: bool = False
-    """Whether it was being computed when the engine ended: what ended the engine may lie in it."""
+    """Whether it was being computed when the engine ended: it may be what ended the engine."""
 
 
 Event = Output | Failure
