@@ -5,7 +5,8 @@ Knows nothing of offsets (`layout.py`) or of how codes are computed (`codec.py`)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -55,12 +56,17 @@ class Transform(StrEnum):
     AFFINE = "affine"  # per-channel shift and scale
     AFFINE_HADAMARD = "affine_hadamard"
 
+    @property
+    def affine(self) -> bool:
+        """Whether it has shifts and scales, which only a calibration can tell."""
+        return self in (Transform.AFFINE, Transform.AFFINE_HADAMARD)
+
 
 @dataclass(frozen=True, slots=True)
 class KVFormat:
     """One side of one layer.
 
-    Example: `KVFormat(Codes.INT4, Scales.TOKEN, group=0, transform=Transform.HADAMARD)` is `int4`.
+    Example: `KVFormat(Codes.INT4, Scales.TOKEN, transform=Transform.HADAMARD)` is either side of `int4`.
     """
 
     codes: Codes
@@ -103,45 +109,43 @@ class LayerFormat:
     v: KVFormat
 
 
+def _same(
+    codes: Codes, scales: Scales, group: int = 0, transform: Transform = Transform.IDENTITY
+) -> LayerFormat:
+    side = KVFormat(codes, scales, group, transform)
+    return LayerFormat(side, side)
+
+
 _HADAMARD = Transform.HADAMARD
-FORMATS: Mapping[str, KVFormat] = MappingProxyType(
+_INT8 = LayerFormat(
+    KVFormat(Codes.INT8, Scales.TOKEN, transform=_HADAMARD), KVFormat(Codes.INT8, Scales.TOKEN)
+)
+_INT4 = _same(Codes.INT4, Scales.TOKEN, transform=_HADAMARD)
+FORMATS: Mapping[str, LayerFormat] = MappingProxyType(
     {
-        "fp32": KVFormat(Codes.FP32, Scales.NONE),
-        "bf16": KVFormat(Codes.BF16, Scales.NONE),
-        "fp8": KVFormat(Codes.FP8, Scales.STATIC),
-        "int8": KVFormat(Codes.INT8, Scales.TOKEN),
-        "int4": KVFormat(Codes.INT4, Scales.TOKEN, transform=_HADAMARD),
-        "int4g64": KVFormat(Codes.INT4, Scales.TOKEN, group=64, transform=_HADAMARD),
-        "int4g32": KVFormat(Codes.INT4, Scales.TOKEN, group=32, transform=_HADAMARD),
-        "int8c": KVFormat(Codes.INT8, Scales.STATIC, transform=Transform.AFFINE),
-        "int4c": KVFormat(Codes.INT4, Scales.STATIC, transform=Transform.AFFINE),
+        "fp32": _same(Codes.FP32, Scales.NONE),
+        "bf16": _same(Codes.BF16, Scales.NONE),
+        "fp8": _same(Codes.FP8, Scales.STATIC),
+        "int8": _INT8,
+        "int4": _INT4,
+        "int4g64": _same(Codes.INT4, Scales.TOKEN, group=64, transform=_HADAMARD),
+        "int4g32": _same(Codes.INT4, Scales.TOKEN, group=32, transform=_HADAMARD),
+        "k8v4": LayerFormat(_INT8.k, _INT4.v),
     }
 )
-"""Formats with a name; any other `KVFormat` can be written out in a policy file."""
-
-_POLICIES: Mapping[str, tuple[str, str]] = MappingProxyType({"k8v4": ("int8", "int4")})
-
-
-def named_format(name: str) -> KVFormat:
-    """Return the format called `name`. Raises FormatError, which lists the names."""
-    if name not in FORMATS:
-        raise FormatError(f"unknown KV format {name!r}; choose {', '.join(FORMATS)}")
-    return FORMATS[name]
+"""The formats that have a name. A policy may name another one for each layer and side, or spell it out."""
 
 
 def layer_formats(policy: str | Mapping[str, object], num_layers: int) -> tuple[LayerFormat, ...]:
     """Return the format of every layer under a policy.
 
-    `policy` is a format's name, `k8v4`, or a mapping as a policy file holds it:
-    `{"default": {"k": "int8", "v": "int4"}, "layers": {"0": {"k": "bf16", "v": "bf16"}}}`.
+    `policy` is a format's name or a mapping:
+    `{"default": {"k": "int8", "v": "int4"}, "layers": {"0": {"k": "bf16", "v": "bf16"}}}`, where a side is a
+    format's name or `{"codes": "int8", "scales": "token", "group": 64, "transform": "hadamard"}`.
     Raises FormatError for an unknown name, key or layer.
     """
     if isinstance(policy, str):
-        k, v = _POLICIES.get(policy, (policy, policy))
-        if policy not in _POLICIES and policy not in FORMATS:
-            names = ", ".join([*FORMATS, *_POLICIES])
-            raise FormatError(f"unknown KV format {policy!r}; choose {names}, or the path of a policy file")
-        return (LayerFormat(named_format(k), named_format(v)),) * num_layers
+        return (_named(policy),) * num_layers
     unknown = set(policy) - {"default", "layers"}
     if unknown or "default" not in policy:
         raise FormatError(f'a KV policy has the keys "default" and "layers", got {sorted(policy)}')
@@ -150,21 +154,49 @@ def layer_formats(policy: str | Mapping[str, object], num_layers: int) -> tuple[
     if not isinstance(layers, Mapping):
         raise FormatError('"layers" of a KV policy maps a layer number to {"k": ..., "v": ...}')
     for key, sides in layers.items():
-        if not str(key).isdigit() or int(key) >= num_layers:
+        if not str(key).isdecimal() or int(key) >= num_layers:
             raise FormatError(f"KV policy names layer {key!r}; the model has layers 0..{num_layers - 1}")
         formats[int(key)] = _both_sides(sides)
     return tuple(formats)
 
 
+def spelled(formats: Sequence[LayerFormat]) -> dict[str, object]:
+    """The policy of which `layer_formats` makes these formats: one that spells out every side."""
+    ((default, _),) = Counter(formats).most_common(1)
+    others = {str(i): _sides(f) for i, f in enumerate(formats) if f != default}
+    return {"default": _sides(default), "layers": others}
+
+
+def _sides(fmt: LayerFormat) -> dict[str, dict[str, object]]:
+    return {"k": _side(fmt.k), "v": _side(fmt.v)}
+
+
+def _side(fmt: KVFormat) -> dict[str, object]:
+    return {
+        "codes": fmt.codes.value,
+        "scales": fmt.scales.value,
+        "group": fmt.group,
+        "transform": fmt.transform.value,
+    }
+
+
+def _named(name: str) -> LayerFormat:
+    if name not in FORMATS:
+        raise FormatError(f"unknown KV format {name!r}; choose {', '.join(FORMATS)}, or the path of a policy")
+    return FORMATS[name]
+
+
 def _both_sides(sides: object) -> LayerFormat:
     if not isinstance(sides, Mapping) or set(sides) != {"k", "v"}:
         raise FormatError(f'a KV policy entry is {{"k": format, "v": format}}, got {sides!r}')
-    return LayerFormat(_one_side(sides["k"]), _one_side(sides["v"]))
+    k, v = sides["k"], sides["v"]
+    return LayerFormat(
+        _named(k).k if isinstance(k, str) else _spelled_out(k),
+        _named(v).v if isinstance(v, str) else _spelled_out(v),
+    )
 
 
-def _one_side(spec: object) -> KVFormat:
-    if isinstance(spec, str):
-        return named_format(spec)
+def _spelled_out(spec: object) -> KVFormat:
     if not isinstance(spec, Mapping) or set(spec) - {"codes", "scales", "group", "transform"}:
         raise FormatError(f"a KV format is a name or {{codes, scales, group, transform}}, got {spec!r}")
     try:

@@ -93,10 +93,10 @@ def default_transform(fmt: KVFormat) -> SideTransform:
 
     fp8 gets a static scale of 1. Raises FormatError where a calibration is needed.
     """
-    if fmt.transform in (Transform.AFFINE, Transform.AFFINE_HADAMARD):
+    if fmt.transform.affine:
         raise FormatError(
             f"{fmt.codes} with a static {fmt.transform} transform needs calibrated shifts and scales; "
-            "pass transforms= or choose a format with dynamic scales such as int8 or int4"
+            "run `quire calibrate` and pass the policy that it writes"
         )
     if fmt.scales is Scales.STATIC and fmt.codes.value != "fp8":
         raise FormatError(f"static {fmt.codes} scales need a calibration; choose dynamic ones (scales=token)")

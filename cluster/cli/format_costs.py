@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
-from quire.kernels.formats import FORMATS, layer_formats, named_format
+from quire.kernels.formats import FORMATS, layer_formats
 from quire.kernels.layout import PageLayout
 from quire.replicas.model.checkpoint import find_model, load_config
 
@@ -32,12 +32,12 @@ def format_costs(model: str, page_tokens: int = 64) -> tuple[FormatCost, ...]:
     """Every named format that fits the model's head_dim."""
     config = load_config(find_model(model))
     head_dim = _layout(config, "bf16", page_tokens).head_dim
-    names = [name for name in (*FORMATS, "k8v4") if _fits(name, head_dim)]
+    names = [name for name in FORMATS if _fits(name, head_dim)]
     return tuple(_cost(config, name, name, page_tokens) for name in names)
 
 
 def _fits(name: str, head_dim: int) -> bool:
-    group = named_format(name).group if name in FORMATS else 0
+    group = FORMATS[name].k.group
     return not group or group == head_dim or (head_dim // 2) % group == 0
 
 

@@ -1,8 +1,8 @@
 """Finds the layers whose keys have a constant part too large for a low-bit format.
 
 Models of the Qwen2 family add a bias to K that is many times what the weights produce, on some layers. One
-scale per token then resolves the bias and rounds the rest to zero. RoPE rotates the bias with the position,
-so no static shift removes it; such layers keep K in bf16.
+scale per token then resolves the bias and rounds the rest away. Such layers need a static transform of K
+(`calibration.py`), from a calibrated policy or, without one, from the fixed prompt at load.
 
 The bias is measured, whatever modules are called: a layer's attention gets random inputs of the size that its
 norm produces, all at position 0, where RoPE is the identity. The mean of the keys is their constant part.
@@ -12,9 +12,8 @@ Names: N inputs, H kv heads, D head_dim.
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +22,10 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from quire.kernels.cache_view import AttentionSpec
-from quire.kernels.formats import Codes, LayerFormat, named_format
+from quire.kernels.formats import Codes, LayerFormat
 from quire.replicas.model.attention import ATTENTION, layer_index
 from quire.replicas.model.checkpoint import WeightSource
 from quire.replicas.model.meta import meta_model
-
-_LOG = logging.getLogger(__name__)
 
 _LIMITS = {Codes.INT8: 8.0, Codes.FP8: 8.0, Codes.INT4: 2.0}
 """The largest bias, in norms of a typical key. Rounding noise is about 0.026 (int8) and 0.12 (int4, rotated)
@@ -166,27 +163,18 @@ def _whole_attention(call: AttentionCall, config: PreTrainedConfig, weights: Wei
     return attention
 
 
-def with_safe_keys(
-    formats: tuple[LayerFormat, ...],
-    calls: tuple[AttentionCall, ...],
+def biased_layers(
+    formats: Sequence[LayerFormat],
+    calls: Sequence[AttentionCall],
     config: PreTrainedConfig,
     weights: WeightSource,
     tp: int,
-) -> tuple[LayerFormat, ...]:
-    """Replace K formats that are too coarse for their layer by bf16, with a warning."""
-    offsets = {
-        i: key_offset(call, config, weights, tp)
+) -> frozenset[int]:
+    """The layers whose keys their format would not resolve without a calibrated transform."""
+    return frozenset(
+        i
         for i, (call, f) in enumerate(zip(calls, formats, strict=False))
         if f.k.codes in _LIMITS
-    }
-    risky = {i: ratio for i, ratio in offsets.items() if ratio > _LIMITS[formats[i].k.codes]}
-    if risky:
-        _LOG.warning(
-            "layers %s keep K in bf16: its constant part (a bias) is %.0f times a typical key and more, "
-            "which %s would not resolve",
-            ", ".join(map(str, risky)),
-            min(risky.values()),
-            "/".join(sorted({formats[i].k.codes for i in risky})),
-        )
-    bf16 = named_format("bf16")
-    return tuple(replace(f, k=bf16) if i in risky else f for i, f in enumerate(formats))
+        and not f.k.transform.affine
+        and key_offset(call, config, weights, tp) > _LIMITS[f.k.codes]
+    )

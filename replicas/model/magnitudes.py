@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from quire.kernels.cache_view import AttentionSpec
 from quire.kernels.formats import KVFormat, LayerFormat, Scales
 from quire.kernels.ref.paged import attend_numbers
-from quire.kernels.transform import LayerTransform, SideTransform, default_transform
+from quire.kernels.transform import LayerTransform, SideTransform
 from quire.replicas.model.attention import layer_index
 from quire.replicas.model.tensor_parallel import Collectives
 
@@ -63,14 +63,18 @@ class MagnitudeProbe:
         return attend_numbers(q_TQD.float(), k_THD.float(), v_THD.float(), spec).to(q_TQD.dtype)
 
 
+def fixed_prompt(vocab_size: int, tokens: int) -> list[int]:
+    """Token ids from all of the vocabulary, the same for every model of that size."""
+    return [(i * 0x9E3779B1 % 2**32) * vocab_size >> 32 for i in range(1, tokens + 1)]
+
+
 @torch.inference_mode()
 def mean_squares(model: PreTrainedModel, tokens: int = PROMPT_TOKENS) -> Tensor:
     """Measure the mean squares of K and V of this shard's kv heads: fp64 [L, 2, H] on the CPU.
 
     The prompt covers the vocabulary. All ranks of a replica call it at the same time.
     """
-    ids = [(i * 0x9E3779B1 % 2**32) * model.config.vocab_size >> 32 for i in range(1, tokens + 1)]
-    ids_1T = torch.tensor([ids], device=model.device)
+    ids_1T = torch.tensor([fixed_prompt(model.config.vocab_size, tokens)], device=model.device)
     positions_1T = torch.arange(tokens, device=model.device)[None]
     probe = MagnitudeProbe()
     model(
@@ -83,12 +87,15 @@ def mean_squares(model: PreTrainedModel, tokens: int = PROMPT_TOKENS) -> Tensor:
     return torch.stack([probe.squares[layer] for layer in sorted(probe.squares)]).cpu()
 
 
-def gather_heads(squares_L2H: Tensor, kv_heads: int, group: Collectives | None) -> Tensor:
-    """Gather each rank's heads to [L, 2, kv_heads]; a head that several ranks hold counts once."""
+def gather_heads(x_LMH: Tensor, kv_heads: int, group: Collectives | None) -> Tensor:
+    """[L, M, kv_heads, ...], the same on all ranks, from each rank's own heads.
+
+    Of a head that several ranks hold, each with some of its query heads, the mean.
+    """
     if group is None:
-        return squares_L2H
-    ranks_L2H = group.all_gather(squares_L2H).movedim(0, 2).flatten(2)
-    return ranks_L2H[:, :, :: ranks_L2H.shape[2] // kv_heads]
+        return x_LMH
+    ranks_LMH = group.all_gather(x_LMH).movedim(0, 2).flatten(2, 3)
+    return ranks_LMH.unflatten(2, (kv_heads, -1)).mean(3)
 
 
 def static_exponent(mean_square: float, fmt: KVFormat) -> int:
@@ -102,18 +109,17 @@ def static_exponent(mean_square: float, fmt: KVFormat) -> int:
 def measured_transforms(
     model: PreTrainedModel,
     formats: Sequence[LayerFormat],
+    defaults: Sequence[LayerTransform],
     *,
     kv_heads: int,
     head_dim: int,
     group: Collectives | None,
     max_tokens: int,
 ) -> tuple[LayerTransform, ...]:
-    """Return every layer's transforms for all kv heads, on the CPU: the formats' own, scaled where needed.
+    """Every layer's maps for the whole model's kv heads, on the CPU: `defaults`, scaled where that is needed.
 
-    They are the same on all ranks, which call it at the same time. Raises FormatError if a format needs a
-    calibration.
+    The same on all ranks, which call it at the same time. Calibrated scales stay as they are.
     """
-    defaults = [LayerTransform(default_transform(f.k), default_transform(f.v)) for f in formats]
     if all(scales is Scales.NONE for f in formats for scales in (f.k.scales, f.v.scales)):
         return tuple(defaults)
     squares_L2H = gather_heads(mean_squares(model, min(max_tokens, PROMPT_TOKENS)), kv_heads, group)
@@ -129,7 +135,7 @@ def measured_transforms(
 
 def _scaled(default: SideTransform, fmt: KVFormat, square_H: Sequence[float], head_dim: int) -> SideTransform:
     exponent_H = [static_exponent(square, fmt) for square in square_H]
-    if not any(exponent_H):
+    if default.scale_HD is not None or not any(exponent_H):
         return default
     scale_H = torch.tensor(exponent_H, dtype=torch.float32).exp2()
     return replace(default, scale_HD=scale_H[:, None].repeat(1, head_dim))
@@ -146,13 +152,18 @@ def _warn_non_finite(squares_L2H: Tensor) -> None:
 
 def log_scales(formats: Sequence[LayerFormat], transforms: Sequence[LayerTransform]) -> None:
     """Log which layers are stored divided, and that static scales have no calibration."""
-    for name, sides in (("K", [t.k for t in transforms]), ("V", [t.v for t in transforms])):
-        scale_LH = {i: side.scale_HD[:, 0] for i, side in enumerate(sides) if side.scale_HD is not None}
+    for name in ("k", "v"):
+        sides = [(getattr(f, name), getattr(t, name)) for f, t in zip(formats, transforms, strict=True)]
+        scale_LH = {
+            i: transform.scale_HD[:, 0]
+            for i, (fmt, transform) in enumerate(sides)
+            if transform.scale_HD is not None and not fmt.transform.affine
+        }
         if scale_LH:
             exponents = torch.stack(list(scale_LH.values())).log2()
             _LOG.info(
                 "%s of layers %s is stored divided by 2^%d to 2^%d: it is outside its format's range",
-                name,
+                name.upper(),
                 _listed(scale_LH),
                 exponents.min(),
                 exponents.max(),

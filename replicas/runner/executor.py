@@ -246,6 +246,10 @@ class Executor:
         else:
             self._jobs.put(_Job(Kind.SUM, complete))
 
+    def key_moments(self, token_ids: Sequence[int]) -> Tensor:
+        """Statistics of a text's keys over all heads: `Shard.key_moments`."""
+        return self.shard.key_moments(token_ids)
+
     def can_go_on(self) -> bool:
         """Whether another step can be computed, now that one has raised.
 

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from quire.kernels.cache_view import LayerCache
+from quire.kernels.cache_view import AttentionSpec, LayerCache
 from quire.kernels.formats import FormatError, LayerFormat, layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kernels.transform import LayerTransform
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import ConfigError
+from quire.replicas.model.calibration import calibrated_formats
 from quire.replicas.model.checkpoint import (
     WeightSource,
     eos_token_ids,
@@ -36,11 +37,12 @@ from quire.replicas.model.context import context_length
 from quire.replicas.model.forward import ForwardPass
 from quire.replicas.model.generation_defaults import generation_defaults
 from quire.replicas.model.invariance import padded
-from quire.replicas.model.key_bias import with_safe_keys
+from quire.replicas.model.key_bias import biased_layers
 from quire.replicas.model.loading import LoadedModel, Progress, check_servable, load_model
-from quire.replicas.model.magnitudes import log_scales, measured_transforms
 from quire.replicas.model.named_weights import NamedWeights
+from quire.replicas.model.policy import open_policy
 from quire.replicas.model.random_weights import RandomWeights
+from quire.replicas.model.static_transforms import log_choices, static_transforms, whole_key_moments
 from quire.replicas.model.step import StepBuilder
 from quire.replicas.model.tensor_parallel import shard_config
 from quire.replicas.request import ModelInfo, ResolvedSampling
@@ -66,6 +68,8 @@ class Shard:
     num_pages: int
     weights_fingerprint: bytes
     """Part of every block key; the same on all ranks."""
+    specs: tuple[AttentionSpec, ...]
+    """How each layer attends."""
 
     def __init__(
         self,
@@ -97,14 +101,28 @@ class Shard:
                 device=self.device,
                 progress=progress,
             )
-            self.layout = _layout(config, model_config, weights, loaded)
+            policy = open_policy(config.kv, len(loaded.layers))
+            biased = biased_layers(policy.formats, loaded.calls, model_config, weights, config.tp)
+            self.layout = _layout(config, loaded, calibrated_formats(policy.formats, biased))
             self.weights_fingerprint = weights.fingerprint
+        self.specs = tuple(heads.spec for heads in loaded.layers)
         # Configs of models that cannot be sharded may lack the number.
         self.kv_heads = self.layout.kv_heads if config.tp == 1 else model_config.num_key_value_heads
         self.max_step_tokens = config.scheduler.step_tokens(self.device.type)
         max_model_tokens = _max_model_tokens(config, model_config)
         all_loaded()
-        self._transforms = self._measured_transforms(loaded, max_model_tokens)
+        self._transforms = static_transforms(
+            loaded,
+            policy,
+            self.layout.layers,
+            biased,
+            kv_heads=self.kv_heads,
+            weights=self.weights_fingerprint.hex(),
+            group=group,
+            max_tokens=max_model_tokens,
+        )
+        if rank == 0:
+            log_choices(self.layout.layers, self._transforms, biased)
         self._forward = ForwardPass(loaded.model, compiled=self._on_one_gpu and config.gpu.compile)
         self._graphs: DecodeGraphs | None = None
         try:
@@ -210,23 +228,12 @@ class Shard:
         caches = _caches(self.layout, loaded, own, num_pages, self.device)
         return StepBuilder(caches, loaded.layers, self.device)
 
-    def _measured_transforms(self, loaded: LoadedModel, max_model_tokens: int) -> tuple[LayerTransform, ...]:
-        """Of the whole model's heads. Raises ConfigError for a format that needs a calibration."""
-        formats = self.layout.layers
-        try:
-            transforms = measured_transforms(
-                loaded.model,
-                formats,
-                kv_heads=self.kv_heads,
-                head_dim=self.layout.head_dim,
-                group=self._group,
-                max_tokens=max_model_tokens,
-            )
-        except FormatError as error:
-            raise ConfigError(f"kv: {error}") from error
-        if self._rank == 0:
-            log_scales(formats, transforms)
-        return transforms
+    def key_moments(self, token_ids: Sequence[int]) -> Tensor:
+        """Statistics of a text's keys for `quire calibrate`, fp64 [layers, 3, kv heads, head_dim] on the CPU.
+
+        All ranks call it at the same time.
+        """
+        return whole_key_moments(self._forward.model, token_ids, self.kv_heads, self._group)
 
 
 def check_config(config: EngineConfig) -> tuple[Path, PreTrainedConfig]:
@@ -248,7 +255,7 @@ def _model(config: EngineConfig) -> tuple[Path, PreTrainedConfig]:
     model = load_config(folder)
     check_servable(model, _max_model_tokens(config, model))
     shard_config(model, config.tp)
-    _formats(config, model.num_hidden_layers)
+    open_policy(config.kv, model.num_hidden_layers)
     return folder, model
 
 
@@ -295,20 +302,10 @@ def _sampling_defaults(config: EngineConfig, folder: Path) -> ResolvedSampling:
     return generation_defaults(folder) if config.generation_defaults == "model" else ResolvedSampling()
 
 
-def _layout(
-    config: EngineConfig, model: PreTrainedConfig, weights: WeightSource, loaded: LoadedModel
-) -> PageLayout:
-    heads, formats = loaded.layers[0], _formats(config, len(loaded.layers))
-    formats = with_safe_keys(formats, loaded.calls, model, weights, config.tp)
+def _layout(config: EngineConfig, loaded: LoadedModel, formats: tuple[LayerFormat, ...]) -> PageLayout:
+    heads = loaded.layers[0]
     try:
         return PageLayout(formats, heads.kv_heads, heads.k_dim, config.pool.page_tokens)
-    except FormatError as error:
-        raise ConfigError(f"kv: {error}") from error
-
-
-def _formats(config: EngineConfig, layers: int) -> tuple[LayerFormat, ...]:
-    try:
-        return layer_formats(config.kv, layers)
     except FormatError as error:
         raise ConfigError(f"kv: {error}") from error
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from paged_cases import Case, make_scaled_step, make_step, relative_error
+from side_formats import SIDES
 
 from quire.kernels._transform import transform_query
 from quire.kernels.decode import decode_attention
 from quire.kernels.decode_plan import decode_kind, items_capacity, plan_items
 from quire.kernels.dequantize import dequantize_pages
-from quire.kernels.formats import FORMATS, Codes, KVFormat, Scales
+from quire.kernels.formats import Codes, KVFormat, Scales
 from quire.kernels.page_copy import checksum_pages, gather_pages, scatter_pages
 from quire.kernels.prefill import launch_prefill, prefill_attention
 from quire.kernels.prefill_library import suits_library
@@ -22,7 +23,7 @@ from quire.kernels.write import write_kv, write_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-NAMES = [name for name in FORMATS if name != "fp32"]
+NAMES = [name for name in SIDES if name != "fp32"]
 PLAIN = ["bf16", "fp8", "int8", "int4"]
 OTHERS = [
     KVFormat(Codes.INT8, Scales.TOKEN, group=32),

@@ -13,11 +13,12 @@ import pytest
 import triton
 import triton.language as tl
 from aot import Compiled, compile_kernel
+from side_formats import SIDES
 
 from quire.kernels._combine import combine_kernel, combine_tile
 from quire.kernels.decode import decode_kernel
 from quire.kernels.dequantize import dequantize_kernel
-from quire.kernels.formats import FORMATS, LayerFormat
+from quire.kernels.formats import LayerFormat
 from quire.kernels.layout import PageLayout
 from quire.kernels.page_copy import copy_kernel
 from quire.kernels.prefill import prefill_kernel
@@ -47,7 +48,7 @@ def compiled(
     kernel: Any, k: str, v: str, capability: int, warps: int, head_dim: int = D, **constants: object
 ) -> Compiled:
     """Every pointer and stride a multiple of 16, as at run time."""
-    k_format, v_format = FORMATS[k], FORMATS[v]
+    k_format, v_format = SIDES[k], SIDES[v]
     cell = PageLayout((LayerFormat(k_format, v_format),), H, head_dim, P).cells[0]
     known = {
         **POINTERS,

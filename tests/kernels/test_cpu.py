@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from paged_cases import Case, Step, make_step, relative_error
+from side_formats import SIDES
 from torch import Tensor
 
 from quire.kernels import cpu
 from quire.kernels.cache_view import PagedBatch
-from quire.kernels.formats import FORMATS, Codes, FormatError, KVFormat, Scales, Transform
+from quire.kernels.formats import Codes, FormatError, KVFormat, Scales, Transform
 from quire.kernels.ref.paged import attend_ref, read_kv_ref, write_kv_ref
 from quire.kernels.transform import SideTransform
 
@@ -27,9 +28,9 @@ ODD_INT4 = KVFormat(Codes.INT4, Scales.TOKEN, group=4, transform=Transform.HADAM
 ODD_FP8 = KVFormat(Codes.FP8, Scales.TOKEN, group=20)
 
 CASES = [
-    *(Case(name, name, [37, 1, 70], [3, 1, 70], group=3, page_tokens=64, dtype=FP32) for name in FORMATS),
-    *(Case("fp32", name, [41, 17], [1, 1], group=1, window=20, dtype=FP32) for name in FORMATS),
-    *(Case(name, "bf16", [41, 130], [41, 9], softcap=5.0, page_tokens=32, dtype=FP32) for name in FORMATS),
+    *(Case(name, name, [37, 1, 70], [3, 1, 70], group=3, page_tokens=64, dtype=FP32) for name in SIDES),
+    *(Case("fp32", name, [41, 17], [1, 1], group=1, window=20, dtype=FP32) for name in SIDES),
+    *(Case(name, "bf16", [41, 130], [41, 9], softcap=5.0, page_tokens=32, dtype=FP32) for name in SIDES),
     Case("int8", "int4", [300, 5], [1, 5], group=7, kv_heads=3, head_dim=128, page_tokens=64, dtype=FP32),
     Case("int4", "int8", [90], [64], group=2, kv_heads=1, head_dim=96, window=1, dtype=FP32),
     Case("int4", "int4", [90, 2], [1, 2], head_dim=16, dtype=FP32),
@@ -131,7 +132,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
 # ---- write ----------------------------------------------------------------------------------------------
 
 WRITES = [
-    *(Case(name, name, [37, 1, 70], [1, 1, 1], page_tokens=32, head_dim=128) for name in FORMATS),
+    *(Case(name, name, [37, 1, 70], [1, 1, 1], page_tokens=32, head_dim=128) for name in SIDES),
     Case(ODD_INT8, ODD_FP8, [50], [1], head_dim=80),
     Case(ODD_INT4, "int4", [50], [1], head_dim=80),
     Case("int8", "int4", [50], [1], head_dim=16, dtype=torch.float16),
@@ -158,7 +159,7 @@ def test_bytes_of_other_tokens_and_layers_stay(case: Case) -> None:
     assert torch.equal(touched[0], touched[1])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", SIDES)
 def test_zeros_nan_and_huge_numbers_are_stored_as_the_codec_stores_them(name: str) -> None:
     step = make_step(Case(name, name, [40], [1], dtype=FP32))
     plain = replace(step.cache, k_transform=SideTransform(), v_transform=SideTransform())
@@ -175,7 +176,7 @@ def test_zeros_nan_and_huge_numbers_are_stored_as_the_codec_stores_them(name: st
     assert torch.equal(_written(step, cpu.write_kv, poison=0), expected_NB)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", SIDES)
 def test_quiet_tokens_are_stored_and_read_as_the_reference_does(name: str) -> None:
     step = make_step(Case(name, name, [40], [3], dtype=FP32))
     plain = replace(step.cache, k_transform=SideTransform(), v_transform=SideTransform())

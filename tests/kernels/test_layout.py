@@ -6,17 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from side_formats import SIDES
 
 from quire.kernels.cache_view import LayerCache
-from quire.kernels.formats import FORMATS, Codes, FormatError, LayerFormat, layer_formats
+from quire.kernels.formats import Codes, FormatError, LayerFormat, layer_formats
 from quire.kernels.layout import PAGE_TOKENS, PageLayout
 from quire.kernels.ref.paged import write_kv_ref
 from quire.kernels.transform import SideTransform
 
 MIXED = (
-    LayerFormat(FORMATS["int8"], FORMATS["int4"]),
-    LayerFormat(FORMATS["bf16"], FORMATS["fp8"]),
-    LayerFormat(FORMATS["int4g32"], FORMATS["int8c"]),
+    LayerFormat(SIDES["int8"], SIDES["int4"]),
+    LayerFormat(SIDES["bf16"], SIDES["fp8"]),
+    LayerFormat(SIDES["int4g32"], SIDES["int8c"]),
 )
 
 
@@ -85,9 +86,9 @@ def test_the_fingerprint_changes_with_everything_that_changes_the_bytes() -> Non
         replace(layout, layers=(MIXED[1], MIXED[0], MIXED[2])),
     ]
     for i, layer in enumerate(MIXED):
-        for name, fmt in FORMATS.items():
+        for name, fmt in SIDES.items():
             for side in ("k", "v"):
-                if getattr(layer, side) != FORMATS[name]:
+                if getattr(layer, side) != SIDES[name]:
                     changed = (*MIXED[:i], replace(layer, **{side: fmt}), *MIXED[i + 1 :])
                     others.append(replace(layout, layers=changed))
     fingerprints = [other.fingerprint for other in others]

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from side_formats import SIDES
 
-from quire.kernels.formats import FORMATS, FormatError, KVFormat, Scales, Transform
+from quire.kernels.formats import FormatError, KVFormat, Scales, Transform
 from quire.kernels.transform import SideTransform, default_transform, hadamard, rotate
 
 CPU = torch.device("cpu")
@@ -79,19 +80,19 @@ def test_fingerprints_tell_maps_apart_and_equal_maps_together() -> None:
     assert replace(affine, shift_HD=nudged_HD).fingerprint != affine.fingerprint
 
 
-@pytest.mark.parametrize("name", [n for n in FORMATS if not n.endswith("c")])
+@pytest.mark.parametrize("name", [n for n in SIDES if not n.endswith("c")])
 def test_formats_without_calibration_have_a_default_map(name: str) -> None:
-    assert default_transform(FORMATS[name]).rotate is name.startswith("int4")
+    assert default_transform(SIDES[name]).rotate is name.startswith("int4")
 
 
 @pytest.mark.parametrize("name", ["int8c", "int4c"])
 def test_formats_with_calibrated_scales_are_refused_without_a_calibration(name: str) -> None:
     with pytest.raises(FormatError, match="calibrat"):
-        default_transform(FORMATS[name])
+        default_transform(SIDES[name])
 
 
 @pytest.mark.parametrize("codes", ["int8", "int4"])
 def test_static_scales_need_a_calibration_whatever_the_transform(codes: str) -> None:
-    fmt = KVFormat(FORMATS[codes].codes, Scales.STATIC, transform=Transform.HADAMARD)
+    fmt = KVFormat(SIDES[codes].codes, Scales.STATIC, transform=Transform.HADAMARD)
     with pytest.raises(FormatError, match="choose dynamic"):
         default_transform(fmt)

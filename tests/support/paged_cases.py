@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from side_formats import SIDES
 from torch import Tensor
 
 from quire.kernels.cache_view import AttentionSpec, LayerCache, PagedBatch
-from quire.kernels.formats import FORMATS, KVFormat, LayerFormat, Scales
+from quire.kernels.formats import KVFormat, LayerFormat, Scales
 from quire.kernels.layout import PageLayout
 from quire.kernels.ref.paged import attend_ref, write_kv_ref
 from quire.kernels.transform import SideTransform, default_transform
@@ -91,8 +92,8 @@ class Step:
 def make_step(case: Case, *, written: bool = True) -> Step:
     """A poisoned pool, random pages in random order; K with outlier channels, as models have."""
     torch.manual_seed(case.seed)
-    k_format, v_format = (FORMATS[f] if isinstance(f, str) else f for f in (case.k, case.v))
-    layers = (LayerFormat(FORMATS["int8"], FORMATS["int4"]), LayerFormat(k_format, v_format))
+    k_format, v_format = (SIDES[f] if isinstance(f, str) else f for f in (case.k, case.v))
+    layers = (LayerFormat(SIDES["int8"], SIDES["int4"]), LayerFormat(k_format, v_format))
     layout = PageLayout(layers, case.kv_heads, case.head_dim, case.page_tokens)
     pages_S = [-(-n // case.page_tokens) for n in case.kv_tokens]
     pool_NB = torch.full((sum(pages_S) + 2, layout.page_bytes), 0xFF, dtype=torch.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,9 +206,13 @@ class Ranks:
         )
         return Shard(config, rank, group)
 
+    def each(self, call: Callable[[Shard], Tensor]) -> list[Tensor]:
+        """What a call that joins all ranks returns on each."""
+        return list(self._threads.map(call, self.shards))
+
     def forward(self, batch: StepBatch) -> Tensor:
         """Rank 0's logits, which must be every rank's."""
-        logits = list(self._threads.map(lambda shard: shard.forward(batch), self.shards))
+        logits = self.each(lambda shard: shard.forward(batch))
         assert all(torch.equal(logits[0], other) for other in logits)
         return logits[0]
 

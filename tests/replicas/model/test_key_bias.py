@@ -1,8 +1,9 @@
-"""Layers whose K bias a low-bit format could not hold keep K in bf16, in any family and on any rank."""
+"""Layers whose K bias a low-bit format could not hold get a transform of K, in any family and on any rank."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import Ranks, make_model, reference_logits, some_tokens, tiny_config
 
-from quire.kernels.formats import Codes
+from quire.kernels.formats import FORMATS, Transform
 from quire.replicas.model.checkpoint import load_config
 from quire.replicas.model.key_bias import AttentionCall, attention_calls, key_offset
 from quire.replicas.model.loading import load_model
@@ -62,15 +63,17 @@ def test_the_offset_is_the_bias_over_what_inputs_add(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", K_BIASES)
-@pytest.mark.parametrize(("kv", "keys"), [("int8", Codes.BF16), ("int4", Codes.BF16), ("fp32", Codes.FP32)])
-def test_a_layer_that_a_format_would_not_resolve_keeps_its_keys(name, kv, keys, tmp_path):
+@pytest.mark.parametrize("kv", ["int8", "int4", "fp8", "fp32"])
+def test_a_layer_that_a_format_would_not_resolve_is_shifted_and_scaled(name, kv, tmp_path):
     folder, ids = with_k_bias(name, tmp_path), some_tokens(40)
     with Ranks(tiny_config(folder, kv)) as ranks:
         got = ranks.run(ids, [40], [1, 2, 3]).log_softmax(-1)
         first, second = ranks.shards[0].layout.layers
-    assert (first.k.codes.value, second.k.codes, second.v.codes.value) == (kv, keys, kv)
+    plain, stored = FORMATS[kv].k, Transform.IDENTITY if kv == "fp32" else Transform.AFFINE_HADAMARD
+    assert (first.k, second.k) == (plain, replace(plain, transform=stored))
+    assert (first.v, second.v) == (FORMATS[kv].v, FORMATS[kv].v)
     want = reference_logits(folder, ids).log_softmax(-1)
-    assert (got - want).abs().mean() < {"int8": 0.1, "int4": 0.5, "fp32": 1e-4}[kv]
+    assert (got - want).abs().mean() < {"int8": 0.1, "int4": 0.5, "fp8": 0.5, "fp32": 1e-4}[kv]
 
 
 def test_small_biases_leave_the_format_alone(tmp_path):
@@ -92,10 +95,10 @@ def test_every_rank_comes_to_the_same_layout_as_one_shard_alone(name, tp, tmp_pa
     with caplog.at_level(logging.WARNING), Ranks(tiny_config(folder, "int8", tp=tp)) as ranks:
         ranks.run(ids, [40], [1, 2, 3])
         for shard in ranks.shards:
-            assert [f.k.codes for f in shard.layout.layers] == [Codes.INT8, Codes.BF16]
-            assert [f.v.codes for f in shard.layout.layers] == [Codes.INT8, Codes.INT8]
-        assert ranks.shards[0].info.kv_formats[1] == ("bf16", "int8")
-    assert "layers 1 keep K in bf16" in caplog.text
+            assert [f.k.transform.affine for f in shard.layout.layers] == [False, True]
+        assert len({shard.transforms_fingerprint for shard in ranks.shards}) == 1
+        assert set(ranks.shards[0].info.kv_formats) == {("int8", "int8")}
+    assert "keys of layers 1 have a large constant part" in caplog.text
 
 
 def test_a_rank_of_several_reads_only_what_reaches_the_keys(tmp_path, monkeypatch):

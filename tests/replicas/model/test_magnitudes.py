@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scaled_models import Factors, write_scaled
+from side_formats import SIDES
 from tiny_models import Ranks, make_model, reference_logits, some_tokens, tiny_config
 from torch import Tensor
 
-from quire.kernels.formats import FORMATS, FormatError, layer_formats
-from quire.replicas.model.magnitudes import measured_transforms, static_exponent
+from quire.replicas.model.magnitudes import static_exponent
 from quire.replicas.runner.shard import Shard
 
 IDS = some_tokens(120)
@@ -143,11 +143,4 @@ def test_keys_that_are_not_finite_are_said_and_get_no_scale(tmp_path, caplog):
     ],
 )
 def test_a_scale_is_a_power_of_sixteen_outside_the_formats_range_and_else_none(kv, rms, exponent):
-    assert static_exponent(rms**2, FORMATS[kv]) == exponent
-
-
-def test_formats_that_need_a_calibration_are_refused_before_anything_is_measured():
-    with pytest.raises(FormatError, match="calibrat"):
-        measured_transforms(
-            None, layer_formats("int4c", 2), kv_heads=2, head_dim=32, group=None, max_tokens=64
-        )
+    assert static_exponent(rms**2, SIDES[kv]) == exponent
