@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from quire.kernels.formats import FORMATS, layer_formats
 from quire.kernels.layout import PageLayout
 from quire.replicas.model.checkpoint import find_model, load_config
+from quire.replicas.model.policy import open_policy
 
 Policy = str | Mapping[str, object]
 
@@ -24,7 +25,7 @@ class FormatCost:
 
 
 def policy_cost(model: str, policy: Policy, *, name: str, page_tokens: int = 64) -> FormatCost:
-    """Raises UnknownModel, ModelNotServable; FormatError for a policy that does not fit the model."""
+    """Raises UnknownModel, ModelNotServable; ConfigError for a policy that does not fit the model."""
     return _cost(load_config(find_model(model)), policy, name, page_tokens)
 
 
@@ -51,7 +52,7 @@ def _layout(config: PreTrainedConfig, policy: Policy, page_tokens: int) -> PageL
     text = config.get_text_config()
     heads: int = text.num_attention_heads
     return PageLayout(
-        layer_formats(policy, text.num_hidden_layers),
+        open_policy(policy, text.num_hidden_layers).formats,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         page_tokens=page_tokens,

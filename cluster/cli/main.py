@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import click
 
-from quire.cluster.cli import client_commands, serve_commands
+from quire.cluster.cli import client_commands, precision_commands, serve_commands
 from quire.kernels.formats import FormatError
 from quire.replicas.errors import QuireError
 
@@ -25,7 +25,7 @@ def cli() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-for module in (serve_commands, client_commands):
+for module in (serve_commands, precision_commands, client_commands):
     for command in module.COMMANDS:
         cli.add_command(command)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import click
 
 from quire.cluster.api.client import DEFAULT_ADDRESS
+from quire.replicas.errors import ConfigError
 
 APP = "quire"
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 class Replicas(click.ParamType[dict[str, Any]]):
@@ -38,9 +41,28 @@ def compose(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-kv_options = compose(
-    click.option("--kv", help="KV format: bf16, fp8, int8, int4, k8v4, ...  [default: int8]"),
-    click.option("--policy", type=FILE, help="JSON file with a format per layer and side, for --kv."),
+class Policy(click.ParamType[str | dict[str, object]]):
+    """Turns what `--kv` takes into the `kv` of the configuration, as another machine can read it."""
+
+    name = "format, file or folder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(value)
+        if path.is_dir():
+            return str(path.resolve())
+        if not path.is_file():
+            return value
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from error
+
+
+kv_option = click.option(
+    "--kv",
+    type=Policy(),
+    help="KV format (bf16, fp8, int8, int4, k8v4, ...), a JSON file with one for each layer and side, or a "
+    "folder from `quire calibrate`.  [default: int8]",
 )
 cluster_options = compose(
     click.option(

@@ -5,7 +5,6 @@ Each command imports what it needs beyond the client, so that `quire --help` wor
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quire.cluster.cli.options import APP, FILE, Replicas, cluster_options, kv_options
+from quire.cluster.cli.options import APP, FILE, Replicas, cluster_options, kv_option
 from quire.replicas.errors import ConfigError, QuireError
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 @click.command("serve")
 @click.argument("model", required=False)
 @click.option("--config", "config_file", type=FILE, help="YAML file; the options below go before it.")
-@kv_options
+@kv_option
 @click.option("--tp", type=int, help="Tensor-parallel shards of a replica.")
 @click.option("--replicas", type=Replicas(), help="Whole engines: a number, or LEAST..MOST as the load asks.")
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
@@ -37,8 +36,7 @@ if TYPE_CHECKING:
 def serve_command(
     model: str | None,
     config_file: Path | None,
-    kv: str | None,
-    policy: Path | None,
+    kv: str | dict[str, object] | None,
     tp: int | None,
     replicas: dict[str, Any] | None,
     host: str | None,
@@ -50,7 +48,7 @@ def serve_command(
 
     tree = _read_tree(config_file)
     chosen: dict[str, dict[str, Any]] = {
-        "engine": {"model": model, "kv": _policy(kv, policy), "tp": tp},
+        "engine": {"model": model, "kv": kv, "tp": tp},
         "gateway": {"host": host, "port": port},
     }
     for branch, values in chosen.items():
@@ -120,15 +118,15 @@ def _arguments(tree: dict[str, Any], app: str) -> dict[str, Any]:
 
 @click.command()
 @click.argument("model")
-@kv_options
+@kv_option
 @click.option("--page-tokens", default=64, show_default=True, help="16, 32 or 64.")
-def layout(model: str, kv: str | None, policy: Path | None, page_tokens: int) -> None:
+def layout(model: str, kv: str | dict[str, object] | None, page_tokens: int) -> None:
     """What a token of MODEL costs in each KV format; needs its config.json only."""
     from quire.cluster.cli.format_costs import format_costs, policy_cost
 
-    if kv or policy:
-        name = kv or str(policy)
-        costs = [policy_cost(model, _policy(kv, policy) or name, name=name, page_tokens=page_tokens)]
+    if kv:
+        name = kv if isinstance(kv, str) else "policy"
+        costs = [policy_cost(model, kv, name=name, page_tokens=page_tokens)]
     else:
         costs = list(format_costs(model, page_tokens))
     click.echo(f"{'format':<12}{'bytes per token':>16}{'of bf16':>10}{'tokens in the memory of one':>30}")
@@ -197,20 +195,6 @@ def _read_tree(path: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no mapping of keys to values")
-    return tree
-
-
-def _policy(kv: str | None, policy: Path | None) -> str | dict[str, object] | None:
-    if policy is None:
-        return kv
-    if kv is not None:
-        raise click.UsageError("--kv and --policy say the same thing; give one of them")
-    try:
-        tree = json.loads(policy.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{policy} is not JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f'{policy} must hold {{"default": {{"k": ..., "v": ...}}, "layers": {{...}}}}')
     return tree
 
 

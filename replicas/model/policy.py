@@ -54,9 +54,13 @@ def open_policy(kv: str | Mapping[str, object], num_layers: int) -> KVPolicy:
     Raises ConfigError for one that does not exist, cannot be read, or does not fit the number of layers.
     """
     try:
-        if not isinstance(kv, str) or kv in FORMATS or not Path(kv).exists():
+        if not isinstance(kv, str) or kv in FORMATS:
             return KVPolicy(layer_formats(kv, num_layers))
         path = Path(kv)
+        if not path.exists():
+            if len(path.parts) > 1:
+                raise FormatError(f"there is no KV policy at {kv}; run `quire calibrate` to make one")
+            return KVPolicy(layer_formats(kv, num_layers))
         if path.is_file():
             return KVPolicy(layer_formats(_read_json(path), num_layers))
         return _read_folder(path, num_layers)

@@ -27,7 +27,7 @@ def test_layout_reads_a_policy_file(tmp_path):
     policy.write_text(
         json.dumps({"default": {"k": "int8", "v": "int4"}, "layers": {"0": {"k": "bf16", "v": "bf16"}}})
     )
-    done = quire("layout", "demo", "--policy", str(policy))
+    done = quire("layout", "demo", "--kv", str(policy))
     assert done.returncode == 0
     k8v4, bf16 = 1224.0, 3072.0
     assert f"{k8v4 * 5 / 6 + bf16 / 6:,.1f}" in done.stdout
@@ -40,13 +40,10 @@ def test_layout_reads_a_policy_file(tmp_path):
         (("layout", "/nowhere/at all"), 1, "neither a local folder"),
         (("serve",), 2, "which model?"),
         (("serve", "demo", "--kv", "int5"), 1, "unknown KV format 'int5'"),
-        (
-            ("serve", "demo", "--port", "70000"),
-            1,
-            "gateway.port must be a whole number",
-        ),
-        (("serve", "demo", "--kv", "int4", "--policy", __file__), 2, "give one of them"),
-        (("serve", "demo", "--policy", __file__), 1, "is not JSON"),
+        (("serve", "demo", "--port", "70000"), 1, "gateway.port must be"),
+        (("serve", "demo", "--kv", __file__), 1, "is not JSON"),
+        (("serve", "demo", "--kv", "no/policy"), 1, "there is no KV policy at no/policy"),
+        (("calibrate", "demo", "--text", __file__), 2, "--out"),
         (("serve", "demo", "--replicas", "two"), 2, "neither a number nor LEAST..MOST"),
         (("serve", "demo", "--replicas", "3..1"), 1, "min=3, max=1"),
         (("serve", "demo", "--config", __file__), 1, "is not YAML"),

@@ -51,9 +51,12 @@ def test_a_name_a_mapping_and_a_json_file_are_policies_too(tmp_path: Path) -> No
         assert open_policy(kv, 2).formats == (FORMATS["k8v4"],) * 2
 
 
-@pytest.mark.parametrize("kv", ["int3", "no/such/folder"])
-def test_what_is_neither_a_format_nor_a_path_is_refused_with_the_formats_there_are(kv: str) -> None:
-    with pytest.raises(ConfigError, match=r"choose fp32, bf16.*or the path of a policy"):
+@pytest.mark.parametrize(
+    ("kv", "message"),
+    [("int3", "choose fp32, bf16.* or the path of a policy"), ("no/folder", "no KV policy at no/folder")],
+)
+def test_what_is_neither_a_format_nor_a_path_is_refused(kv: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         open_policy(kv, 2)
 
 
