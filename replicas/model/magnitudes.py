@@ -95,7 +95,8 @@ def gather_heads(x_LMH: Tensor, kv_heads: int, group: Collectives | None) -> Ten
     if group is None:
         return x_LMH
     ranks_LMH = group.all_gather(x_LMH).movedim(0, 2).flatten(2, 3)
-    return ranks_LMH.unflatten(2, (kv_heads, -1)).mean(3)
+    heads_LMH: Tensor = ranks_LMH.unflatten(2, (kv_heads, -1)).mean(3)
+    return heads_LMH
 
 
 def static_exponent(mean_square: float, fmt: KVFormat) -> int:

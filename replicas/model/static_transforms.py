@@ -17,7 +17,7 @@ from quire.kernels.transform import LayerTransform, SideTransform, default_trans
 from quire.replicas.errors import ConfigError
 from quire.replicas.model.calibration import calibrated_tensors, key_moments
 from quire.replicas.model.loading import LoadedModel
-from quire.replicas.model.magnitudes import fixed_prompt, log_scales, measured_transforms, gather_heads
+from quire.replicas.model.magnitudes import fixed_prompt, gather_heads, log_scales, measured_transforms
 from quire.replicas.model.policy import KVPolicy
 from quire.replicas.model.tensor_parallel import Collectives
 
