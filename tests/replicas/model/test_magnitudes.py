@@ -20,6 +20,7 @@ from quire.replicas.runner.shard import Shard
 IDS = some_tokens(120)
 PAGES = range(1, 9)
 SERVED = ["bf16", "fp8", "int8", "int4", "int4g32", "k8v4"]
+UNROTATED = {"default": {"k": {"codes": "int8", "scales": "token"}, "v": "int8"}}
 SCALED: dict[str, Factors] = {
     "V x 1e-4": {"v_proj": (1e-4, 1e-4)},
     "V x 1e-3": {"v_proj": (1e-3, 1e-3)},
@@ -91,7 +92,7 @@ ORDINARY = ["llama", "qwen3", "gemma2", "gemma3", "opt", "phi", "mixtral", "cohe
 def test_ordinary_models_get_no_scale(name, tmp_path, caplog):
     folder = make_model(name, tmp_path)
     with caplog.at_level(logging.INFO):
-        shards = [Shard(tiny_config(folder, kv)) for kv in ("bf16", "int8", "fp8")]
+        shards = [Shard(tiny_config(folder, kv)) for kv in ("bf16", UNROTATED, "fp8")]
     assert len({shard.transforms_fingerprint for shard in shards}) == 1  # bf16 is never scaled
     assert "divided" not in caplog.text
 
@@ -119,7 +120,7 @@ def test_keys_that_are_not_finite_are_said_and_get_no_scale(tmp_path, caplog):
     tensors["model.layers.1.self_attn.k_proj.weight"][3] = math.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with caplog.at_level(logging.WARNING):
-        shard = Shard(tiny_config(folder, "int8"))
+        shard = Shard(tiny_config(folder, UNROTATED))
     assert "keys or values of layers 1 are not finite" in caplog.text
     assert shard.transforms_fingerprint == Shard(tiny_config(folder, "bf16")).transforms_fingerprint
 
