@@ -29,7 +29,7 @@ import torch
 from churn_replica import ENTRIES, LINKS, PAGES, TRANSFERS, Replica, World, all_chains
 from rows import Row, report
 
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 
 LIFE_S, AWAY_S = 30.0, 3.0  # means
 SETTLE_S = 2 * (TRANSFERS.timeout_s + LINKS.operation_timeout_s)

@@ -24,7 +24,8 @@ from quire.kvstore.books.prefix_index import PageId
 from quire.kvstore.peers.announcer import Announcer
 from quire.kvstore.peers.directory import Announcement, Directory, Holder
 from quire.kvstore.peers.exchange import Exchange, ExchangeConfig, FetchDone
-from quire.kvstore.peers.messages import Message, ReplicaId, TransferId, from_bytes, to_bytes
+from quire.kvstore.peers.ids import ReplicaId, TransferId
+from quire.kvstore.peers.messages import Message, decode_message, encode_message
 from quire.kvstore.peers.mover import PageMover, ShardPool
 from quire.kvstore.peers.peer import Peer
 from quire.kvstore.wire.failures import TransferFailed
@@ -261,7 +262,7 @@ class Replica:
         if peer is None:
             failed()
         else:
-            peer.on_message(self.name, from_bytes(to_bytes(message)))
+            peer.on_message(self.name, decode_message(encode_message(message)))
 
     def _fetched(self, done: FetchDone) -> None:
         counts, request = self._world.counts, self._requests.pop(done.transfer)

@@ -19,7 +19,7 @@ from rows import Row, report
 
 from quire.kvstore.books.keys import BlockKey
 from quire.kvstore.peers.directory import Announcement, Directory
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 
 REPLICAS, CHAIN, BATCH = 100, 64, 1000
 FLEET, BLOCKS = 1000, 100_000_000

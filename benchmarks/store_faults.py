@@ -37,7 +37,8 @@ from store_replica import Asked, DirectoryProcess, Remote, Replica
 from torch import Tensor
 
 from quire.kvstore.peers.cost import Choice
-from quire.kvstore.peers.messages import Message, ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
+from quire.kvstore.peers.messages import Message
 from quire.kvstore.peers.mover import PageMover
 from quire.kvstore.wire.transport import Endpoint, Sink, Source, Ticket, Transport
 from quire.replicas.config import EngineConfig, PoolConfig, StoreConfig

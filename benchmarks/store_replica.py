@@ -20,7 +20,7 @@ from quire.kvstore.books.keys import BlockKey
 from quire.kvstore.peers.announcer import ChannelLost
 from quire.kvstore.peers.cost import Choice, CostModel, Decision
 from quire.kvstore.peers.directory import Announcement, Directory, Holder
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 from quire.replicas.config import EngineConfig
 from quire.replicas.engine.async_engine import AsyncEngine
 from quire.replicas.engine.neighbours import GrpcNeighbours, peer_name

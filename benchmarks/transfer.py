@@ -37,7 +37,8 @@ from quire.kernels.layout import PageLayout
 from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.books.pool import PagePool
 from quire.kvstore.peers.exchange import Exchange, ExchangeConfig, FetchDone
-from quire.kvstore.peers.messages import CompletePages, Message, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.peers.ids import ReplicaId
+from quire.kvstore.peers.messages import CompletePages, Message, decode_message, encode_message
 from quire.kvstore.peers.mover import CHUNK_BYTES, PageMover, ShardPool
 from quire.kvstore.peers.peer import Peer
 from quire.kvstore.wire.groups import gloo_group, host_store, join_store
@@ -84,12 +85,12 @@ class Node:
         """Wait for something to happen, do what follows from it, and return the fetches that are over."""
         for source in wait([self._connection, self.woken], 1.0):
             if source is self._connection:
-                self.peer.on_message(self._other, from_bytes(self._connection.recv_bytes()))
+                self.peer.on_message(self._other, decode_message(self._connection.recv_bytes()))
             os.read(self.woken, 1)  # one for each message and report
         return self.peer.poll(time.monotonic())
 
     def _send(self, _: ReplicaId, message: Message, failed: Callable[[], None]) -> None:
-        data = to_bytes(message)
+        data = encode_message(message)
         self.control_bytes += len(data)
         self._connection.send_bytes(data)
 

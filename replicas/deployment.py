@@ -24,7 +24,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire.kvstore.peers.directory_actor import RayDirectory
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 from quire.replicas.config import EngineConfig, StoreConfig
 from quire.replicas.engine.neighbours import GrpcNeighbours, peer_name
 from quire.replicas.engine.service import EngineService, bind

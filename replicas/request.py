@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NewType
+from typing import Any, NewType
 
+from quire.kvstore.peers.ids import ReplicaId
 from quire.replicas import values
 from quire.replicas.errors import InvalidRequest, Status
-
-if TYPE_CHECKING:
-    from quire.kvstore.peers.messages import ReplicaId
 
 RequestId = NewType("RequestId", str)
 

@@ -26,7 +26,8 @@ from benchmarks.rows import Row, alternate, median
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
 from quire.kvstore.books.keys import KeySpace, extend_chain
-from quire.kvstore.peers.messages import Moved, ReceivePages, ReplicaId, SendPages, TransferId
+from quire.kvstore.peers.ids import ReplicaId, TransferId
+from quire.kvstore.peers.messages import Moved, ReceivePages, SendPages
 from quire.kvstore.peers.mover import CHUNK_BYTES, PageMover, ShardPool
 from quire.kvstore.wire.groups import Pair, host_store, join_store
 from quire.kvstore.wire.links import LinkConfig
@@ -149,7 +150,7 @@ def _end(rank: int, device: int, alone: bool, kv: str, blocks: int, port: int, p
                     else ReceivePages(ticket, keys, *common)
                 )
                 done: Future[Moved] = Future()
-                mover.carry_out(order, done.set_result)
+                mover.execute(order, done.set_result)
                 moved = done.result(LIMIT_S)
                 assert moved.failure is None, moved.reason
                 parent.send(None)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NewType
 
-import numpy as np
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from quire.kvstore.books.keys import BlockKey
@@ -24,22 +24,11 @@ from quire.kvstore.books.prefix_index import PageId
 SlotId = NewType("SlotId", int)
 
 
-@dataclass(frozen=True, slots=True)
-class Copies:
+class Copies(Struct, frozen=True):
     """Pages of the pool and slots of the host tier, pair by pair. For all shards."""
 
     pages: tuple[PageId, ...]
     slots: tuple[SlotId, ...]
-
-    def to_bytes(self) -> bytes:
-        """All pages, then all slots, as little-endian int64."""
-        return np.array([self.pages, self.slots], dtype="<i8").tobytes()
-
-    @staticmethod
-    def from_bytes(data: bytes | memoryview) -> Copies:
-        """The inverse of `to_bytes`."""
-        pages, slots = np.frombuffer(data, dtype="<i8").reshape(2, -1).tolist()
-        return Copies(tuple(pages), tuple(slots))
 
 
 @dataclass(slots=True)

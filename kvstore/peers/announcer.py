@@ -11,7 +11,7 @@ from typing import Protocol
 
 from quire.kvstore.books.keys import BlockKey
 from quire.kvstore.peers.directory import HINT_BYTES, Announcement
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 
 BATCH = 50_000
 """Hints an announcement carries at most: 400 kB."""

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from enum import StrEnum
 
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 
 
 class Choice(StrEnum):

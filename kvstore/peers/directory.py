@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from quire.kvstore.books.keys import BlockKey
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 
 HINT_BYTES = 8
 MAX_OWNERS = 4

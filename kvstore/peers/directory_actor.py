@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from quire.kvstore.books.keys import BlockKey
 from quire.kvstore.peers.announcer import ChannelLost
 from quire.kvstore.peers.directory import Announcement, Directory, DirectoryStats, Holder
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 
 NAMESPACE = "quire"
 

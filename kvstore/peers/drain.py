@@ -13,7 +13,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 
 from quire.kvstore.books.keys import BlockKey
-from quire.kvstore.peers.messages import DrainOffer, ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
+from quire.kvstore.peers.messages import DrainOffer
 
 _HOT_CHAINS = 256
 """Remembered, to be handed over."""

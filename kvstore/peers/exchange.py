@@ -21,6 +21,7 @@ from enum import StrEnum
 from quire.kvstore.books.keys import BlockKey
 from quire.kvstore.books.pool import Lease, LeaseId, PagePool
 from quire.kvstore.books.prefix_index import PageId
+from quire.kvstore.peers.ids import ReplicaId, TransferId
 from quire.kvstore.peers.messages import (
     Accept,
     Done,
@@ -31,9 +32,7 @@ from quire.kvstore.peers.messages import (
     ReceivePages,
     Refuse,
     Released,
-    ReplicaId,
     SendPages,
-    TransferId,
 )
 from quire.kvstore.peers.slices import fits
 from quire.kvstore.wire.failures import Cause, TransferFailed

@@ -22,17 +22,8 @@ from quire.kernels.layout import PageLayout
 from quire.kernels.page_copy import checksum_pages, gather_pages, scatter_pages
 from quire.kvstore.books.prefix_index import PageId
 from quire.kvstore.peers.bandwidth import Bandwidth
-from quire.kvstore.peers.messages import (
-    CHECKSUM_WORD,
-    HEADER_BYTES,
-    CompletePages,
-    Moved,
-    Order,
-    ReceivePages,
-    SendPages,
-    header_part,
-    page_headers,
-)
+from quire.kvstore.peers.messages import CompletePages, Moved, Order, ReceivePages, SendPages
+from quire.kvstore.peers.page_headers import CHECKSUM_WORD, HEADER_BYTES, header_part, page_headers
 from quire.kvstore.peers.slices import PageSlice, page_slices, shard_heads
 from quire.kvstore.wire.failures import Cause, TransferFailed
 from quire.kvstore.wire.threads import use_batch_scheduling
@@ -90,7 +81,7 @@ class PageMover:
             for page, generation in zip(complete.pages, complete.generations, strict=True)
         ]
 
-    def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None:
+    def execute(self, order: Order, report: Callable[[Moved], None]) -> None:
         """Begin, and report from some other thread when this shard's part is over.
 
         The report comes by the order's deadline, whatever the peer does. Once it has come, nothing of the

@@ -15,7 +15,8 @@ from quire.kvstore.books.keys import BlockKey
 from quire.kvstore.books.pool import PagePool
 from quire.kvstore.peers.drain import Drain
 from quire.kvstore.peers.exchange import Exchange, FetchDone, RunOrder, SendMessage
-from quire.kvstore.peers.messages import DrainAck, DrainOffer, Message, Moved, Order, ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
+from quire.kvstore.peers.messages import DrainAck, DrainOffer, Message, Moved, Order
 from quire.kvstore.wire.failures import TransferFailed
 
 SendTo = Callable[[ReplicaId, Message, Callable[[], None]], None]
@@ -25,7 +26,7 @@ SendTo = Callable[[ReplicaId, Message, Callable[[], None]], None]
 class Shards(Protocol):
     """The shards of a replica, which carry out the orders of transfers."""
 
-    def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None: ...
+    def execute(self, order: Order, report: Callable[[Moved], None]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class Peer:
                     case SendMessage(to, message):
                         self._send(to, message)
                     case RunOrder(order):
-                        self._shards.carry_out(order, self._put)
+                        self._shards.execute(order, self._put)
                     case FetchDone():
                         done.append(effect)
             self._fetch_offered(now_s)

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NewType, Protocol
+from typing import Annotated, NewType, Protocol
 
-if TYPE_CHECKING:  # clients reach this module by way of a request, and have no use for torch
-    from torch import Tensor
+from msgspec import Meta, Struct
+from torch import Tensor
 
 Ticket = NewType("Ticket", int)
 """Names one stream of chunks from a sender to a receiver. Chosen by the receiver, never used twice by it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(Struct, frozen=True, forbid_unknown_fields=True):
     """The address of one process's transport."""
 
     name: str
     """Chosen at random when the process starts, so that a restarted process has another one."""
     host: str
-    port: int
+    port: Annotated[int, Meta(ge=0, le=65535)]
 
 
 class Source(Protocol):

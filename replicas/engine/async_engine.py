@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from quire.kvstore.books.keys import KeySpace
-from quire.kvstore.peers.messages import Message, ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
+from quire.kvstore.peers.messages import Message
 from quire.replicas.config import EngineConfig
 from quire.replicas.engine.engine import Engine
 from quire.replicas.engine.load import load_engine

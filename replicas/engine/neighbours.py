@@ -21,7 +21,8 @@ import grpc
 from quire.kvstore.books.keys import BlockKey
 from quire.kvstore.peers.announcer import Announcer, ChannelLost
 from quire.kvstore.peers.directory import Announcement, Holder
-from quire.kvstore.peers.messages import Message, ReplicaId, to_bytes
+from quire.kvstore.peers.ids import ReplicaId
+from quire.kvstore.peers.messages import Message, encode_message
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
 from quire.replicas.engine.service import INTERNAL_CHANNEL, SECRET_METADATA
 
@@ -67,7 +68,7 @@ class GrpcNeighbours:
         if self._closed:
             failed()
             return
-        request = engine_pb2.PeerMessage(to=to, sender=self._me, message=to_bytes(message))
+        request = engine_pb2.PeerMessage(to=to, sender=self._me, message=encode_message(message))
         call = engine_pb2_grpc.EngineStub(self._channel(to.rpartition("@")[2])).Say.future(
             request, timeout=_SAY_TIMEOUT_S, metadata=self._metadata
         )

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import grpc
 
 from quire.kvstore.books.keys import KeySpace
-from quire.kvstore.peers.messages import Message, ReplicaId, from_bytes
+from quire.kvstore.peers.ids import ReplicaId
+from quire.kvstore.peers.messages import Message, decode_message
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
 from quire.replicas.engine.load_report import LoadReport
 from quire.replicas.engine.wire import (
@@ -188,11 +189,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         if request.to != self._peer_id:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.to} is not here (any more)")
         try:
-            message = from_bytes(request.message)
+            message = decode_message(request.message)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        if not isinstance(message, Message):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a message between replicas")
         try:
             self._engine.hear(ReplicaId(request.sender), message)
         except ReplicaDied as error:

@@ -27,7 +27,8 @@ from quire.kvstore.books.prefix_index import PageId
 from quire.kvstore.peers.cost import Choice, CostModel, Decision, PrefillPace
 from quire.kvstore.peers.directory import Holder
 from quire.kvstore.peers.exchange import Exchange, FetchDone, TransferStats
-from quire.kvstore.peers.messages import Message, ReplicaId, TransferId
+from quire.kvstore.peers.ids import ReplicaId, TransferId
+from quire.kvstore.peers.messages import Message
 from quire.kvstore.peers.peer import Peer, Shards
 from quire.kvstore.wire.failures import Cause, TransferFailed
 from quire.replicas.config import StoreConfig

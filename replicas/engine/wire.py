@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 
 from quire.kvstore.books.keys import KeySpace
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 from quire.protos.quire.v1 import engine_pb2, inference_pb2
 from quire.replicas.engine.load_report import LoadReport
 from quire.replicas.request import (

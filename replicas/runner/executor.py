@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -28,17 +29,26 @@ from quire.replicas.config import EngineConfig
 from quire.replicas.errors import ReplicaDied
 from quire.replicas.model.loading import Progress
 from quire.replicas.runner.collectives import TensorParallelGroup
+from quire.replicas.runner.commands import (
+    Command,
+    Demote,
+    Idle,
+    Loaded,
+    NumberedOrder,
+    Promote,
+    Stop,
+    encode_command,
+)
 from quire.replicas.runner.local_processes import LocalProcesses
-from quire.replicas.runner.orders import NumberedOrder, Reports
+from quire.replicas.runner.orders import Reports
 from quire.replicas.runner.shard import Shard, check_config
 from quire.replicas.runner.shard_process import (
     NO,
     START_TIMEOUT_S,
     YES,
-    Kind,
-    Loaded,
     ShardSpec,
     connect,
+    execute,
     use_threads,
 )
 from quire.replicas.runner.shard_store import ShardStore
@@ -71,14 +81,17 @@ class ShardLauncher(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """A message to all ranks, with the promise of what comes of it here."""
+    """A command to all ranks, with the promise of what comes of it here."""
 
-    kind: Kind
-    body: StepBatch | NumberedOrder | Copies | CompletePages | None = None
+    command: Command
+    since_s: float = field(default_factory=time.monotonic)
     logits: Future[Tensor] = field(default_factory=Future)
 
-    def to_bytes(self) -> bytes:
-        return bytes([self.kind]) + (self.body.to_bytes() if self.body else b"")
+    def now(self) -> Command:
+        """The command, with what is left of an order's time: it may have waited for a step."""
+        if isinstance(self.command, NumberedOrder):
+            return self.command.after(time.monotonic() - self.since_s)
+        return self.command
 
 
 class Executor:
@@ -199,7 +212,7 @@ class Executor:
         self.check()
         if self._thread is None:
             return self.shard.forward(batch, drawn)
-        job = _Job(Kind.STEP, batch)
+        job = _Job(batch)
         self._jobs.put(job)
         while True:
             try:
@@ -207,7 +220,7 @@ class Executor:
             except TimeoutError:
                 self.check()
 
-    def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None:
+    def execute(self, order: Order, report: Callable[[Moved], None]) -> None:
         """Have every shard do its part of an order, once the steps before it are done. Needs links.
 
         `report` is called once for each shard by the order's deadline, from whatever thread (from this one if
@@ -215,10 +228,10 @@ class Executor:
         step under way is done. Raises ReplicaDied.
         """
         if self._thread is None:
-            self._pages.carry_out(order, report)
+            self._pages.execute(order, report)
             return
         self.check()
-        self._jobs.put(_Job(Kind.ORDER, NumberedOrder(self._reports.expect(report), order)))
+        self._jobs.put(_Job(NumberedOrder(self._reports.expect(report), order)))
 
     def demote(self, copies: Copies) -> None:
         """Copy from the pool to the host tier on every shard: after all calls so far, before all to come.
@@ -228,14 +241,14 @@ class Executor:
         if copies.pages and self._thread is None:
             self._pages.demote(copies)
         elif copies.pages:
-            self._jobs.put(_Job(Kind.DEMOTE, copies))
+            self._jobs.put(_Job(Demote(copies)))
 
     def promote(self, copies: Copies) -> None:
         """Copy from the host tier to the pool, likewise."""
         if copies.pages and self._thread is None:
             self._pages.promote(copies)
         elif copies.pages:
-            self._jobs.put(_Job(Kind.PROMOTE, copies))
+            self._jobs.put(_Job(Promote(copies)))
 
     def sum_ahead(self, complete: CompletePages) -> None:
         """Have every shard begin the checksums for which other replicas will ask, where they take time."""
@@ -244,7 +257,7 @@ class Executor:
         if self._thread is None:
             self._pages.sum_ahead(complete)
         else:
-            self._jobs.put(_Job(Kind.SUM, complete))
+            self._jobs.put(_Job(complete))
 
     def key_moments(self, token_ids: Sequence[int]) -> Tensor:
         """Statistics of a text's keys over all heads: `Shard.key_moments`."""
@@ -278,7 +291,7 @@ class Executor:
         """
         if self._thread is not None:
             if self._failure is None:
-                self._jobs.put(_Job(Kind.STOP))
+                self._jobs.put(_Job(Stop()))
                 self._thread.join(_HEARTBEAT_S)
             self._launcher.stop()
             self._reports.close()
@@ -290,19 +303,22 @@ class Executor:
         """The thread that talks to the group: a wait for a dead peer blocks it, and no caller."""
         use_threads(config)
         beat_s = min(_HEARTBEAT_S, config.shard_timeout_s / 3)
-        kind = Kind.IDLE
-        while self._failure is None and kind is not Kind.STOP:
+        job = _Job(Idle())
+        while self._failure is None and not isinstance(job.command, Stop):
             try:
                 job = self._jobs.get(timeout=beat_s)
             except queue.Empty:
-                job = _Job(Kind.IDLE)
-            kind = job.kind
+                job = _Job(Idle())
             self._do(job, group)
 
     def _do(self, job: _Job, group: TensorParallelGroup) -> None:
         try:
-            group.send(job.to_bytes())
-            self._do_here(job, group)
+            command = job.now()
+            group.send(encode_command(command))
+            if isinstance(command, NumberedOrder):
+                self._pages.execute(command.order, partial(self._reports.deliver, command.number))
+            elif (logits := execute(command, self.shard, self._pages, group)) is not None:
+                job.logits.set_result(logits)
         except Exception as error:  # handed to the caller in its own thread
             # Whatever it was, the ranks may no longer be at the same operation: no step can follow.
             died = isinstance(error, ReplicaDied)
@@ -310,21 +326,6 @@ class Executor:
             self._failure = self._failure or ReplicaDied(reason)
             job.logits.set_exception(self._failure if died else error)
 
-    def _do_here(self, job: _Job, group: TensorParallelGroup) -> None:
-        match job.kind, job.body:
-            case Kind.IDLE, _:
-                group.check_in()
-            case Kind.STEP, StepBatch() as batch:
-                job.logits.set_result(self.shard.forward(batch))
-            case Kind.ORDER, NumberedOrder() as numbered:
-                self._pages.carry_out(numbered.left(), partial(self._reports.deliver, numbered.number))
-            case Kind.DEMOTE, Copies() as copies:
-                self._pages.demote(copies)
-            case Kind.PROMOTE, Copies() as copies:
-                self._pages.promote(copies)
-            case Kind.SUM, CompletePages() as complete:
-                self._pages.sum_ahead(complete)
-
 
 def _checked(data: bytes) -> Loaded:
-    return Loaded.from_json(data).check()
+    return msgspec.json.decode(data, type=Loaded).check()

@@ -9,25 +9,33 @@ What orders come to goes back over it, too (`orders.py`).
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from enum import IntEnum
+from dataclasses import dataclass
 from functools import partial
 
+import msgspec
 import torch
+from torch import Tensor
 from torch.distributed import Store
 
-from quire.kvstore.books.host_tier import Copies
 from quire.kvstore.peers.messages import CompletePages
 from quire.kvstore.wire.groups import join_store
 from quire.kvstore.wire.links import LinkConfig
-from quire.kvstore.wire.transport import Endpoint
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import QuireError, ReplicaDied
 from quire.replicas.runner.collectives import TensorParallelGroup
-from quire.replicas.runner.orders import NumberedOrder, leave_report
+from quire.replicas.runner.commands import (
+    Command,
+    Demote,
+    Idle,
+    Loaded,
+    NumberedOrder,
+    Promote,
+    Stop,
+    decode_command,
+)
+from quire.replicas.runner.orders import leave_report
 from quire.replicas.runner.shard import Shard, shard_device
 from quire.replicas.runner.shard_store import ShardStore
 from quire.replicas.step_batch import StepBatch
@@ -52,47 +60,6 @@ class ShardSpec:
 
 YES, NO = "yes", "no"
 """Rank 0's word on `connect` and `go`: on, or home because the replica does not come up."""
-
-
-class Kind(IntEnum):
-    """The first byte of a message from rank 0; the rest is what the comment says."""
-
-    IDLE = 0  # rank 0 lives and asks whether the others do
-    STEP = 1  # a StepBatch
-    STOP = 2
-    ORDER = 3  # a NumberedOrder
-    DEMOTE = 4  # Copies
-    PROMOTE = 5  # Copies
-    SUM = 6  # CompletePages
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """How loading ended on one rank."""
-
-    pages: int = 0
-    slots: int = 0
-    """Of the host tier."""
-    endpoint: Endpoint | None = None
-    """None without links."""
-    error: str = ""
-    """Name of a QuireError, or empty."""
-    text: str = ""
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(data: bytes) -> Loaded:
-        values = json.loads(data)
-        endpoint = values.pop("endpoint")
-        return Loaded(**values, endpoint=Endpoint(**endpoint) if endpoint else None)
-
-    def check(self) -> Loaded:
-        """Itself, or the error as it was raised there."""
-        if self.error:
-            raise next(c for c in QuireError.__subclasses__() if c.__name__ == self.error)(self.text)
-        return self
 
 
 def use_threads(config: EngineConfig) -> None:
@@ -135,7 +102,7 @@ def serve_shard(spec: ShardSpec) -> None:
     group = connect(spec, store)
 
     def all_loaded() -> None:
-        store.set(f"weights/{spec.rank}", Loaded().to_json())
+        store.set(f"weights/{spec.rank}", _encode(Loaded()))
         if not _told(store, "measure"):
             raise _StartEnded
 
@@ -147,10 +114,10 @@ def serve_shard(spec: ShardSpec) -> None:
     except QuireError as error:
         failed = Loaded(error=type(error).__name__, text=str(error))
         for word in ("weights", "loaded"):  # rank 0 waits for one of them
-            store.set(f"{word}/{spec.rank}", failed.to_json())
+            store.set(f"{word}/{spec.rank}", _encode(failed))
         raise
     with closing(pages):
-        store.set(f"loaded/{spec.rank}", Loaded(shard.num_pages, pages.slots, pages.endpoint).to_json())
+        store.set(f"loaded/{spec.rank}", _encode(Loaded(shard.num_pages, pages.slots, pages.endpoint)))
         if _told(store, "go"):
             _serve(shard, pages, group, store)
 
@@ -167,22 +134,28 @@ def _told(store: Store, word: str) -> bool:
 
 
 def _serve(shard: Shard, pages: ShardStore, group: TensorParallelGroup, store: Store) -> None:
-    while True:
-        message = memoryview(group.receive())
-        body = message[1:]
-        match Kind(message[0]):
-            case Kind.IDLE:
-                group.check_in()
-            case Kind.STEP:
-                shard.forward(StepBatch.from_bytes(body))
-            case Kind.STOP:
-                return
-            case Kind.ORDER:
-                numbered = NumberedOrder.from_bytes(body)
-                pages.carry_out(numbered.order, partial(leave_report, store, numbered.number))
-            case Kind.DEMOTE:
-                pages.demote(Copies.from_bytes(body))
-            case Kind.PROMOTE:
-                pages.promote(Copies.from_bytes(body))
-            case Kind.SUM:
-                pages.sum_ahead(CompletePages.from_bytes(body))
+    while not isinstance(command := decode_command(group.receive()), Stop):
+        if isinstance(command, NumberedOrder):
+            pages.execute(command.order, partial(leave_report, store, command.number))
+        else:
+            execute(command, shard, pages, group)
+
+
+def execute(command: Command, shard: Shard, pages: ShardStore, group: TensorParallelGroup) -> Tensor | None:
+    """Do this rank's part of a command that is no order, and return a step's logits."""
+    match command:
+        case Idle():
+            group.check_in()
+        case StepBatch():
+            return shard.forward(command)
+        case Demote(copies):
+            pages.demote(copies)
+        case Promote(copies):
+            pages.promote(copies)
+        case CompletePages():
+            pages.sum_ahead(command)
+    return None
+
+
+def _encode(loaded: Loaded) -> str:
+    return msgspec.json.encode(loaded).decode()

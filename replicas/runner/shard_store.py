@@ -49,7 +49,7 @@ class ShardStore:
             self._mover = PageMover(pool, self._transport, limit=limit)
             self.endpoint = self._transport.endpoint
 
-    def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None:
+    def execute(self, order: Order, report: Callable[[Moved], None]) -> None:
         """Begin this shard's part; `report` is called by the order's deadline, mostly from other threads."""
         assert self._mover is not None, "an order without links to carry it out"
         if self._device.type == "cuda":
@@ -58,7 +58,7 @@ class ShardStore:
             # copies of the host tier. The steps that come after a report need no such wait: it comes when
             # the link's stream is done.
             torch.cuda.current_stream(self._device).synchronize()
-        self._mover.carry_out(order, report)
+        self._mover.execute(order, report)
 
     def demote(self, copies: Copies) -> None:
         """Pool to host; on CUDA in the order of the steps' stream, as this is the thread that runs them."""

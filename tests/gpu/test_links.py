@@ -15,7 +15,7 @@ import torch
 from store_child import CHILD, child, ended
 from store_peers import GPU_PATIENCE_S, SIGNALS, STATES, StorePeer, keys_of
 
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 from quire.kvstore.wire.failures import Cause
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from quire.kvstore.books.keys import BlockKey
 from quire.kvstore.peers.directory import Announcement, Directory, Holder, hints_of
-from quire.kvstore.peers.messages import Message, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.peers.ids import ReplicaId
+from quire.kvstore.peers.messages import Message, decode_message, encode_message
 from quire.replicas.config import EngineConfig
 from quire.replicas.engine.async_engine import AsyncEngine
 from quire.replicas.errors import ReplicaDied
@@ -40,7 +41,7 @@ class Way:
             failed()
         elif not self.drops(message):
             try:
-                neighbour.hear(self.me, from_bytes(to_bytes(message)))
+                neighbour.hear(self.me, decode_message(encode_message(message)))
             except ReplicaDied:
                 failed()
 

@@ -13,7 +13,8 @@ from multiprocessing.process import BaseProcess
 import psutil
 from store_peers import StorePeer, peer_process
 
-from quire.kvstore.peers.messages import Message, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.peers.ids import ReplicaId
+from quire.kvstore.peers.messages import Message, decode_message, encode_message
 
 CHILD = ReplicaId("child")
 
@@ -39,14 +40,14 @@ class Child:
             self.me.turn()
             while (said := self._hear()) is not None:
                 if said[0] == "message":
-                    self.me.peer.on_message(CHILD, from_bytes(said[1]))
+                    self.me.peer.on_message(CHILD, decode_message(said[1]))
                 else:
                     self.said.append(said)
             time.sleep(0.001)
 
     def _carry(self, message: Message) -> None:
         try:
-            self.tell("message", to_bytes(message))
+            self.tell("message", encode_message(message))
         except BrokenPipeError:
             self._gone()
 

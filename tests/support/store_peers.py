@@ -20,7 +20,8 @@ from quire.kernels.layout import PageLayout
 from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.books.pool import PagePool
 from quire.kvstore.peers.exchange import Exchange, ExchangeConfig, FetchDone
-from quire.kvstore.peers.messages import CompletePages, Message, Moved, Order, ReplicaId, from_bytes, to_bytes
+from quire.kvstore.peers.ids import ReplicaId
+from quire.kvstore.peers.messages import CompletePages, Message, Moved, Order, decode_message, encode_message
 from quire.kvstore.peers.mover import PageMover, ShardPool
 from quire.kvstore.peers.peer import Peer
 from quire.kvstore.peers.slices import shard_heads
@@ -141,9 +142,9 @@ class StorePeer:
         )
         self.peer = Peer(self.pool, self.exchange, self, lambda to, message, failed: self.send(to, message))
 
-    def carry_out(self, order: Order, report: Callable[[Moved], None]) -> None:
+    def execute(self, order: Order, report: Callable[[Moved], None]) -> None:
         for mover in self.movers:
-            mover.carry_out(order, report)
+            mover.execute(order, report)
 
     def cache(self, keys: Sequence[BlockKey]) -> list[int]:
         """Put the blocks of these names into the pool, as if they had been computed."""
@@ -197,7 +198,7 @@ def run(peers: Sequence[StorePeer], until: Callable[[], bool], limit_s: float = 
     by_name = {peer.name: peer for peer in peers}
     for peer in peers:
         peer.send = lambda to, message, sender=peer.name: by_name[to].peer.on_message(
-            sender, from_bytes(to_bytes(message))
+            sender, decode_message(encode_message(message))
         )
     end_s = time.monotonic() + limit_s
     while not until():
@@ -245,7 +246,7 @@ def peer_process(
     for transport in me.transports:
         transport.read_chunk = lambda index, _: struck(f"send {index}")
         transport.write_chunk = lambda index, _: struck(f"take {index}")
-    me.send = lambda to, message: control.send(("message", to_bytes(message)))
+    me.send = lambda to, message: control.send(("message", encode_message(message)))
     control.send("ready")
     while True:
         me.turn()
@@ -261,7 +262,7 @@ def peer_process(
                 case ("strike", state, number):
                     strike[:] = [state, number]
                 case ("message", data):
-                    message = from_bytes(data)
+                    message = decode_message(data)
                     struck(type(message).__name__.lower())
                     me.peer.on_message(parent, message)
                 case ("check",):

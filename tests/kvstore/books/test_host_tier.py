@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from quire.kvstore.books.host_tier import Copies, HostPages, HostTier, SlotId
+from quire.kvstore.books.host_tier import Copies, HostPages, HostTier
 from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.books.pool import PagePool
 from quire.kvstore.books.prefix_index import PageId
@@ -63,11 +63,6 @@ def test_more_than_fits_keeps_what_was_evicted_last():
     assert sorted(copies.slots) == [0, 1]
     assert tier.match(keys[3:]) == 2
     tier.check()
-
-
-def test_copies_travel_as_bytes():
-    for copies in (Copies((PageId(7), PageId(2**40)), (SlotId(1), SlotId(0))), Copies((), ())):
-        assert Copies.from_bytes(memoryview(copies.to_bytes())) == copies
 
 
 def test_forgotten_blocks_are_not_found_and_their_slots_come_back():

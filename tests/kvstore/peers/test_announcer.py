@@ -8,7 +8,7 @@ import time
 from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.peers.announcer import Announcer, ChannelLost
 from quire.kvstore.peers.directory import Announcement, Directory, Holder
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 
 A = ReplicaId("a")
 

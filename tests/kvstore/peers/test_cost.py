@@ -7,7 +7,7 @@ import random
 import pytest
 
 from quire.kvstore.peers.cost import Average, Choice, CostConfig, CostModel, Decision, PrefillPace
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 
 A, B = ReplicaId("a"), ReplicaId("b")
 TOKEN_BYTES = 10_000

@@ -8,7 +8,7 @@ import pytest
 
 from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.peers.directory import Announcement, Directory, Holder, hints_of
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 
 A, B, C = ReplicaId("a"), ReplicaId("b"), ReplicaId("c")
 

@@ -12,7 +12,7 @@ from quire.kvstore.books.keys import KeySpace, extend_chain
 from quire.kvstore.peers.announcer import Announcer, ChannelLost
 from quire.kvstore.peers.directory import Holder
 from quire.kvstore.peers.directory_actor import NAMESPACE, RayDirectory, end_directory
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 
 pytestmark = pytest.mark.ray
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from quire.kvstore.books.keys import BlockKey
 from quire.kvstore.peers.drain import _HOT_CHAINS, Drain
-from quire.kvstore.peers.messages import DrainOffer, ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
+from quire.kvstore.peers.messages import DrainOffer
 
 SPACE = b"\1" * 32
 A, B, C = ReplicaId("a"), ReplicaId("b"), ReplicaId("c")

@@ -11,6 +11,7 @@ import pytest
 from quire.kvstore.books.keys import BlockKey, KeySpace, extend_chain
 from quire.kvstore.books.pool import PagePool
 from quire.kvstore.peers.exchange import Exchange, ExchangeConfig, FetchDone, RunOrder, SendMessage
+from quire.kvstore.peers.ids import ReplicaId, TransferId
 from quire.kvstore.peers.messages import (
     Accept,
     Done,
@@ -20,9 +21,7 @@ from quire.kvstore.peers.messages import (
     ReceivePages,
     Refuse,
     Released,
-    ReplicaId,
     SendPages,
-    TransferId,
 )
 from quire.kvstore.wire.failures import Cause, TransferFailed
 from quire.kvstore.wire.transport import Endpoint

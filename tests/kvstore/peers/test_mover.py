@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quire.kernels.page_copy import checksum_pages
 from quire.kvstore.peers import mover
-from quire.kvstore.peers.messages import HEADER_BYTES, ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
+from quire.kvstore.peers.page_headers import HEADER_BYTES
 from quire.kvstore.wire.failures import Cause, TransferFailed
 
 KEYS = keys_of(12)

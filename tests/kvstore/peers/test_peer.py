@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from store_peers import StorePeer, fetch, keys_of, run
 
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 from quire.kvstore.peers.peer import Peer
 from quire.kvstore.wire.failures import Cause
 

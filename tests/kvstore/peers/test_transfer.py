@@ -11,7 +11,7 @@ import pytest
 from store_child import CHILD, child, ended
 from store_peers import SIGNALS, STATES, StorePeer, fetch, keys_of
 
-from quire.kvstore.peers.messages import ReplicaId
+from quire.kvstore.peers.ids import ReplicaId
 from quire.kvstore.wire.failures import Cause
 
 KEYS = keys_of(16)

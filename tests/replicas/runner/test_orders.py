@@ -1,4 +1,4 @@
-"""Orders keep their time and number; reports reach whoever waits for them."""
+"""Reports of all ranks reach the caller that waits for them."""
 
 from __future__ import annotations
 
@@ -6,24 +6,14 @@ import queue
 import time
 
 import pytest
-from store_peers import keys_of
 from torch.distributed import TCPStore
 
-from quire.kvstore.books.prefix_index import PageId
-from quire.kvstore.peers.messages import Moved, ReceivePages, TransferId
+from quire.kvstore.peers.ids import TransferId
+from quire.kvstore.peers.messages import Moved
 from quire.kvstore.wire.failures import Cause
 from quire.kvstore.wire.groups import host_store, join_store
-from quire.kvstore.wire.transport import Endpoint
-from quire.replicas.runner.orders import NumberedOrder, Reports, leave_report
+from quire.replicas.runner.orders import Reports, leave_report
 
-ORDER = ReceivePages(
-    transfer=TransferId(3),
-    keys=tuple(keys_of(2)),
-    pages=(PageId(5), PageId(1)),
-    generations=(7, 2**40),
-    peers=(Endpoint("a", "127.0.0.1", 1),),
-    timeout_s=2.0,
-)
 HOST = "127.0.0.1"
 
 
@@ -34,15 +24,6 @@ def moved(rank: int, transfer: int = 3) -> Moved:
 @pytest.fixture
 def store() -> TCPStore:
     return host_store(HOST, 10)
-
-
-def test_an_order_that_waited_has_less_time_left_and_never_less_than_none():
-    waited = NumberedOrder(260, ORDER, time.monotonic() - 0.5)
-    arrived = NumberedOrder.from_bytes(memoryview(waited.to_bytes()))
-    assert arrived.number == 260
-    assert 1 < arrived.order.timeout_s <= 1.5
-    assert (arrived.order.keys, arrived.order.pages) == (ORDER.keys, ORDER.pages)
-    assert NumberedOrder(0, ORDER, time.monotonic() - 5).left().timeout_s == 0
 
 
 def test_reports_of_all_ranks_reach_the_one_who_waits_for_them(store):

@@ -24,7 +24,8 @@ from torch import Tensor
 from quire.kvstore.books.host_tier import Copies, SlotId
 from quire.kvstore.books.prefix_index import PageId
 from quire.kvstore.peers import mover
-from quire.kvstore.peers.messages import CompletePages, Moved, ReceivePages, ReplicaId, SendPages, TransferId
+from quire.kvstore.peers.ids import ReplicaId, TransferId
+from quire.kvstore.peers.messages import CompletePages, Moved, ReceivePages, SendPages
 from quire.kvstore.peers.slices import shard_heads
 from quire.kvstore.wire.failures import Cause
 from quire.kvstore.wire.links import LinkConfig
@@ -94,13 +95,13 @@ class Replica:
         peers = to.executor.endpoints
         pages = tuple(map(PageId, PAGES_A))
         order = SendPages(ReplicaId("b"), transfer, KEYS, pages, (4, 5), peers, 3.0)
-        self.executor.carry_out(order, self.reports.put)
+        self.executor.execute(order, self.reports.put)
 
     def receive(self, source: Replica, transfer: TransferId, timeout_s: float = 3.0) -> None:
         peers = source.executor.endpoints
         pages = tuple(map(PageId, PAGES_B))
         order = ReceivePages(transfer, KEYS, pages, (4, 5), peers, timeout_s)
-        self.executor.carry_out(order, self.reports.put)
+        self.executor.execute(order, self.reports.put)
 
     def reported(self) -> list[Moved]:
         """What came of an order, by rank."""
