@@ -29,8 +29,8 @@ from quire.kvstore.peers.messages import Message, decode_message, encode_message
 from quire.kvstore.peers.mover import PageMover, ShardPool
 from quire.kvstore.peers.peer import Peer
 from quire.kvstore.wire.failures import TransferFailed
-from quire.kvstore.wire.links import LinkConfig
 from quire.kvstore.wire.tcp import TcpTransport
+from quire.kvstore.wire.transport import LinkConfig
 
 HOST = "127.0.0.1"
 HEADS, PAGE_TOKENS = 4, 16

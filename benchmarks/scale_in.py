@@ -20,7 +20,7 @@ from rows import Row, report
 
 from quire.kvstore.peers.cost import Choice, CostModel, Decision
 from quire.replicas.config import EngineConfig, PoolConfig, StoreConfig
-from quire.replicas.engine import sharing
+from quire.replicas.engine import prefix_waits
 
 PROMPTS, PROMPT_TOKENS = 48, 600
 CONFIG = EngineConfig(
@@ -48,7 +48,7 @@ def prompts() -> list[list[int]]:
 def hit_rate(leaves: bool, hands_over: bool) -> float:
     """Of the second round."""
     rng, town = random.Random(1), Town()
-    sharing.CostModel = AlwaysFetch  # type: ignore[misc]
+    prefix_waits.CostModel = AlwaysFetch  # type: ignore[misc]
     residents = [Resident(town, name, CONFIG) for name in "abc"]
     try:
         for resident in residents:

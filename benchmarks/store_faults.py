@@ -67,7 +67,7 @@ class Victim(Replica):
     def __init__(self, config: EngineConfig, directory: str) -> None:
         super().__init__(config, directory)
         self._armed = ("", "")
-        exchange = self._engine._engine.sharing._exchange  # type: ignore[union-attr]
+        exchange = self._engine._engine.peer.exchange
         handle = exchange.handle
 
         def heard(sender: ReplicaId, message: Message, now_s: float) -> None:

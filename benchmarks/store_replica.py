@@ -23,7 +23,7 @@ from quire.kvstore.peers.directory import Announcement, Directory, Holder
 from quire.kvstore.peers.ids import ReplicaId
 from quire.replicas.config import EngineConfig
 from quire.replicas.engine.async_engine import AsyncEngine
-from quire.replicas.engine.neighbours import GrpcNeighbours, peer_name
+from quire.replicas.engine.peer_network import GrpcPeers, peer_name
 from quire.replicas.engine.service import EngineService, bind, serve
 from quire.replicas.request import Event, Failure, Output, Request, RequestId, SamplingParams
 
@@ -186,7 +186,7 @@ class Replica:
     def learn_anew(self) -> None:
         """As if it had never fetched nor computed."""
         self._cost = ToldCost()
-        self._engine._engine.sharing._cost = self._cost  # type: ignore[union-attr]
+        self._engine._engine.waits._cost = self._cost
 
     def page_bytes(self) -> int:
         info = self._engine.info
@@ -199,8 +199,8 @@ class Replica:
     async def _open(self, config: EngineConfig, directory: str) -> None:
         self._server, address = bind(HOST)
         self.name = peer_name(address)
-        neighbours = GrpcNeighbours(self.name, SECRET, RemoteDirectory(directory))
-        self._engine = await asyncio.to_thread(AsyncEngine, config, neighbours=neighbours)
+        network = GrpcPeers(self.name, SECRET, RemoteDirectory(directory))
+        self._engine = await asyncio.to_thread(AsyncEngine, config, network=network)
         service = EngineService(self, secret=SECRET, replica_id=address, peer_id=self.name)  # type: ignore[arg-type]
         await serve(self._server, service)
 

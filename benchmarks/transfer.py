@@ -42,8 +42,8 @@ from quire.kvstore.peers.messages import CompletePages, Message, decode_message,
 from quire.kvstore.peers.mover import CHUNK_BYTES, PageMover, ShardPool
 from quire.kvstore.peers.peer import Peer
 from quire.kvstore.wire.groups import gloo_group, host_store, join_store
-from quire.kvstore.wire.links import LinkConfig
 from quire.kvstore.wire.tcp import TcpTransport
+from quire.kvstore.wire.transport import LinkConfig
 
 HOST = "127.0.0.1"
 LAYERS, HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
@@ -127,7 +127,7 @@ def hold(node: Node, keys: list[BlockKey]) -> float:
         node.pool.publish(key, page)
     generations = tuple(map(node.pool.generation, pages))
     started_s = time.perf_counter()
-    futures.wait(node.mover.sum_ahead(CompletePages(tuple(pages), generations)))
+    futures.wait(node.mover.precompute_checksums(CompletePages(tuple(pages), generations)))
     node.pool.release(pages)
     return time.perf_counter() - started_s
 

@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from quire.kvstore.peers.directory_actor import RayDirectory
 from quire.kvstore.peers.ids import ReplicaId
 from quire.replicas.config import EngineConfig, StoreConfig
-from quire.replicas.engine.neighbours import GrpcNeighbours, peer_name
+from quire.replicas.engine.peer_network import GrpcPeers, peer_name
 from quire.replicas.engine.service import EngineService, bind
 from quire.replicas.engine.service import serve as serve_on
 from quire.replicas.errors import UnknownModel
@@ -134,17 +134,17 @@ class Replica:
         name = serve.get_replica_context().replica_id.unique_id
         self._server, self._address = bind(_node_address())
         me = peer_name(self._address)
-        self._neighbours: GrpcNeighbours | None = None
+        self._peers: GrpcPeers | None = None
         self._hand_over_s = config.store.hand_over_s
         if config.store.share:
-            self._neighbours = await asyncio.to_thread(_neighbours, me, secret, config.store)
+            self._peers = await asyncio.to_thread(_peer_network, me, secret, config.store)
         self._engine = await asyncio.to_thread(
             AsyncEngine,
             config,
             launcher,
             _progress_of(name),
             host=_node_address(),
-            neighbours=self._neighbours,
+            network=self._peers,
         )
         self._service = EngineService(
             self._engine, secret=secret, replica_id=name, tokenizer=tokenizer, peer_id=me
@@ -171,13 +171,13 @@ class Replica:
         Serve knows of no requests here: it calls this as soon as it has taken the replica off its list.
         """
         await self._service.drain()
-        if self._neighbours is not None:
-            others = await asyncio.to_thread(self._neighbours.others)
+        if self._peers is not None:
+            others = await asyncio.to_thread(self._peers.others)
             await asyncio.to_thread(self._engine.hand_over, others, self._hand_over_s)
         await asyncio.to_thread(self._metrics.close)
         await asyncio.to_thread(self._engine.close)
-        if self._neighbours is not None:
-            self._neighbours.close()
+        if self._peers is not None:
+            self._peers.close()
         await self._server.stop(_SERVER_GRACE_S)
 
 
@@ -193,9 +193,9 @@ def _folder(model: str) -> Path:
     return find_model(model)
 
 
-def _neighbours(me: ReplicaId, secret: str, config: StoreConfig) -> GrpcNeighbours:
+def _peer_network(me: ReplicaId, secret: str, config: StoreConfig) -> GrpcPeers:
     app = serve.get_replica_context().app_name
-    return GrpcNeighbours(me, secret, RayDirectory(app, max_entries=config.directory_entries))
+    return GrpcPeers(me, secret, RayDirectory(app, max_entries=config.directory_entries))
 
 
 def _node_address() -> str:

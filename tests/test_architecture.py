@@ -87,7 +87,7 @@ def test_no_private_module_of_torch_is_imported():
 
 def test_only_links_set_a_variable_because_torch_takes_those_no_other_way():
     writers = {str(p.relative_to(ROOT)) for p in SOURCES if "putenv" in p.read_text()}
-    assert writers <= {"kvstore/wire/groups.py"}
+    assert writers <= {"kvstore/wire/nccl.py"}
 
 
 def test_nothing_is_pickled_but_the_spec_a_parent_hands_its_child():

@@ -29,9 +29,9 @@ from quire.kvstore.books.keys import KeySpace, extend_chain
 from quire.kvstore.peers.ids import ReplicaId, TransferId
 from quire.kvstore.peers.messages import Moved, ReceivePages, SendPages
 from quire.kvstore.peers.mover import CHUNK_BYTES, PageMover, ShardPool
-from quire.kvstore.wire.groups import Pair, host_store, join_store
-from quire.kvstore.wire.links import LinkConfig
-from quire.kvstore.wire.nccl import NcclTransport
+from quire.kvstore.wire.groups import host_store, join_store
+from quire.kvstore.wire.nccl import NcclTransport, Pair
+from quire.kvstore.wire.transport import LinkConfig
 
 LAYERS, HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
 HOST, PATIENCE_S, LIMIT_S = "127.0.0.1", 10.0, 60.0

@@ -64,14 +64,14 @@ class PageMover:
         self._sums = _ChecksumCache()
 
     @property
-    def worth_summing_ahead(self) -> bool:
+    def precomputes_checksums(self) -> bool:
         """Small pages are summed while they are packed, and a GPU sums as fast as it reads."""
         pool = self._pool
         return not pool.pool_NB.is_cuda and _alone(pool.layout.page_bytes, self._chunk_bytes)
 
-    def sum_ahead(self, complete: CompletePages) -> list[Future[int]]:
+    def precompute_checksums(self, complete: CompletePages) -> list[Future[int]]:
         """Begin the checksums for which replicas of as many shards will ask, if they are worth it."""
-        if not self.worth_summing_ahead:
+        if not self.precomputes_checksums:
             return []
         pool = self._pool
         held = shard_heads(pool.rank, pool.tp, pool.kv_heads)

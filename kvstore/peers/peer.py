@@ -57,7 +57,7 @@ class Peer:
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         """`wake` is called by other threads after they have put something into the inbox."""
-        self._pool, self._exchange, self._shards = pool, exchange, shards
+        self._pool, self.exchange, self._shards = pool, exchange, shards
         self._send_to, self._wake = send, wake
         self._inbox: deque[_Received | _Gone | _Leave | Moved] = deque()
         self._drain = Drain(exchange.space)
@@ -70,7 +70,7 @@ class Peer:
     @property
     def is_draining(self) -> bool:
         """Whether another replica may still want blocks of this one, or is reading pages here."""
-        return self._drain.open or bool(self._exchange.loans)
+        return self._drain.open or bool(self.exchange.loans)
 
     # ---- from any thread
 
@@ -106,19 +106,19 @@ class Peer:
                 case _Received(sender, DrainAck()):
                     self._drain.answered(sender)
                 case _Received(sender, message):
-                    self._exchange.handle(sender, message, now_s)
+                    self.exchange.handle(sender, message, now_s)
                 case _Gone(peer):
-                    self._exchange.peer_gone(peer, now_s)
+                    self.exchange.peer_gone(peer, now_s)
                     self._drain.answered(peer)
                 case _Leave(receivers):
                     for receiver, offer in self._drain.offers(receivers):
                         self._send(receiver, offer)
                 case Moved() as report:
-                    self._exchange.moved(report, now_s)
-        self._exchange.expire(now_s)
+                    self.exchange.moved(report, now_s)
+        self.exchange.expire(now_s)
         done: list[FetchDone] = []
         self._fetch_offered(now_s)
-        while effects := self._exchange.take():
+        while effects := self.exchange.take():
             for effect in effects:
                 match effect:
                     case SendMessage(to, message):
@@ -139,11 +139,11 @@ class Peer:
         while pending:
             owner, chain = pending[0]
             wanted = chain[self._pool.lookup(chain)[0] :][: self._pool.free]
-            if wanted and self._exchange.fetching(wanted[0]) is None:
+            if wanted and self.exchange.fetching(wanted[0]) is None:
                 try:
-                    self._exchange.fetch(owner, wanted, now_s)
+                    self.exchange.fetch(owner, wanted, now_s)
                 except TransferFailed:
                     break  # as many as may be are under way: later
             pending.popleft()
-        for peer in self._drain.satisfied(self._exchange.fetches_from):
+        for peer in self._drain.satisfied(self.exchange.fetches_from):
             self._send(peer, DrainAck())

@@ -1,23 +1,29 @@
-"""Links between GPUs: one-way groups of two, opened on demand.
+"""Streams between GPUs: begun and acknowledged over TCP, as between CPUs, while the chunks go by NCCL.
 
-A link leads from one sender to one receiver. They meet in the receiver's store, under the sender's name:
+    sender     →  header   as between CPUs
+               →  link     a number: which NCCL communicator the sender has for this peer, or would call so
+    receiver   ←  port      0: it has this one, too; otherwise the port of a store, at which both build it
+    sender     →  chunks   by NCCL
+    receiver   ←  ack      as between CPUs
 
-    generation        counts the link's groups: a group that saw an error is never used again
-    starts            queue of "<ticket> <generation> <digest>": what the sender sends next, in which group,
-                      and in chunks of what sizes, which both ends have to agree on
-    dropped/<g>       the receiver has given up group g: the sender opens another one
-
-Any error or deadline drops the group and fails the stream; the next stream opens the next generation.
+Communicators are kept for the next stream to or from the same peer. Any error or deadline drops this end's,
+so that the next stream builds another one.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
 import secrets
 import socket
+import struct
+import threading
 import time
-from collections import deque
-from contextlib import suppress
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,250 +31,227 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from quire.kvstore.wire.failures import Cause, TransferFailed
-from quire.kvstore.wire.groups import Pair, host_store, join_store
-from quire.kvstore.wire.links import Link, LinkConfig, LinkTransport, Site
-from quire.kvstore.wire.streams import Body, Stream
-from quire.kvstore.wire.transport import Endpoint, Sink, Source, Ticket
+from quire.kvstore.wire.groups import host_store, join_store
+from quire.kvstore.wire.stream import Stream
+from quire.kvstore.wire.tcp import TcpTransport, receive, send
+from quire.kvstore.wire.transport import LinkConfig, Sink, Source
 
-_SOON_S, _LOOK_S = 0.0002, 0.01
-"""How long a receiver waits between two looks at what its peer has started: at first, and at most."""
+_NUMBER_BYTES = 8
+_PORT = struct.Struct("<H")
+_POLL_S = 50e-6
+_CTAS = 8
+"""Multiprocessors of the GPU that a communicator may use: few, because steps run beside it."""
+_NEVER = timedelta(days=1)
+_SETTINGS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # a lost peer would end the process
+    "TORCH_NCCL_ENABLE_MONITORING": "0",  # so would an abort that takes long
+}
 
 
-class NcclTransport(LinkTransport):
+class Pair:
+    """A communicator of two GPUs, in which rank 0 sends and rank 1 receives. Errors raise RuntimeError."""
+
+    def __init__(self, store: Store, *, rank: int, device: torch.device, timeout_s: float) -> None:
+        """Connect: both ends construct it within `timeout_s`. Its loss is no other group's."""
+        for name, value in _SETTINGS.items():
+            os.putenv(name, value)  # torch reads them here and offers no other way
+        os.putenv("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(max(round(timeout_s), 1)))  # whole seconds
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = _NEVER  # `wait` has deadlines of its own
+        options.config.blocking = 0
+        options.config.max_ctas = _CTAS
+        self._rank = rank
+        self._group: Any = dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, 2, options)
+        self._group.eager_connect_single_device(device)  # or sends would get a second communicator
+
+    def post(self, chunk: Tensor, tag: int) -> dist.Work:
+        """Begin to send `chunk`, or to receive into it: in use until `wait` or `drop` has returned."""
+        move = self._group.send if self._rank == 0 else self._group.recv
+        work: dist.Work = move([chunk], 1 - self._rank, tag)
+        return work
+
+    def wait(self, work: dist.Work, timeout_s: float) -> None:
+        """Wait for an operation. A late peer raises RuntimeError, and so does one that NCCL knows is dead."""
+        end_s = time.monotonic() + timeout_s
+        while not work.is_completed():  # NCCL's own wait would only make the stream wait
+            if time.monotonic() > end_s:
+                raise RuntimeError(f"the other end was silent for {timeout_s:.3g} s")
+            time.sleep(_POLL_S)
+        result = work.get_future_result()  # type: ignore[attr-defined]
+        if result.done() and result.value():  # it is completed as well once NCCL has noticed a dead peer
+            raise RuntimeError("NCCL lost the other end")
+
+    def drop(self) -> None:
+        """Abort all operations. No further call is made."""
+        self._group.abort()
+
+
+class _Link:
+    """One end of a communicator, with the memory that chunks go through and the CUDA stream for it."""
+
+    def __init__(self, number: bytes, pair: Pair, device: torch.device) -> None:
+        self.number, self.pair, self._device = number, pair, device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._memory: dict[int, Tensor] = {}
+
+    def buffer(self, slot: int, size: int) -> Tensor:
+        """Memory of the link. It goes with it: what is still under way then may write there, nowhere else."""
+        if slot not in self._memory or self._memory[slot].numel() < size:
+            self._memory[slot] = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return self._memory[slot][:size]
+
+
+@dataclass
+class _Slot:
+    """Where a stream finds the link to its peer, or puts another one."""
+
+    link: _Link | None
+
+    def drop(self) -> None:
+        if self.link is not None:
+            link, self.link = self.link, None
+            link.pair.drop()
+
+
+class _Links:
+    """The links of one direction. Those that no stream uses are kept by peer, the one idle longest first."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._idle: OrderedDict[str, _Slot] = OrderedDict()
+        self._users: set[Stream[Any]] = set()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def use(self, stream: Stream[Any]) -> Iterator[_Slot]:
+        """Lend the stream the link to its peer, if there is one; it is kept if the stream goes well."""
+        slot, oldest = self._take(stream)
+        try:
+            if oldest is not None:
+                oldest.drop()
+            yield slot
+        except BaseException:
+            slot.drop()
+            raise
+        finally:
+            self._put_back(stream, slot).drop()
+
+    def clear(self) -> list[_Slot]:
+        """Return the idle links, which are kept no longer."""
+        with self._lock:
+            slots = list(self._idle.values())
+            self._idle.clear()
+        return slots
+
+    def _take(self, stream: Stream[Any]) -> tuple[_Slot, _Slot | None]:
+        """Return the peer's slot and the one that makes room. A thread that hangs in NCCL counts no more."""
+        with self._lock:
+            slot, oldest = self._idle.pop(stream.peer.name, None), None
+            self._users = {user for user in self._users if not user.ended}
+            if slot is None and len(self._idle) + len(self._users) >= self._most:
+                if not self._idle:
+                    raise TransferFailed(Cause.BUSY, f"all {self._most} links are in use: raise max_links")
+                _, oldest = self._idle.popitem(last=False)
+            self._users.add(stream)
+        return slot or _Slot(None), oldest
+
+    def _put_back(self, stream: Stream[Any], slot: _Slot) -> _Slot:
+        """Return what is not kept: the link of a stream that was given up, or one that was replaced."""
+        with self._lock:
+            self._users.discard(stream)
+            if slot.link is None or stream.ended:
+                return slot
+            before = self._idle.pop(stream.peer.name, None)
+            self._idle[stream.peer.name] = slot
+            return before or _Slot(None)
+
+
+class NcclTransport(TcpTransport):
     """The `Transport` of a shard whose pool is on a GPU."""
 
     def __init__(self, host: str, device: torch.device, config: LinkConfig | None = None) -> None:
         """`host`: the address at which peers reach this process, and the only one it listens at."""
-        config = config or LinkConfig()
-        meeting = host_store(host, config.operation_timeout_s)
-        self._meeting: Store | None = meeting
-        endpoint = Endpoint(secrets.token_hex(8), host, meeting.port)
-        super().__init__(Site(endpoint, device, config), _OutLink, _InLink)
+        self._device = device
+        most = (config or LinkConfig()).max_links
+        self._out, self._in = _Links(most), _Links(most)
+        super().__init__(host, config)
 
     def close(self) -> None:
+        """Fail all open streams and drop all links. Waits no longer than two operations may take."""
         super().close()
-        self._meeting = None  # it stops listening
+        for slot in (*self._out.clear(), *self._in.clear()):
+            self._begin(slot.drop)
+        self._join()
 
+    def _surroundings(self) -> Any:
+        if self._device.type != "cuda":
+            return super()._surroundings()
+        return torch.cuda.device(self._device)
 
-class _PairLink(Link[Body]):
-    """One end of a link."""
+    def _send_chunks(self, stream: Stream[Source], connection: socket.socket) -> None:
+        with self._out.use(stream) as slot:
+            number = slot.link.number if slot.link else secrets.token_bytes(_NUMBER_BYTES)
+            send(connection, number, stream.until_s(self._patience_s))
+            (port,) = _PORT.unpack(receive(connection, _PORT.size, stream.until_s(self._patience_s)))
+            if port:
+                slot.drop()
+                slot.link = self._link(number, join_store(stream.peer.host, port, self._patience_s), 0)
+            if slot.link is None:
+                raise TransferFailed(Cause.HEADER, f"{stream.peer.host} has a link that this end has not")
+            with torch.cuda.stream(slot.link.stream):
+                self._post_out(stream, slot.link)
 
-    def __init__(self, here: Site, peer: Endpoint) -> None:
-        self._store: Store | None = None
-        self._pair: Pair | None = None
-        self._generation = 0
-        self._memory: dict[int, Tensor] = {}
-        super().__init__(here, peer)
+    def _receive_chunks(self, stream: Stream[Sink], connection: socket.socket) -> None:
+        with self._in.use(stream) as slot:
+            number = receive(connection, _NUMBER_BYTES, stream.until_s(self._patience_s))
+            known = slot.link is not None and slot.link.number == number
+            if not known:
+                slot.drop()
+                store = host_store(self.endpoint.host, self._patience_s)
+            port = 0 if known else store.port
+            send(connection, _PORT.pack(port), stream.until_s(self._patience_s))
+            if not known:
+                slot.link = self._link(number, store, 1)
+            assert slot.link is not None
+            with torch.cuda.stream(slot.link.stream):
+                self._post_in(stream, slot.link)
 
-    def overdue(self, stream: Stream[Body]) -> bool:
-        """No other stream begins on a link whose thread is still with this one, whatever it does."""
-        with self._changed:
-            self._waiting.pop(stream.ticket, None)
-            hangs = self._current is stream
-            self._closed |= hangs
-            return hangs
+    def _link(self, number: bytes, store: Store, rank: int) -> _Link:
+        pair = Pair(store, rank=rank, device=self._device, timeout_s=self._patience_s)
+        return _Link(number, pair, self._device)
 
-    def _meeting(self, receiver: Endpoint, sender: Endpoint) -> Store:
-        """The part of the receiver's store that belongs to the link; a connection of its own."""
-        address = (receiver.host, receiver.port)
-        try:
-            # A refusal would cost the store a second.
-            socket.create_connection(address, self._patience_s).close()
-        except OSError as error:
-            raise TransferFailed(Cause.PEER, f"{receiver.host}:{receiver.port}: {error.strerror}") from error
-        return PrefixStore(f"link/{sender.name}", join_store(*address, self._patience_s))
-
-    def _drop_pair(self) -> None:
-        """The link's memory goes with it: what is still under way may write there, and nowhere else."""
-        if self._pair is not None:
-            self._pair.drop()
-            self._pair, self._memory = None, {}
-
-    def _connect(self, store: Store, generation: int, rank: int) -> None:
-        self._generation = generation
-        self._pair = Pair(
-            PrefixStore(str(generation), store),
-            rank=rank,
-            device=self._here.device,
-            timeout_s=self._patience_s,
-        )
-
-    def _wait(self, stream: Stream[Body], pair: Pair, work: dist.Work) -> None:
-        """For a chunk; never past the stream's deadline."""
-        try:
-            pair.wait(work, min(self._patience_s, stream.deadline_s - time.monotonic()))
-        except RuntimeError:
-            self._check(stream)
-            raise
-
-    def _buffer(self, body: Body, index: int) -> Tensor:
-        """Memory of the link: each chunk that is under way has its own."""
-        slot, size = index % self._here.config.depth, body.sizes[index]
-        if slot not in self._memory or self._memory[slot].numel() < size:
-            self._memory[slot] = torch.empty(size, dtype=torch.uint8, device=self._here.device)
-        return self._memory[slot][:size]
-
-
-class _OutLink(_PairLink[Source]):
-    """The sender's end."""
-
-    def _next(self) -> Stream[Source] | None:
-        stream = self._take_first()
-        if stream is None or stream.ended:
-            return None
-        if self._was_dropped():
-            self._drop_pair()
-        if self._store is None:
-            self._drop_pair()
-            self._store = self._meeting(self._peer, self._here.endpoint)
-        fresh = self._pair is None
-        if fresh:
-            self._generation = self._store.add("generation", 1)
-            self._store.delete_key(f"dropped/{self._generation - 1}")  # what that left behind
-        if stream.ended:  # the store's answers came too late: another link may have taken over
-            self._drop()
-            return None
-        self._store.queue_push("starts", f"{stream.ticket} {self._generation} {_digest(stream.body.sizes)}")
-        if fresh:
-            self._connect(self._store, self._generation, 0)
-        return stream
-
-    def _was_dropped(self) -> bool:
-        """By the receiver. A connection that was reset while the link was idle is given up."""
-        try:
-            return self._store is not None and self._store.check([f"dropped/{self._generation}"])
-        except RuntimeError:
-            self._store = None
-            return False
-
-    def _move(self, stream: Stream[Source]) -> None:
-        assert self._pair is not None
-        pair, body, under_way = self._pair, stream.body, deque[dist.Work]()
-        for index in range(len(body.sizes)):
-            if len(under_way) == self._here.config.depth:
-                self._wait(stream, pair, under_way.popleft())
-            self._check(stream)
-            chunk = body.read_chunk(index, self._buffer(body, index))
-            under_way.append(pair.post(chunk, index))
+    def _post_out(self, stream: Stream[Source], link: _Link) -> None:
+        body, depth, under_way = stream.body, self._config.depth, deque[dist.Work]()
+        for index, size in enumerate(body.sizes):
+            if len(under_way) == depth:
+                self._wait(stream, link, under_way.popleft())
+            stream.check()
+            chunk = body.read_chunk(index, link.buffer(index % depth, size))
+            under_way.append(link.pair.post(chunk, index))
         while under_way:
-            self._wait(stream, pair, under_way.popleft())
+            self._wait(stream, link, under_way.popleft())
 
-    def _drop(self) -> None:
-        self._drop_pair()
-        self._store = None  # its connection may be the one that broke
-
-
-class _InLink(_PairLink[Sink]):
-    """The receiver's end. It follows the order in which the sender starts."""
-
-    def _next(self) -> Stream[Sink] | None:
-        with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait()
-        if self._closed:
-            return None
-        start = self._start()
-        if start is None:
-            return None
-        ticket, generation, sizes = start
-        if generation < self._generation:  # from a thread that the sender had given up
-            self._put_back()
-            return None
-        if generation != self._generation:
-            self._drop_pair()
-            self._meet().delete_key(f"dropped/{self._generation}")
-            self._generation = generation
-        if self._current is None:
-            raise TransferFailed(Cause.DEADLINE, f"stream {ticket} came when nobody waited for it any more")
-        if sizes != _digest(self._current.body.sizes):
-            raise TransferFailed(Cause.HEADER, f"stream {ticket} has other chunks than were agreed")
-        if self._pair is None:
-            self._connect(self._meet(), generation, 1)
-        return self._current
-
-    def _start(self) -> tuple[Ticket, int, str] | None:
-        """What the sender sends now: ticket, generation, sizes. Its stream, if any, becomes the current one.
-
-        A sender may be faster than the message that announces it, so that its stream is waited for; but
-        where it has started another one since, the first is over.
-        """
-        start = self._wait_for_start()
-        if start is None:
-            return None
-        end_s = time.monotonic() + self._patience_s / 2
-        while True:
-            while (newer := self._pop()) is not None:
-                start = newer
-            ticket, generation, sizes = start.decode().split()
-            if self._begin(Ticket(int(ticket))) or self._closed or time.monotonic() > end_s:
-                return Ticket(int(ticket)), int(generation), sizes
-
-    def _wait_for_start(self) -> bytes | None:
-        """The next start, as long as a stream waits for one. Asks often at first, then less."""
-        pause_s = _SOON_S
-        while not self._closed:
-            if (start := self._pop()) is not None:
-                return start
-            with self._changed:
-                if not self._waiting:
-                    break
-                self._changed.wait(pause_s)
-            pause_s = min(1.5 * pause_s, _LOOK_S)
-        return None
-
-    def _pop(self) -> bytes | None:
-        """The next start, if there is one. A connection that was reset, mostly while idle, is given up."""
-        try:
-            return self._meet().queue_pop("starts", block=False)
-        except dist.QueueEmptyError:
-            return None
-        except RuntimeError:
-            self._store = None
-            return None
-
-    def _meet(self) -> Store:
-        if self._store is None:
-            self._store = self._meeting(self._here.endpoint, self._peer)
-        return self._store
-
-    def _put_back(self) -> None:
-        with self._changed:
-            if self._current is not None and not self._current.ended:
-                self._waiting[self._current.ticket] = self._current
-            self._current = None
-
-    def _begin(self, ticket: Ticket) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: ticket in self._waiting or self._closed, _LOOK_S)
-            self._current = self._waiting.pop(ticket, None)
-            return self._current is not None
-
-    def _move(self, stream: Stream[Sink]) -> None:
-        assert self._pair is not None
-        pair, body, depth = self._pair, stream.body, self._here.config.depth
-        arriving = deque[dist.Work]()
+    def _post_in(self, stream: Stream[Sink], link: _Link) -> None:
+        body, depth = stream.body, self._config.depth
+        arriving = deque[tuple[Tensor, dist.Work]]()
 
         def post(index: int) -> None:
             if index < len(body.sizes):
-                arriving.append(pair.post(self._buffer(body, index), index))
+                buffer = link.buffer(index % depth, body.sizes[index])
+                arriving.append((buffer, link.pair.post(buffer, index)))
 
-        self._check(stream)
+        stream.check()
         for index in range(depth):
             post(index)
         for index in range(len(body.sizes)):
-            self._wait(stream, pair, arriving.popleft())
+            buffer, work = arriving.popleft()
+            self._wait(stream, link, work)
             with stream.lock:
-                self._check(stream)
-                body.write_chunk(index, self._buffer(body, index))
+                stream.check()
+                body.write_chunk(index, buffer)
             post(index + depth)
         body.verify()
 
-    def _drop(self) -> None:
-        if self._store is not None:
-            with suppress(RuntimeError):  # our own store: where it is gone, so is the transport
-                self._store.set(f"dropped/{self._generation}", "")
-        self._drop_pair()
-
-
-def _digest(sizes: tuple[int, ...]) -> str:
-    return hashlib.blake2b(repr(sizes).encode(), digest_size=8).hexdigest()
+    def _wait(self, stream: Stream[Any], link: _Link, work: dist.Work) -> None:
+        """For a chunk; never past the stream's deadline."""
+        link.pair.wait(work, stream.until_s(self._patience_s) - time.monotonic())

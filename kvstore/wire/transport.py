@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Annotated, NewType, Protocol
 
+import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
@@ -24,6 +26,30 @@ class Endpoint(Struct, frozen=True, forbid_unknown_fields=True):
     """Chosen at random when the process starts, so that a restarted process has another one."""
     host: str
     port: Annotated[int, Meta(ge=0, le=65535)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkConfig:
+    """How transports behave; the same on all replicas of a deployment."""
+
+    operation_timeout_s: float = 1.0
+    """A peer that lets a chunk wait longer is given up."""
+    max_streams: int = 256
+    """Streams of each direction at once; more are refused."""
+    max_links: int = 4
+    """Between GPUs, NCCL communicators of each direction; the one idle longest makes room. Each takes about a
+    third of a gigabyte of GPU memory, and over a second to connect."""
+    depth: int = 3
+    """Between GPUs, chunks under way at once, each in memory of the link."""
+
+    def __post_init__(self) -> None:
+        if self.operation_timeout_s <= 0 or min(self.max_streams, self.max_links, self.depth) < 1:
+            raise ValueError(f"all numbers of a LinkConfig are positive, got {self}")
+
+    @staticmethod
+    def on(device: torch.device) -> LinkConfig:
+        """Return the defaults for shards on this device."""
+        return LinkConfig(operation_timeout_s=3.0 if device.type == "cuda" else 1.0)
 
 
 class Source(Protocol):
@@ -48,7 +74,7 @@ class Sink(Protocol):
     sizes: tuple[int, ...]
     """Bytes of each chunk."""
     buffers: Sequence[Tensor]
-    """Memory that the first chunks are received into directly. All others go through memory of the link."""
+    """Memory that the first chunks are received into directly. All others go through memory of the stream."""
 
     def write_chunk(self, index: int, chunk: Tensor) -> None:
         """Use the chunk, on a GPU in the order of the current stream: its memory is reused afterwards.

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from quire.kvstore.books.keys import KeySpace
 from quire.kvstore.peers.ids import ReplicaId
 from quire.kvstore.peers.messages import Message
+from quire.kvstore.peers.network import PeerNetwork
 from quire.replicas.config import EngineConfig
 from quire.replicas.engine.engine import Engine
 from quire.replicas.engine.load import load_engine
 from quire.replicas.engine.load_report import LoadReport
 from quire.replicas.engine.pressure import Pressure
-from quire.replicas.engine.sharing import Neighbours
 from quire.replicas.errors import QueueFull, QuireError, ReplicaDied, Status
 from quire.replicas.request import Event, Failure, ModelInfo, Request, RequestId
 from quire.replicas.runner.executor import Executor, ShardLauncher
@@ -48,17 +48,17 @@ class AsyncEngine:
         progress: Callable[[int, int], None] | None = None,
         *,
         host: str = "127.0.0.1",
-        neighbours: Neighbours | None = None,
+        network: PeerNetwork | None = None,
     ) -> None:
         """`host`: the address at which other shards and replicas reach this process.
 
-        `neighbours`: the way to other replicas, with which this one shares blocks. Raises as `load_engine`.
+        `network`: the way to the replicas that this one shares blocks with. Raises as `load_engine`.
         """
         self._arrived = threading.Condition()
         self._executor: Executor
         self._engine: Engine
         self._executor, self._engine = load_engine(
-            config, launcher, progress, host=host, neighbours=neighbours, wake=self._wake
+            config, launcher, progress, host=host, network=network, wake=self._wake
         )
         self._config = config
         self._inbox: deque[Request | RequestId] = deque()
@@ -110,19 +110,19 @@ class AsyncEngine:
             self._inbox.append(request_id)
             self._arrived.notify()
 
-    def hear(self, sender: ReplicaId, message: Message) -> None:
+    def on_peer_message(self, sender: ReplicaId, message: Message) -> None:
         """Take another replica's message about blocks. Raises ReplicaDied once the engine has stopped."""
         if self._death or self._closing:
             raise self._death or ReplicaDied("the replica is shutting down")
-        self._engine.sharing.hear(sender, message)
+        self._engine.peer.on_message(sender, message)
 
     def hand_over(self, peers: Sequence[ReplicaId], within_s: float) -> None:
         """Offer the hottest blocks to these replicas, until they have what they want or time is up."""
         if not peers or self._death:
             return
         deadline = time.monotonic() + within_s
-        self._engine.sharing.leave(peers)
-        while self._engine.sharing.hands_over and time.monotonic() < deadline:
+        self._engine.peer.drain(peers)
+        while self._engine.peer.is_draining and time.monotonic() < deadline:
             time.sleep(_POLL_S)
 
     def stats(self) -> EngineStats:
@@ -192,14 +192,14 @@ class AsyncEngine:
     def _wait_for_work(self) -> None:
         with self._arrived:
             if not (self._inbox or self._engine.has_work or self._closing):
-                deadline_s = self._engine.sharing.next_deadline_s
+                deadline_s = self._engine.waits.next_deadline_s
                 left_s = _IDLE_WAKE_S if deadline_s is None else deadline_s - time.monotonic()
                 self._arrived.wait(min(max(left_s, _STALLED_WAKE_S), _IDLE_WAKE_S))
 
     def _rest(self) -> None:
         """Wait a little, or until there is news: sequences wait for pages that others read or fill."""
         with self._arrived:
-            if not (self._inbox or self._engine.sharing.has_news or self._closing):
+            if not (self._inbox or self._engine.waits.has_news or self._closing):
                 self._arrived.wait(_STALLED_WAKE_S)
 
     def _take_inbox(self) -> None:

@@ -1,4 +1,4 @@
-"""Every place where a replica finds blocks: its pool, its host memory, its neighbours.
+"""Every place where a replica finds blocks: its pool, its host memory, its peers.
 
 Owned by the engine and used on its thread. Which sequence gets which page stays the engine's to say.
 """
@@ -14,12 +14,12 @@ from quire.kvstore.books.keys import BlockKey
 from quire.kvstore.books.pool import PagePool
 from quire.kvstore.books.prefix_index import PageId
 from quire.kvstore.peers.messages import CompletePages
+from quire.replicas.engine.prefix_waits import PrefixWaits
 from quire.replicas.engine.sequence import Sequence
-from quire.replicas.engine.sharing import Alone, BlockSharing
 
 
 class Copier(Protocol):
-    """Who copies and sums pages on all shards, at its place among the steps."""
+    """Copies and sums pages on all shards, in its place among the steps."""
 
     @property
     def num_pages(self) -> int: ...
@@ -29,22 +29,22 @@ class Copier(Protocol):
         """Blocks that every shard's host memory takes."""
 
     def demote(self, copies: Copies) -> None:
-        """Pages to host memory."""
+        """Copy pages to host memory."""
 
     def promote(self, copies: Copies) -> None:
-        """Pages from host memory."""
+        """Copy pages from host memory."""
 
-    def sum_ahead(self, complete: CompletePages) -> None:
-        """Have the checksums of these ready for neighbours."""
+    def precompute_checksums(self, complete: CompletePages) -> None:
+        """Have the checksums of these pages ready for peers."""
 
 
 class BlockStore:
     """The pool, with what stands behind it."""
 
-    def __init__(self, copier: Copier, share: Callable[[PagePool], BlockSharing] | None) -> None:
+    def __init__(self, copier: Copier, share: Callable[[PagePool], PrefixWaits] | None) -> None:
         self.pool = PagePool(copier.num_pages, self._make_room)
         self.host = HostTier(copier.host_slots)
-        self.sharing = share(self.pool) if share else Alone()
+        self.waits = (share or PrefixWaits.without_peers)(self.pool)
         self._copier = copier
 
     def expect(self, seq: Sequence, now_s: float) -> None:
@@ -52,7 +52,7 @@ class BlockStore:
         keys = seq.shareable_keys()
         here, _ = self.pool.lookup(keys)
         seq.found_blocks = here + self.host.match(keys[here:])
-        self.sharing.consider(seq, seq.found_blocks, now_s)
+        self.waits.expect(seq, seq.found_blocks, now_s)
 
     def find(self, seq: Sequence) -> tuple[int, int]:
         """Leading blocks of the sequence that are in the pool now, and how many of them nobody uses."""
@@ -65,12 +65,13 @@ class BlockStore:
         return found
 
     def publish(self, blocks: Seq[tuple[BlockKey, PageId]]) -> None:
-        """These blocks are complete: sequences and neighbours may have them."""
+        """These blocks are complete: sequences and peers may have them."""
         for key, page in blocks:
             self.pool.publish(key, page)
         pages = tuple(page for _, page in blocks)
-        self._copier.sum_ahead(CompletePages(pages, tuple(map(self.pool.generation, pages))))
-        self.sharing.published([key for key, _ in blocks])
+        self._copier.precompute_checksums(CompletePages(pages, tuple(map(self.pool.generation, pages))))
+        if blocks:
+            self.waits.network.added([key for key, _ in blocks])
 
     def withdraw(self, seq: Sequence, pages: Iterable[PageId]) -> None:
         """A sequence's blocks may be damaged: nobody else may find them, nor those it has given back."""
@@ -79,11 +80,11 @@ class BlockStore:
         self.pool.withdraw({*pages, *found})
         self.pool.release(found)
         self.host.forget(keys)
-        self.sharing.evicted(keys)
+        self.waits.network.removed(keys)
 
     def numbers(self) -> dict[str, Any]:
         """Its part of `EngineStats`."""
-        pool, host, moved = self.pool, self.host, self.sharing.stats
+        pool, host, moved = self.pool, self.host, self.waits.peer.exchange.stats
         return {
             "pages_free": pool.free,
             "pages_cached": pool.cached,
@@ -93,7 +94,7 @@ class BlockStore:
             "demoted_blocks": host.stats.demoted,
             "promoted_blocks": host.stats.promoted,
             "dropped_blocks": host.stats.dropped,
-            "fetch_choices": self.sharing.choices,
+            "fetch_choices": self.waits.choices,
             "fetches": moved.fetches,
             "fetch_seconds": moved.seconds_fetching,
             "fetched_blocks": moved.blocks_fetched,
@@ -107,13 +108,13 @@ class BlockStore:
 
     def check(self, held: Iterable[PageId]) -> None:
         """Hold the books against the pages that sequences hold. Raises IntegrityError."""
-        self.pool.check([*held, *self.sharing.held_pages()])
+        self.pool.check([*held, *self.waits.peer.exchange.held_pages()])
         self.host.check()
 
     def _make_room(self, blocks: Seq[tuple[BlockKey, PageId]]) -> None:
         """Blocks leave the pool: their bytes stay in host memory, if there is any for them."""
         self._copier.demote(self.host.demote(blocks))
-        self.sharing.evicted([key for key, _ in blocks])
+        self.waits.network.removed([key for key, _ in blocks])
 
     def _bring_back(self, keys: Seq[BlockKey]) -> int:
         """Blocks that host memory holds, into the pool, where they are found like all others. How many."""

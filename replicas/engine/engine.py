@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from quire.kvstore.books.keys import KeySpace
 from quire.kvstore.books.pool import PagePool
+from quire.kvstore.peers.peer import Peer
 from quire.replicas.admission import check_request
 from quire.replicas.config import SchedulerConfig
 from quire.replicas.engine.blame import Blame
@@ -30,10 +31,10 @@ from quire.replicas.engine.launch import StepExecutor, launch
 from quire.replicas.engine.load_report import LoadReport
 from quire.replicas.engine.meter import Meter
 from quire.replicas.engine.open_sequences import OpenSequences
+from quire.replicas.engine.prefix_waits import PrefixWaits
 from quire.replicas.engine.pressure import Pressure
 from quire.replicas.engine.sampler import Sampled, needs_tokens
 from quire.replicas.engine.scheduler import SchedulerState, StepPlan, candidates, plan_step
-from quire.replicas.engine.sharing import Alone, BlockSharing
 from quire.replicas.engine.step_clock import Part
 from quire.replicas.errors import Status
 from quire.replicas.request import Event, Failure, ModelInfo, Request, RequestId
@@ -54,10 +55,10 @@ class Engine:
         scheduler: SchedulerConfig,
         max_step_tokens: int,
         tokenizer: Tokenizer | None,
-        share: Callable[[PagePool], BlockSharing] | None = None,
+        share: Callable[[PagePool], PrefixWaits] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`share`: makes this engine's part of the store; None for an engine alone."""
+        """`share`: makes the ledger of an engine that shares blocks with other replicas."""
         self.info = info
         self.keys = keys
         self._executor = executor
@@ -65,7 +66,7 @@ class Engine:
         self._has_tokenizer = tokenizer is not None
         self._clock = clock
         self._blocks = BlockStore(executor, share)
-        self._pool, self._sharing = self._blocks.pool, self._blocks.sharing
+        self._pool, self.waits = self._blocks.pool, self._blocks.waits
         self._meter = Meter(
             self._blocks, max_running=scheduler.max_running, page_tokens=info.page_tokens, clock=clock
         )
@@ -78,9 +79,9 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything now: sequences that wait for news of their prefix do not count."""
-        waiting = any(not self._sharing.holds_back(seq_id) for seq_id in self._open.waiting)
+        waiting = any(not self.waits.is_waiting(seq_id) for seq_id in self._open.waiting)
         running = self._open.running or self._launched or self._open.events
-        return bool(waiting or running or self._sharing.has_news)
+        return bool(waiting or running or self.waits.has_news)
 
     @property
     def hopeless(self) -> Exception | None:
@@ -106,9 +107,9 @@ class Engine:
         return self._meter.pressure
 
     @property
-    def sharing(self) -> BlockSharing | Alone:
-        """Its part in the store: what other threads bring news to."""
-        return self._sharing
+    def peer(self) -> Peer:
+        """Its part in the store: other threads bring messages to it."""
+        return self.waits.peer
 
     def check(self) -> None:
         """Compare the pool's books with the pages the sequences hold. Raises IntegrityError."""
@@ -153,7 +154,7 @@ class Engine:
         running, waiting = self._open.running.values(), self._open.waiting.values()
         self._meter.time.start()
         self._open.expire(self._clock())
-        self._sharing.poll(self._clock(), self._meter.queued_tokens(running, waiting))
+        self.waits.poll(self._clock(), self._meter.queued_tokens(running, waiting))
         self._meter.time.ended(Part.PLAN)
         before, self._launched = self._launched, None
         if before and any(map(needs_tokens, running)):
@@ -182,7 +183,7 @@ class Engine:
 
     def _state(self) -> SchedulerState:
         """Make the state to plan from. Blocks are looked up only where the step can reach a sequence."""
-        ready = [seq for seq in self._open.waiting.values() if not self._sharing.holds_back(seq.id)]
+        ready = [seq for seq in self._open.waiting.values() if not self.waits.is_waiting(seq.id)]
         state = SchedulerState(
             running=[seq.as_running(self.info.max_model_tokens) for seq in self._open.running.values()],
             waiting=[seq.as_waiting(seq.found_blocks) for seq in ready],

@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from quire.kvstore.books.keys import KeySpace
 from quire.kvstore.books.pool import PagePool
 from quire.kvstore.peers.exchange import Exchange, ExchangeConfig
-from quire.kvstore.wire.links import LinkConfig
+from quire.kvstore.peers.network import PeerNetwork
+from quire.kvstore.peers.peer import Peer
+from quire.kvstore.wire.transport import LinkConfig
 from quire.replicas.config import EngineConfig
 from quire.replicas.engine.engine import Engine
-from quire.replicas.engine.sharing import BlockSharing, Neighbours
+from quire.replicas.engine.prefix_waits import PrefixWaits
 from quire.replicas.model.checkpoint import find_model
 from quire.replicas.runner.executor import Executor, ShardLauncher
 from quire.replicas.runner.shard import Shard, shard_device
@@ -26,24 +28,24 @@ def load_engine(
     progress: Callable[[int, int], None] | None = None,
     *,
     host: str = "127.0.0.1",
-    neighbours: Neighbours | None = None,
+    network: PeerNetwork | None = None,
     wake: Callable[[], None] = lambda: None,
 ) -> tuple[Executor, Engine]:
     """Load all shards; blocking. `host`: the address at which other shards and replicas reach this process.
 
-    `neighbours`: whom the engine shares blocks with; `wake` is called when one of them has left news.
+    `network`: the way to the replicas that the engine shares blocks with; `wake` is called on news of them.
 
     Raises: ConfigError, UnknownModel, ModelNotServable, ReplicaDied.
     """
     tokenizer = load_tokenizer(config.model)
-    links = LinkConfig.on(shard_device(config, 0)) if neighbours else None
+    links = LinkConfig.on(shard_device(config, 0)) if network else None
     executor = Executor(config, launcher, progress, host=host, links=links)
 
     keys = _key_space(executor.shard)
 
-    def share(pool: PagePool) -> BlockSharing:
-        assert neighbours is not None
-        return _sharing(pool, executor, neighbours, config, keys, wake)
+    def share(pool: PagePool) -> PrefixWaits:
+        assert network is not None
+        return _waits(pool, executor, network, config, keys, wake)
 
     engine = Engine(
         executor=executor,
@@ -52,19 +54,19 @@ def load_engine(
         scheduler=config.scheduler,
         max_step_tokens=executor.shard.max_step_tokens,
         tokenizer=None if tokenizer is None else fast_tokenizer(tokenizer),
-        share=share if neighbours else None,
+        share=share if network else None,
     )
     return executor, engine
 
 
-def _sharing(
+def _waits(
     pool: PagePool,
     executor: Executor,
-    neighbours: Neighbours,
+    network: PeerNetwork,
     config: EngineConfig,
     keys: KeySpace,
     wake: Callable[[], None],
-) -> BlockSharing:
+) -> PrefixWaits:
     shard, info = executor.shard, executor.shard.info
     exchange = Exchange(
         pool,
@@ -74,11 +76,10 @@ def _sharing(
         kv_heads=shard.kv_heads,
         bf16_ratio=info.bf16_bytes_per_token / info.bytes_per_token,
     )
-    return BlockSharing(
+    return PrefixWaits(
         pool,
-        exchange,
-        executor,
-        neighbours,
+        Peer(pool, exchange, executor, network.send, wake),
+        network,
         config.store,
         page_tokens=info.page_tokens,
         block_bytes=int(info.bytes_per_token * info.page_tokens),

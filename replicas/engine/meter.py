@@ -58,7 +58,7 @@ class Meter:
 
     def queued_tokens(self, running: Sequences, waiting: Sequences) -> int:
         """Prompt tokens to compute, except those of sequences whose prefix may yet be fetched."""
-        ready = (seq for seq in waiting if not self._blocks.sharing.holds_back(seq.id))
+        ready = (seq for seq in waiting if not self._blocks.waits.is_waiting(seq.id))
         todo = sum(seq.length - seq.found_blocks * self._page_tokens for seq in ready)
         return todo + _to_compute(running)
 
@@ -82,7 +82,7 @@ class Meter:
         seconds = now_s - max(step.launched_s, self._absorbed_s)
         self._absorbed_s = now_s
         self._step.add(seconds)
-        self._blocks.sharing.prefilled(step.prompt_tokens, seconds, step.prompt_before, now_s)
+        self._blocks.waits.prefilled(step.prompt_tokens, seconds, step.prompt_before, now_s)
         self._gauge.prefilled(step.prompt_tokens, now_s)
 
     def first_token(self, progress: Progress, now_s: float) -> None:
@@ -102,9 +102,9 @@ class Meter:
     # ---- what is told
 
     def _report(self, running: Sequences, waiting: Sequences) -> LoadReport:
-        pool, sharing = self._blocks.pool, self._blocks.sharing
-        prefill_s, prefill_s_before = sharing.prefill.line if sharing.prefill.known else (0.0, 0.0)
-        fetch_s, fetch_s_per_token = sharing.fetch_pace or (0.0, 0.0)
+        pool, waits = self._blocks.pool, self._blocks.waits
+        prefill_s, prefill_s_before = waits.prefill.line if waits.prefill.known else (0.0, 0.0)
+        fetch_s, fetch_s_per_token = waits.fetch_pace or (0.0, 0.0)
         return LoadReport(
             taken=self._taken,
             queued_tokens=self.queued_tokens(running, waiting),
@@ -130,7 +130,7 @@ class Meter:
             pages=self._blocks.pool.used + sum(-(-seq.length // self._page_tokens) for seq in waiting),
             sequences=len(requests),
             prompt_tokens=_to_compute(running) + _to_compute(waiting),
-            prefill_tokens_s=self._blocks.sharing.prefill.tokens_s,
+            prefill_tokens_s=self._blocks.waits.prefill.tokens_s,
             oldest_s=min((p.submitted_s for p in requests if p.first_token_s is None), default=None),
         )
 

@@ -109,7 +109,7 @@ class OpenSequences:
         if first_of_request:
             progress.first_token_s = now_s
             self._meter.first_token(progress, now_s)
-            self._blocks.sharing.computed(seq.id, now_s)
+            self._blocks.waits.computed(seq.id, now_s)
         seq.tokens.append(drawn.token)
         seq.output_counts[drawn.token] += 1
         progress.output_tokens += 1
@@ -193,5 +193,5 @@ class OpenSequences:
     def _leave(self, seq: Sequence) -> None:
         self.running.pop(seq.id, None)
         self.waiting.pop(seq.id, None)
-        self._blocks.sharing.forget(seq.id)
+        self._blocks.waits.forget(seq.id)
         self._blocks.pool.release(seq.drop_pages())

@@ -71,7 +71,7 @@ class Engine(Protocol):
 
     def start(self, deliver: Callable[[tuple[Event, ...]], None]) -> None: ...
     def submit(self, request: Request) -> None: ...
-    def hear(self, sender: ReplicaId, message: Message) -> None: ...
+    def on_peer_message(self, sender: ReplicaId, message: Message) -> None: ...
     def cancel(self, request_id: RequestId) -> None: ...
     def stats(self) -> EngineStats: ...
 
@@ -182,9 +182,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             stream.post(_DRAINING)
         await self._idle.wait()
 
-    async def Say(
+    async def Deliver(
         self, request: engine_pb2.PeerMessage, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> engine_pb2.PeerHeard:
+    ) -> engine_pb2.PeerAck:
         await self._authenticate(context)
         if request.to != self._peer_id:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.to} is not here (any more)")
@@ -193,10 +193,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         try:
-            self._engine.hear(ReplicaId(request.sender), message)
+            self._engine.on_peer_message(ReplicaId(request.sender), message)
         except ReplicaDied as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-        return engine_pb2.PeerHeard()
+        return engine_pb2.PeerAck()
 
     async def GetTokenizer(
         self, request: engine_pb2.TokenizerQuery, context: grpc.aio.ServicerContext[Any, Any]

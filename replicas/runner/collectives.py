@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store
 
-from quire.kvstore.wire.groups import gloo_group, nccl_group, reason_of
+from quire.kvstore.wire.groups import gloo_group, nccl_group
+from quire.kvstore.wire.stream import reason_of
 from quire.replicas.errors import ReplicaDied
 
 _FIRST_BYTES = 32 * 1024

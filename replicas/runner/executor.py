@@ -23,8 +23,7 @@ from torch import Tensor
 from quire.kvstore.books.host_tier import Copies
 from quire.kvstore.peers.messages import CompletePages, Moved, Order
 from quire.kvstore.wire.groups import host_store
-from quire.kvstore.wire.links import LinkConfig
-from quire.kvstore.wire.transport import Endpoint
+from quire.kvstore.wire.transport import Endpoint, LinkConfig
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import ReplicaDied
 from quire.replicas.model.loading import Progress
@@ -250,12 +249,12 @@ class Executor:
         elif copies.pages:
             self._jobs.put(_Job(Promote(copies)))
 
-    def sum_ahead(self, complete: CompletePages) -> None:
+    def precompute_checksums(self, complete: CompletePages) -> None:
         """Have every shard begin the checksums for which other replicas will ask, where they take time."""
-        if not (complete.pages and self._pages.worth_summing_ahead):
+        if not (complete.pages and self._pages.precomputes_checksums):
             return
         if self._thread is None:
-            self._pages.sum_ahead(complete)
+            self._pages.precompute_checksums(complete)
         else:
             self._jobs.put(_Job(complete))
 

@@ -21,7 +21,7 @@ from torch.distributed import Store
 
 from quire.kvstore.peers.messages import CompletePages
 from quire.kvstore.wire.groups import join_store
-from quire.kvstore.wire.links import LinkConfig
+from quire.kvstore.wire.transport import LinkConfig
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import QuireError, ReplicaDied
 from quire.replicas.runner.collectives import TensorParallelGroup
@@ -153,7 +153,7 @@ def execute(command: Command, shard: Shard, pages: ShardStore, group: TensorPara
         case Promote(copies):
             pages.promote(copies)
         case CompletePages():
-            pages.sum_ahead(command)
+            pages.precompute_checksums(command)
     return None
 
 

@@ -14,9 +14,8 @@ from quire.kvstore.books.host_tier import Copies, HostPages
 from quire.kvstore.peers.bandwidth import Bandwidth
 from quire.kvstore.peers.messages import CompletePages, Moved, Order
 from quire.kvstore.peers.mover import CHUNK_BYTES, PageMover, ShardPool
-from quire.kvstore.wire.links import LinkConfig
 from quire.kvstore.wire.open_transport import open_transport
-from quire.kvstore.wire.transport import Endpoint, Transport
+from quire.kvstore.wire.transport import Endpoint, LinkConfig, Transport
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import ConfigError
 from quire.replicas.runner.shard import Shard
@@ -71,14 +70,14 @@ class ShardStore:
         self._host_pages.promote(copies)
 
     @property
-    def worth_summing_ahead(self) -> bool:
+    def precomputes_checksums(self) -> bool:
         """The same on all shards."""
-        return self._mover is not None and self._mover.worth_summing_ahead
+        return self._mover is not None and self._mover.precomputes_checksums
 
-    def sum_ahead(self, complete: CompletePages) -> None:
+    def precompute_checksums(self, complete: CompletePages) -> None:
         """Begin the checksums of pages, for other replicas."""
         assert self._mover is not None, "checksums without links"
-        self._mover.sum_ahead(complete)
+        self._mover.precompute_checksums(complete)
 
     def close(self) -> None:
         """End all transfers, listen no more, and let go of the pages. May be called twice."""

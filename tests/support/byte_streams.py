@@ -12,12 +12,12 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from quire.kvstore.wire.links import LinkConfig
 from quire.kvstore.wire.tcp import TcpTransport
-from quire.kvstore.wire.transport import Endpoint, Ticket
+from quire.kvstore.wire.transport import Endpoint, LinkConfig, Ticket
 
 HOST = "127.0.0.1"
-QUICK = LinkConfig(operation_timeout_s=0.5)
+QUICK, PATIENT = LinkConfig(operation_timeout_s=1.0), LinkConfig(operation_timeout_s=10.0)
+"""For tests in which a peer is given up, and for those in which none should be, however busy the machine."""
 
 
 def pattern(size: int, seed: int) -> Tensor:
@@ -73,7 +73,7 @@ def stream_process(control: Connection) -> None:
     """Orders: ("send" | "receive", peer, ticket, sizes, signal_at, timeout_s). Replies: an error or None."""
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    transport = TcpTransport(HOST, QUICK)
+    transport = TcpTransport(HOST, PATIENT)
     control.send(transport.endpoint)
     while (order := control.recv()) is not None:
         what, peer, ticket, sizes, signal_at, timeout_s = order

@@ -27,7 +27,7 @@ class Town:
 
 
 class Way:
-    """One replica's `Neighbours`. `drops` sees every message first and may swallow it."""
+    """One replica's `PeerNetwork`. `drops` sees every message first and may swallow it."""
 
     def __init__(self, town: Town, me: str) -> None:
         self.town, self.me = town, ReplicaId(me)
@@ -35,13 +35,13 @@ class Way:
         self.looks = True
         self._number = 0
 
-    def say(self, to: ReplicaId, message: Message, failed: Callable[[], None]) -> None:
+    def send(self, to: ReplicaId, message: Message, failed: Callable[[], None]) -> None:
         neighbour = self.town.residents.get(to)
         if neighbour is None:
             failed()
         elif not self.drops(message):
             try:
-                neighbour.hear(self.me, decode_message(encode_message(message)))
+                neighbour.on_peer_message(self.me, decode_message(encode_message(message)))
             except ReplicaDied:
                 failed()
 
@@ -71,7 +71,7 @@ class Resident:
 
     def __init__(self, town: Town, name: str, config: EngineConfig) -> None:
         self.way = Way(town, name)
-        self.engine = AsyncEngine(config, neighbours=self.way)
+        self.engine = AsyncEngine(config, network=self.way)
         self._events: list[Event] = []
         self._more = threading.Condition()
         self._requests = 0

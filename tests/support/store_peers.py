@@ -25,9 +25,8 @@ from quire.kvstore.peers.messages import CompletePages, Message, Moved, Order, d
 from quire.kvstore.peers.mover import PageMover, ShardPool
 from quire.kvstore.peers.peer import Peer
 from quire.kvstore.peers.slices import shard_heads
-from quire.kvstore.wire.links import LinkConfig
 from quire.kvstore.wire.open_transport import open_transport
-from quire.kvstore.wire.transport import Endpoint, Sink, Source, Ticket, Transport
+from quire.kvstore.wire.transport import Endpoint, LinkConfig, Sink, Source, Ticket, Transport
 
 HOST, CPU = "127.0.0.1", torch.device("cpu")
 HEADS = 4
@@ -110,8 +109,8 @@ class StorePeer:
     tp: int = 1
     kv: str = "int8"
     pages: int = 64
-    timeout_s: float = 2.0
-    patience_s: float = 0.5
+    timeout_s: float = 3.0
+    patience_s: float = 1.5
     """Of its links."""
     claims: str | None = None
     """The format that it says it has."""
@@ -193,7 +192,7 @@ class StorePeer:
             transport.close()
 
 
-def run(peers: Sequence[StorePeer], until: Callable[[], bool], limit_s: float = 10.0) -> None:
+def run(peers: Sequence[StorePeer], until: Callable[[], bool], limit_s: float = 30.0) -> None:
     """Drive replicas of this process until something is true."""
     by_name = {peer.name: peer for peer in peers}
     for peer in peers:

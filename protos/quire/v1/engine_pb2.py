@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from quire.protos.quire.v1 import inference_pb2 as quire_dot_protos_dot_quire_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"quire/protos/quire/v1/engine.proto\x12\x08quire.v1\x1a%quire/protos/quire/v1/inference.proto\"\x10\n\x0eTokenizerQuery\"r\n\x0eTokenizerFiles\x12\x32\n\x05\x66iles\x18\x01 \x03(\x0b\x32#.quire.v1.TokenizerFiles.FilesEntry\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\":\n\x0bPeerMessage\x12\n\n\x02to\x18\x01 \x01(\t\x12\x0e\n\x06sender\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\x0c\"\x0b\n\tPeerHeard\"\x8e\x01\n\x0eGatewayMessage\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x10.quire.v1.SubmitH\x00\x12&\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x14.quire.v1.CancelCallH\x00\x12%\n\x05stats\x18\x03 \x01(\x0b\x32\x14.quire.v1.StatsQueryH\x00\x42\t\n\x07message\"\xb0\x01\n\x06Submit\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.quire.v1.Sampling\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x18\n\x0bremaining_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0b\x63omputed_by\x18\x07 \x01(\tB\x0e\n\x0c_remaining_s\"\x1a\n\nCancelCall\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\"\x1b\n\nStatsQuery\x12\r\n\x05query\x18\x01 \x01(\x04\"\xcd\x01\n\x0eReplicaMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.quire.v1.HelloH\x00\x12\x1e\n\x04step\x18\x02 \x01(\x0b\x32\x0e.quire.v1.StepH\x00\x12&\n\x05stats\x18\x03 \x01(\x0b\x32\x15.quire.v1.StatsAnswerH\x00\x12\x1e\n\x04load\x18\x04 \x01(\x0b\x32\x0e.quire.v1.LoadH\x00\x12&\n\x08\x64raining\x18\x05 \x01(\x0b\x32\x12.quire.v1.DrainingH\x00\x42\t\n\x07message\"\n\n\x08\x44raining\"\x81\x01\n\x05Hello\x12\x1e\n\x05model\x18\x01 \x01(\x0b\x32\x0f.quire.v1.Model\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12 \n\x04keys\x18\x04 \x01(\x0b\x32\x12.quire.v1.KeySpace\x12\x11\n\ttokenizer\x18\x05 \x01(\x0c\"?\n\x08KeySpace\x12\x0e\n\x06layout\x18\x01 \x01(\x0c\x12\x0f\n\x07weights\x18\x02 \x01(\x0c\x12\x12\n\ntransforms\x18\x03 \x01(\x0c\"\xcd\x02\n\x04Load\x12\x11\n\tseen_call\x18\x01 \x01(\x04\x12\x15\n\rqueued_tokens\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\x12\x13\n\x0bpages_total\x18\x06 \x01(\r\x12\x12\n\npages_free\x18\x07 \x01(\r\x12\x14\n\x0cpages_cached\x18\x08 \x01(\r\x12\x12\n\nhost_slots\x18\t \x01(\r\x12\x1b\n\x13prefill_s_per_token\x18\n \x01(\x01\x12\"\n\x1aprefill_s_per_token_before\x18\x0b \x01(\x01\x12\x0e\n\x06step_s\x18\x0c \x01(\x01\x12\x0e\n\x06hold_s\x18\r \x01(\x01\x12\x0f\n\x07\x66\x65tch_s\x18\x0f \x01(\x01\x12\x19\n\x11\x66\x65tch_s_per_token\x18\x10 \x01(\x01J\x04\x08\x0e\x10\x0f\"E\n\x04Step\x12\x1f\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x0f.quire.v1.Event\x12\x1c\n\x04load\x18\x02 \x01(\x0b\x32\x0e.quire.v1.Load\"e\n\x05\x45vent\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12 \n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0f.quire.v1.DeltaH\x00\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x11.quire.v1.FailureH\x00\x42\x06\n\x04what\"9\n\x07\x46\x61ilure\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x62\x65gun\x18\x03 \x01(\x08\"C\n\x0bStatsAnswer\x12\r\n\x05query\x18\x01 \x01(\x04\x12%\n\x05stats\x18\x02 \x01(\x0b\x32\x16.quire.v1.ReplicaStats2\xc2\x01\n\x06\x45ngine\x12\x41\n\x07\x43onnect\x12\x18.quire.v1.GatewayMessage\x1a\x18.quire.v1.ReplicaMessage(\x01\x30\x01\x12\x31\n\x03Say\x12\x15.quire.v1.PeerMessage\x1a\x13.quire.v1.PeerHeard\x12\x42\n\x0cGetTokenizer\x12\x18.quire.v1.TokenizerQuery\x1a\x18.quire.v1.TokenizerFilesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"quire/protos/quire/v1/engine.proto\x12\x08quire.v1\x1a%quire/protos/quire/v1/inference.proto\"\x10\n\x0eTokenizerQuery\"r\n\x0eTokenizerFiles\x12\x32\n\x05\x66iles\x18\x01 \x03(\x0b\x32#.quire.v1.TokenizerFiles.FilesEntry\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\":\n\x0bPeerMessage\x12\n\n\x02to\x18\x01 \x01(\t\x12\x0e\n\x06sender\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\x0c\"\t\n\x07PeerAck\"\x8e\x01\n\x0eGatewayMessage\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x10.quire.v1.SubmitH\x00\x12&\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x14.quire.v1.CancelCallH\x00\x12%\n\x05stats\x18\x03 \x01(\x0b\x32\x14.quire.v1.StatsQueryH\x00\x42\t\n\x07message\"\xb0\x01\n\x06Submit\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.quire.v1.Sampling\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x18\n\x0bremaining_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0b\x63omputed_by\x18\x07 \x01(\tB\x0e\n\x0c_remaining_s\"\x1a\n\nCancelCall\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\"\x1b\n\nStatsQuery\x12\r\n\x05query\x18\x01 \x01(\x04\"\xcd\x01\n\x0eReplicaMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.quire.v1.HelloH\x00\x12\x1e\n\x04step\x18\x02 \x01(\x0b\x32\x0e.quire.v1.StepH\x00\x12&\n\x05stats\x18\x03 \x01(\x0b\x32\x15.quire.v1.StatsAnswerH\x00\x12\x1e\n\x04load\x18\x04 \x01(\x0b\x32\x0e.quire.v1.LoadH\x00\x12&\n\x08\x64raining\x18\x05 \x01(\x0b\x32\x12.quire.v1.DrainingH\x00\x42\t\n\x07message\"\n\n\x08\x44raining\"\x81\x01\n\x05Hello\x12\x1e\n\x05model\x18\x01 \x01(\x0b\x32\x0f.quire.v1.Model\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12 \n\x04keys\x18\x04 \x01(\x0b\x32\x12.quire.v1.KeySpace\x12\x11\n\ttokenizer\x18\x05 \x01(\x0c\"?\n\x08KeySpace\x12\x0e\n\x06layout\x18\x01 \x01(\x0c\x12\x0f\n\x07weights\x18\x02 \x01(\x0c\x12\x12\n\ntransforms\x18\x03 \x01(\x0c\"\xcd\x02\n\x04Load\x12\x11\n\tseen_call\x18\x01 \x01(\x04\x12\x15\n\rqueued_tokens\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\x12\x13\n\x0bpages_total\x18\x06 \x01(\r\x12\x12\n\npages_free\x18\x07 \x01(\r\x12\x14\n\x0cpages_cached\x18\x08 \x01(\r\x12\x12\n\nhost_slots\x18\t \x01(\r\x12\x1b\n\x13prefill_s_per_token\x18\n \x01(\x01\x12\"\n\x1aprefill_s_per_token_before\x18\x0b \x01(\x01\x12\x0e\n\x06step_s\x18\x0c \x01(\x01\x12\x0e\n\x06hold_s\x18\r \x01(\x01\x12\x0f\n\x07\x66\x65tch_s\x18\x0f \x01(\x01\x12\x19\n\x11\x66\x65tch_s_per_token\x18\x10 \x01(\x01J\x04\x08\x0e\x10\x0f\"E\n\x04Step\x12\x1f\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x0f.quire.v1.Event\x12\x1c\n\x04load\x18\x02 \x01(\x0b\x32\x0e.quire.v1.Load\"e\n\x05\x45vent\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12 \n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0f.quire.v1.DeltaH\x00\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x11.quire.v1.FailureH\x00\x42\x06\n\x04what\"9\n\x07\x46\x61ilure\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x62\x65gun\x18\x03 \x01(\x08\"C\n\x0bStatsAnswer\x12\r\n\x05query\x18\x01 \x01(\x04\x12%\n\x05stats\x18\x02 \x01(\x0b\x32\x16.quire.v1.ReplicaStats2\xc4\x01\n\x06\x45ngine\x12\x41\n\x07\x43onnect\x12\x18.quire.v1.GatewayMessage\x1a\x18.quire.v1.ReplicaMessage(\x01\x30\x01\x12\x33\n\x07\x44\x65liver\x12\x15.quire.v1.PeerMessage\x1a\x11.quire.v1.PeerAck\x12\x42\n\x0cGetTokenizer\x12\x18.quire.v1.TokenizerQuery\x1a\x18.quire.v1.TokenizerFilesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,34 +42,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIZERFILES_FILESENTRY']._serialized_end=219
   _globals['_PEERMESSAGE']._serialized_start=221
   _globals['_PEERMESSAGE']._serialized_end=279
-  _globals['_PEERHEARD']._serialized_start=281
-  _globals['_PEERHEARD']._serialized_end=292
-  _globals['_GATEWAYMESSAGE']._serialized_start=295
-  _globals['_GATEWAYMESSAGE']._serialized_end=437
-  _globals['_SUBMIT']._serialized_start=440
-  _globals['_SUBMIT']._serialized_end=616
-  _globals['_CANCELCALL']._serialized_start=618
-  _globals['_CANCELCALL']._serialized_end=644
-  _globals['_STATSQUERY']._serialized_start=646
-  _globals['_STATSQUERY']._serialized_end=673
-  _globals['_REPLICAMESSAGE']._serialized_start=676
-  _globals['_REPLICAMESSAGE']._serialized_end=881
-  _globals['_DRAINING']._serialized_start=883
-  _globals['_DRAINING']._serialized_end=893
-  _globals['_HELLO']._serialized_start=896
-  _globals['_HELLO']._serialized_end=1025
-  _globals['_KEYSPACE']._serialized_start=1027
-  _globals['_KEYSPACE']._serialized_end=1090
-  _globals['_LOAD']._serialized_start=1093
-  _globals['_LOAD']._serialized_end=1426
-  _globals['_STEP']._serialized_start=1428
-  _globals['_STEP']._serialized_end=1497
-  _globals['_EVENT']._serialized_start=1499
-  _globals['_EVENT']._serialized_end=1600
-  _globals['_FAILURE']._serialized_start=1602
-  _globals['_FAILURE']._serialized_end=1659
-  _globals['_STATSANSWER']._serialized_start=1661
-  _globals['_STATSANSWER']._serialized_end=1728
-  _globals['_ENGINE']._serialized_start=1731
+  _globals['_PEERACK']._serialized_start=281
+  _globals['_PEERACK']._serialized_end=290
+  _globals['_GATEWAYMESSAGE']._serialized_start=293
+  _globals['_GATEWAYMESSAGE']._serialized_end=435
+  _globals['_SUBMIT']._serialized_start=438
+  _globals['_SUBMIT']._serialized_end=614
+  _globals['_CANCELCALL']._serialized_start=616
+  _globals['_CANCELCALL']._serialized_end=642
+  _globals['_STATSQUERY']._serialized_start=644
+  _globals['_STATSQUERY']._serialized_end=671
+  _globals['_REPLICAMESSAGE']._serialized_start=674
+  _globals['_REPLICAMESSAGE']._serialized_end=879
+  _globals['_DRAINING']._serialized_start=881
+  _globals['_DRAINING']._serialized_end=891
+  _globals['_HELLO']._serialized_start=894
+  _globals['_HELLO']._serialized_end=1023
+  _globals['_KEYSPACE']._serialized_start=1025
+  _globals['_KEYSPACE']._serialized_end=1088
+  _globals['_LOAD']._serialized_start=1091
+  _globals['_LOAD']._serialized_end=1424
+  _globals['_STEP']._serialized_start=1426
+  _globals['_STEP']._serialized_end=1495
+  _globals['_EVENT']._serialized_start=1497
+  _globals['_EVENT']._serialized_end=1598
+  _globals['_FAILURE']._serialized_start=1600
+  _globals['_FAILURE']._serialized_end=1657
+  _globals['_STATSANSWER']._serialized_start=1659
+  _globals['_STATSANSWER']._serialized_end=1726
+  _globals['_ENGINE']._serialized_start=1729
   _globals['_ENGINE']._serialized_end=1925
 # @@protoc_insertion_point(module_scope)

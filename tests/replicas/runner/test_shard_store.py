@@ -28,7 +28,7 @@ from quire.kvstore.peers.ids import ReplicaId, TransferId
 from quire.kvstore.peers.messages import CompletePages, Moved, ReceivePages, SendPages
 from quire.kvstore.peers.slices import shard_heads
 from quire.kvstore.wire.failures import Cause
-from quire.kvstore.wire.links import LinkConfig
+from quire.kvstore.wire.transport import LinkConfig
 from quire.replicas.config import EngineConfig
 from quire.replicas.errors import ConfigError, ReplicaDied
 from quire.replicas.runner import executor as executor_module
@@ -187,8 +187,8 @@ def test_every_shard_sums_complete_pages_ahead(llama, tp, monkeypatch):
     monkeypatch.setitem(mover.CHUNK_BYTES, "cpu", 1000)  # so that these pages are large
     with Replica(config_of(llama, tp)) as owner, Replica(config_of(llama, tp)) as receiver:
         owner.executor.run(WRITE)
-        owner.executor.sum_ahead(CompletePages((), ()))
-        owner.executor.sum_ahead(CompletePages(tuple(map(PageId, PAGES_A)), (4, 5)))
+        owner.executor.precompute_checksums(CompletePages((), ()))
+        owner.executor.precompute_checksums(CompletePages(tuple(map(PageId, PAGES_A)), (4, 5)))
         until(lambda: all(sums_known(store) == 2 for store in owner.stores.values()))
         owner.pools[tp - 1][PAGES_A[1], 7] ^= 1
         transfer = TransferId(next(_transfers))

@@ -1,7 +1,7 @@
 """The way to the other replicas of a deployment: Engine services by gRPC, the directory in the background.
 
-Knows no Ray: the directory is whatever can be announced to and asked. A replica's name among its neighbours
-ends in the address of its Engine service, so that whoever hears the name can answer.
+Knows no Ray: the directory is whatever can be announced to and asked. A replica's id
+ends in the address of its Engine service, so that any replica that knows the id can reach it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from quire.kvstore.peers.messages import Message, encode_message
 from quire.protos.quire.v1 import engine_pb2, engine_pb2_grpc
 from quire.replicas.engine.service import INTERNAL_CHANNEL, SECRET_METADATA
 
-_SAY_TIMEOUT_S = 2.0
+_SEND_TIMEOUT_S = 2.0
 _MAX_CHANNELS = 64
 _MAX_LOOKUPS = 256
 _LOOKUP_STALE_S = 1.0
-"""Who asked so long ago has stopped waiting."""
+"""A lookup that was asked for so long ago is of no use any more."""
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ class DirectoryAccess(Protocol):
     def owners(self) -> tuple[ReplicaId, ...]: ...
 
 
-class GrpcNeighbours:
-    """The `Neighbours` of one replica."""
+class GrpcPeers:
+    """The `PeerNetwork` of one replica."""
 
     def __init__(self, me: ReplicaId, secret: str, directory: DirectoryAccess) -> None:
         """Begins to announce. `secret`: what Engine services of this deployment ask for."""
@@ -63,19 +63,19 @@ class GrpcNeighbours:
         self._channels: OrderedDict[str, grpc.Channel] = OrderedDict()
         self._lock = threading.Lock()
 
-    def say(self, to: ReplicaId, message: Message, failed: Callable[[], None]) -> None:
-        """Failed is also what was delivered to a later replica at the same address."""
+    def send(self, to: ReplicaId, message: Message, failed: Callable[[], None]) -> None:
+        """Deliver a message. A later replica at the same address refuses it, which is a failure, too."""
         if self._closed:
             failed()
             return
         request = engine_pb2.PeerMessage(to=to, sender=self._me, message=encode_message(message))
-        call = engine_pb2_grpc.EngineStub(self._channel(to.rpartition("@")[2])).Say.future(
-            request, timeout=_SAY_TIMEOUT_S, metadata=self._metadata
+        call = engine_pb2_grpc.EngineStub(self._channel(to.rpartition("@")[2])).Deliver.future(
+            request, timeout=_SEND_TIMEOUT_S, metadata=self._metadata
         )
-        call.add_done_callback(partial(_said, to, failed))
+        call.add_done_callback(partial(_delivered, to, failed))
 
     def lookup(self, chain: Sequence[BlockKey], answer: Callable[[tuple[Holder, ...]], None]) -> None:
-        """With too many before it, or too late, a lookup is answered with nothing."""
+        """Look a chain up in the background. A lookup in a queue too long, or for too long, finds nothing."""
         with self._lock:
             full = self._closed or self._queued >= _MAX_LOOKUPS
             self._queued += not full
@@ -85,7 +85,7 @@ class GrpcNeighbours:
             self._lookups.submit(self._look, tuple(chain), answer, time.monotonic())
 
     def others(self) -> tuple[ReplicaId, ...]:
-        """Replicas that live, as far as the directory knows. Waits for it; none if it does not answer."""
+        """Return the replicas that the directory believes to live; none if it does not answer. Waits for it."""
         try:
             return tuple(owner for owner in self._directory.owners() if owner != self._me)
         except ChannelLost as error:
@@ -99,7 +99,7 @@ class GrpcNeighbours:
         self._announcer.removed(keys)
 
     def close(self) -> None:
-        """From now on nobody is reached."""
+        """Stop announcing, and reach no replica any more."""
         self._closed = True
         self._announcer.close()
         self._lookups.shutdown(wait=False, cancel_futures=True)
@@ -122,7 +122,7 @@ class GrpcNeighbours:
         answer(tuple(holder for holder in holders if holder.owner != self._me))
 
     def _channel(self, address: str) -> grpc.Channel:
-        """The least recently used one makes room."""
+        """Return the channel to this address; the least recently used one makes room."""
         with self._lock:
             channel = self._channels.get(address)
             if channel is None:
@@ -133,7 +133,7 @@ class GrpcNeighbours:
             return channel
 
 
-def _said(to: ReplicaId, failed: Callable[[], None], call: Future[engine_pb2.PeerHeard]) -> None:
+def _delivered(to: ReplicaId, failed: Callable[[], None], call: Future[engine_pb2.PeerAck]) -> None:
     if call.exception() is not None:
         log.info("%s was not reached: %s", to, call.exception())
         failed()

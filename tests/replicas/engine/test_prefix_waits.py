@@ -39,7 +39,7 @@ def config(
     )
 
 
-def neighbours(a: EngineConfig, b: EngineConfig) -> tuple[Resident, Resident]:
+def sharing_pair(a: EngineConfig, b: EngineConfig) -> tuple[Resident, Resident]:
     """Both have computed a prompt of their own: only then is there a rate to compare with."""
     town = Town()
     residents = Resident(town, "a", a), Resident(town, "b", b)
@@ -49,12 +49,12 @@ def neighbours(a: EngineConfig, b: EngineConfig) -> tuple[Resident, Resident]:
 
 
 def fetched(resident: Resident) -> int:
-    return resident.engine._engine.sharing.stats.blocks_fetched
+    return resident.engine._engine.peer.exchange.stats.blocks_fetched
 
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "fp8", "int8", "int4", "k8v4"])
 def test_a_prefix_computed_by_one_is_used_by_the_other_with_the_same_logits(kv):
-    a, b = neighbours(config(kv), config(kv))
+    a, b = sharing_pair(config(kv), config(kv))
     with a, b:
         computed = a.ask(PROMPT)
         got = b.ask(PROMPT)
@@ -67,7 +67,7 @@ def test_a_prefix_computed_by_one_is_used_by_the_other_with_the_same_logits(kv):
         assert (stats.fetches, stats.fetch_choices["fetch"], stats.fetch_failures) == (1, 1, {})
         b.ask(PROMPT)  # again: they were here already
         assert b.engine.stats().remote_tokens == BLOCKS * 64
-        stats, layout = b.engine._engine.sharing.stats, b.engine._executor.shard.layout
+        stats, layout = b.engine._engine.peer.exchange.stats, b.engine._executor.shard.layout
         assert stats.bytes_received == BLOCKS * layout.page_bytes
         for resident in (a, b):
             resident.engine.check()
@@ -76,7 +76,7 @@ def test_a_prefix_computed_by_one_is_used_by_the_other_with_the_same_logits(kv):
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "fp8", "int8", "int4", "k8v4"])
 def test_a_prompt_is_fetched_from_the_replica_that_was_told_to_compute_it(kv):
-    a, b = neighbours(config(kv), config(kv))
+    a, b = sharing_pair(config(kv), config(kv))
     with a, b:
         b.way.looks = False  # the directory need not know yet
         a.ask(PROMPT, new_tokens=1)
@@ -88,7 +88,7 @@ def test_a_prompt_is_fetched_from_the_replica_that_was_told_to_compute_it(kv):
 
 
 def test_a_prompt_whose_computer_is_gone_or_has_forgotten_is_computed():
-    a, b = neighbours(config(), config())
+    a, b = sharing_pair(config(), config())
     with a, b:
         assert b.ask(PROMPT, computed_by=a.way.me)[-1].usage.cached_tokens == 0
         computed = b.ask(OTHER, tenant="another")
@@ -99,7 +99,7 @@ def test_a_prompt_whose_computer_is_gone_or_has_forgotten_is_computed():
 
 @pytest.mark.parametrize(("of_a", "of_b"), [(1, 2), (2, 1), (2, 2)])
 def test_replicas_of_different_sizes_share_too(of_a, of_b):
-    a, b = neighbours(config("int4", of_a), config("int4", of_b))
+    a, b = sharing_pair(config("int4", of_a), config("int4", of_b))
     with a, b:
         computed = a.ask(PROMPT)
         got = b.ask(PROMPT)
@@ -109,7 +109,7 @@ def test_replicas_of_different_sizes_share_too(of_a, of_b):
 
 
 def test_what_is_fetched_once_is_lent_on():
-    a, b = neighbours(config(), config())
+    a, b = sharing_pair(config(), config())
     with a, b, Resident(a.way.town, "c", config()) as c:
         c.ask(WARM_UP, tenant="c")
         computed = a.ask(PROMPT)
@@ -120,7 +120,7 @@ def test_what_is_fetched_once_is_lent_on():
 
 
 def test_tenants_do_not_see_each_others_blocks():
-    a, b = neighbours(config(), config())
+    a, b = sharing_pair(config(), config())
     with a, b:
         a.ask(PROMPT, tenant="one")
         assert b.ask(PROMPT, tenant="two")[-1].usage.cached_tokens == 0
@@ -128,7 +128,7 @@ def test_tenants_do_not_see_each_others_blocks():
 
 
 def test_other_formats_are_other_blocks():
-    a, b = neighbours(config("int8"), config("int4"))
+    a, b = sharing_pair(config("int8"), config("int4"))
     with a, b:
         a.ask(PROMPT)
         assert b.ask(PROMPT)[-1].usage.cached_tokens == 0
@@ -136,7 +136,7 @@ def test_other_formats_are_other_blocks():
 
 def test_other_weights_are_other_blocks(tmp_path):
     """As during an upgrade: neither what leaving replicas offer nor what others computed is taken."""
-    a, b = neighbours(config(), config(model=str(reweighed(tmp_path))))
+    a, b = sharing_pair(config(), config(model=str(reweighed(tmp_path))))
     with a, b:
         computed = a.ask(PROMPT)
         a.engine.hand_over((b.way.me,), within_s=5.0)
@@ -148,7 +148,7 @@ def test_other_weights_are_other_blocks(tmp_path):
 
 
 def test_a_few_missing_blocks_are_not_asked_for():
-    a, b = neighbours(config(), config(min_fetch_blocks=20))
+    a, b = sharing_pair(config(), config(min_fetch_blocks=20))
     with a, b:
         a.ask(PROMPT)
         assert b.ask(PROMPT)[-1].usage.cached_tokens == 0
@@ -156,7 +156,7 @@ def test_a_few_missing_blocks_are_not_asked_for():
 
 @pytest.mark.parametrize("lost", [Offer, Accept, Done, Released])
 def test_a_lost_message_costs_the_fetch_and_nothing_else(lost):
-    a, b = neighbours(config(fetch_timeout_s=1.0), config(fetch_timeout_s=1.0))
+    a, b = sharing_pair(config(fetch_timeout_s=1.0), config(fetch_timeout_s=1.0))
     with a, b:
         computed = a.ask(PROMPT)
         for resident in (a, b):
@@ -165,7 +165,7 @@ def test_a_lost_message_costs_the_fetch_and_nothing_else(lost):
         assert answer(b.ask(PROMPT)) == answer(computed)
         assert time.monotonic() - began < 6
         assert fetched(b) == 0
-        assert b.engine._engine.sharing.stats.fetch_failures == {Cause.DEADLINE: 1}
+        assert b.engine._engine.peer.exchange.stats.fetch_failures == {Cause.DEADLINE: 1}
         for resident in (a, b):
             resident.way.drops = lambda message: False
         time.sleep(1.5)  # leases and late reports end
@@ -175,24 +175,24 @@ def test_a_lost_message_costs_the_fetch_and_nothing_else(lost):
 
 
 def test_an_owner_that_is_gone_is_not_waited_for():
-    a, b = neighbours(config(), config())
+    a, b = sharing_pair(config(), config())
     with a, b:
         computed = a.ask(PROMPT)
         a.move_out()
         assert answer(b.ask(PROMPT)) == answer(computed)
-        assert b.engine._engine.sharing.stats.fetch_failures == {Cause.PEER: 1}
+        assert b.engine._engine.peer.exchange.stats.fetch_failures == {Cause.PEER: 1}
 
 
 def test_a_directory_that_lies_costs_one_refusal():
-    a, b = neighbours(config(), config())
+    a, b = sharing_pair(config(), config())
     with a, b:
         b.way.town.directory.lookup = lambda chain: (Holder(a.way.me, len(chain)),)
         assert b.ask(PROMPT)[-1].usage.cached_tokens == 0
-        assert b.engine._engine.sharing.stats.fetch_failures == {Cause.REFUSED: 1}
+        assert b.engine._engine.peer.exchange.stats.fetch_failures == {Cause.REFUSED: 1}
 
 
 def test_a_directory_that_does_not_answer_is_not_waited_for():
-    a, b = neighbours(config(), config(lookup_timeout_s=0.2))
+    a, b = sharing_pair(config(), config(lookup_timeout_s=0.2))
     with a, b:
         computed = a.ask(PROMPT)
         b.way.looks = False
@@ -203,22 +203,22 @@ def test_a_directory_that_does_not_answer_is_not_waited_for():
 
 
 def test_requests_for_one_prefix_share_one_fetch():
-    a, b = neighbours(config(), config())
+    a, b = sharing_pair(config(), config())
     with a, b:
         a.ask(PROMPT)
         for name in ("x", "y", "z"):
             sampling = SamplingParams(max_tokens=2, ignore_eos=True)
             b.engine.submit(Request(id=RequestId(name), prompt=tuple(PROMPT), sampling=sampling))
         b.ask(PROMPT)
-        assert b.engine._engine.sharing.stats.fetches == 1
+        assert b.engine._engine.peer.exchange.stats.fetches == 1
         assert fetched(b) == BLOCKS
 
 
 def test_a_prompt_is_not_queued_behind_itself():
-    a, b = neighbours(config(), config())
+    a, b = sharing_pair(config(), config())
     with a, b:
         a.ask(PROMPT)
-        cost, queued = b.engine._engine.sharing._cost, []
+        cost, queued = b.engine._engine.waits._cost, []
         decide = cost.decide
         cost.decide = lambda *args: queued.append(args[3]) or decide(*args)
         b.ask(PROMPT)
@@ -226,7 +226,7 @@ def test_a_prompt_is_not_queued_behind_itself():
 
 
 def test_evicted_blocks_are_not_offered_any_more():
-    a, b = neighbours(config(pool_bytes=13 * 101376), config())
+    a, b = sharing_pair(config(pool_bytes=13 * 101376), config())
     with a, b:
         a.ask(PROMPT)
         a.ask(OTHER, tenant="else")
@@ -235,7 +235,7 @@ def test_evicted_blocks_are_not_offered_any_more():
 
 @pytest.mark.parametrize("hands_over", [False, True])
 def test_a_replica_that_leaves_hands_its_blocks_over(hands_over):
-    a, b = neighbours(config(), config())
+    a, b = sharing_pair(config(), config())
     prompts = mixed_prompts(TOKENIZER, [500, 400, 600, 450], seed=5)
     with a, b, Resident(a.way.town, "c", config()) as c:
         c.ask(WARM_UP, tenant="c")
@@ -256,7 +256,7 @@ def test_a_replica_that_leaves_hands_its_blocks_over(hands_over):
 
 
 def test_an_heir_that_is_slow_to_hear_of_it_is_waited_for():
-    a, b = neighbours(config(), config())
+    a, b = sharing_pair(config(), config())
     with a, b:
         a.ask(PROMPT)
         with b.engine._stepping:
@@ -271,7 +271,7 @@ def test_an_heir_that_is_slow_to_hear_of_it_is_waited_for():
 
 @pytest.mark.parametrize("heir", ["gone", "shut down", "silent", "leaving too"])
 def test_a_leaver_waits_for_nobody_who_takes_nothing(heir):
-    a, b = neighbours(config(), config())
+    a, b = sharing_pair(config(), config())
     with a, b:
         a.ask(PROMPT)
         match heir:
@@ -296,7 +296,7 @@ def test_a_leaver_waits_for_nobody_who_takes_nothing(heir):
 
 
 def test_what_is_handed_over_takes_free_pages_only():
-    a, b = neighbours(config(), config(pool_bytes=13 * 101376))
+    a, b = sharing_pair(config(), config(pool_bytes=13 * 101376))
     with a, b:
         mine = b.ask(OTHER)
         a.ask(PROMPT)
@@ -310,7 +310,7 @@ def test_what_is_handed_over_takes_free_pages_only():
 def test_answers_stay_right_whatever_is_lost(seed, monkeypatch):
     """Messages vanish, owners move out without a word and others in, all at random."""
     eager = partial(CostModel, CostConfig(retry_s=0.0))  # or one failure would keep a link out for long
-    monkeypatch.setattr("quire.replicas.engine.sharing.CostModel", eager)
+    monkeypatch.setattr("quire.replicas.engine.prefix_waits.CostModel", eager)
     rng = random.Random(seed)
     prompts = mixed_prompts(TOKENIZER, [300, 400, 500, 600], seed=9)
     quick = config(fetch_timeout_s=0.4, lookup_timeout_s=0.4)
