@@ -85,7 +85,7 @@ class GrpcPeers:
             self._lookups.submit(self._look, tuple(chain), answer, time.monotonic())
 
     def others(self) -> tuple[ReplicaId, ...]:
-        """Return the replicas that the directory believes to live; none if it does not answer. Waits for it."""
+        """Ask the directory which replicas live, and wait for its answer; none if it does not answer."""
         try:
             return tuple(owner for owner in self._directory.owners() if owner != self._me)
         except ChannelLost as error:
