@@ -47,7 +47,13 @@ class NumberedOrder(Struct, frozen=True, tag=True):
         return NumberedOrder(self.number, msgspec.structs.replace(self.order, timeout_s=left_s))
 
 
-Command = Idle | StepBatch | Stop | NumberedOrder | Demote | Promote | CompletePages
+class MeasureKeys(Struct, frozen=True, tag=True):
+    """Sum up the moments of a text's keys: `Shard.key_moments`."""
+
+    token_ids: tuple[int, ...]
+
+
+Command = Idle | StepBatch | Stop | NumberedOrder | Demote | Promote | CompletePages | MeasureKeys
 
 
 class Loaded(Struct, frozen=True):

@@ -33,6 +33,7 @@ from quire.replicas.runner.commands import (
     Demote,
     Idle,
     Loaded,
+    MeasureKeys,
     NumberedOrder,
     Promote,
     Stop,
@@ -84,7 +85,7 @@ class _Job:
 
     command: Command
     since_s: float = field(default_factory=time.monotonic)
-    logits: Future[Tensor] = field(default_factory=Future)
+    result: Future[Tensor] = field(default_factory=Future)
 
     def now(self) -> Command:
         """The command, with what is left of an order's time: it may have waited for a step."""
@@ -211,11 +212,14 @@ class Executor:
         self.check()
         if self._thread is None:
             return self.shard.forward(batch, drawn)
-        job = _Job(batch)
+        return self._result(batch)
+
+    def _result(self, command: Command) -> Tensor:
+        job = _Job(command)
         self._jobs.put(job)
         while True:
             try:
-                return job.logits.result(_POLL_S)
+                return job.result.result(_POLL_S)
             except TimeoutError:
                 self.check()
 
@@ -259,8 +263,11 @@ class Executor:
             self._jobs.put(_Job(complete))
 
     def key_moments(self, token_ids: Sequence[int]) -> Tensor:
-        """Statistics of a text's keys over all heads: `Shard.key_moments`."""
-        return self.shard.key_moments(token_ids)
+        """Measure the keys of a text on all shards: `Shard.key_moments`. Raises ReplicaDied."""
+        self.check()
+        if self._thread is None:
+            return self.shard.key_moments(token_ids)
+        return self._result(MeasureKeys(tuple(token_ids)))
 
     def can_go_on(self) -> bool:
         """Whether another step can be computed, now that one has raised.
@@ -316,14 +323,14 @@ class Executor:
             group.send(encode_command(command))
             if isinstance(command, NumberedOrder):
                 self._pages.execute(command.order, partial(self._reports.deliver, command.number))
-            elif (logits := execute(command, self.shard, self._pages, group)) is not None:
-                job.logits.set_result(logits)
+            elif (result := execute(command, self.shard, self._pages, group)) is not None:
+                job.result.set_result(result)
         except Exception as error:  # handed to the caller in its own thread
             # Whatever it was, the ranks may no longer be at the same operation: no step can follow.
             died = isinstance(error, ReplicaDied)
             reason = self._launcher.failure() or (str(error) if died else f"a step failed: {error}")
             self._failure = self._failure or ReplicaDied(reason)
-            job.logits.set_exception(self._failure if died else error)
+            job.result.set_exception(self._failure if died else error)
 
 
 def _checked(data: bytes) -> Loaded:

@@ -30,6 +30,7 @@ from quire.replicas.runner.commands import (
     Demote,
     Idle,
     Loaded,
+    MeasureKeys,
     NumberedOrder,
     Promote,
     Stop,
@@ -142,7 +143,7 @@ def _serve(shard: Shard, pages: ShardStore, group: TensorParallelGroup, store: S
 
 
 def execute(command: Command, shard: Shard, pages: ShardStore, group: TensorParallelGroup) -> Tensor | None:
-    """Do this rank's part of a command that is no order, and return a step's logits."""
+    """Do this rank's part of a command that is no order, and return its result, such as a step's logits."""
     match command:
         case Idle():
             group.check_in()
@@ -154,6 +155,8 @@ def execute(command: Command, shard: Shard, pages: ShardStore, group: TensorPara
             pages.promote(copies)
         case CompletePages():
             pages.precompute_checksums(command)
+        case MeasureKeys(token_ids):
+            return shard.key_moments(token_ids)
     return None
 
 
