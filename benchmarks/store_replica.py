@@ -238,7 +238,7 @@ class Remote:
 
     def __init__(self, config: EngineConfig, directory: str, kind: type[Replica] = Replica) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["store_replica"])
+        context.set_forkserver_preload([AsyncEngine.__module__])  # it cannot import this file
         self._control, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(kind, config, directory, theirs), daemon=True)
         self.process.start()

@@ -1,4 +1,4 @@
-"""One served application for all tests of this folder that need one."""
+"""What tests of this folder share: `quire serve` with a Ray of its own, and a Ray that several use."""
 
 import pytest
 from served_app import quire_serve

@@ -12,7 +12,7 @@ import yaml
 from served_app import free_port, quire
 
 from quire.cluster import AsyncClient, SamplingParams, collect_async
-from quire.cluster.cli.local import APP, cluster, rolled_out, served
+from quire.cluster.cli.local import APP, rolled_out, served
 from quire.cluster.config import parse
 from quire.cluster.gateway_registry import addresses
 from quire.replicas.errors import ConfigError, ReplicaDied, UnknownModel
@@ -38,8 +38,8 @@ def config(kv="int8", **gateway):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def up():
-    with cluster(config(), None), served(config(), lambda words: None):
+def up(joined):
+    with served(config(), lambda words: None):
         yield
 
 

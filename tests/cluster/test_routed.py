@@ -5,7 +5,8 @@ import random
 import time
 
 import pytest
-from served_app import Served, quire_serve
+from ray_cluster import Cluster
+from served_app import Served
 
 from quire.cluster import AsyncClient, CallOptions, Client, SamplingParams, collect, collect_async
 
@@ -16,12 +17,9 @@ EXPLAIN = CallOptions(explain_routing=True)
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    with quire_serve(
-        tmp_path_factory.mktemp("three"),
-        engine={"tp": 1, "store": {"share": False}},
-        replicas={"count": 3},
-    ) as served:
+def three(joined: Cluster):
+    engine = {"tp": 1, "store": {"share": False}}
+    with joined.application("three", engine=engine, replicas={"count": 3}) as served:
         measure_all(served)
         yield served
 
@@ -82,7 +80,7 @@ async def test_when_a_replica_dies_its_prompts_are_answered_by_others(three: Ser
     prefix = prompt(rng, 320)
     async with AsyncClient(three.address) as client:
         home = (await collect_async(client.generate(prefix, SAMPLING, EXPLAIN))).routing.replica_id
-        victims = three.processes(":Replica")
+        victims = three.processes("Replica")
         assert len(victims) == 3
         long = SamplingParams(max_tokens=200, ignore_eos=True)
         streams = [client.generate(prefix + [9] * n, long, EXPLAIN) for n in (1, 2)]

@@ -9,7 +9,7 @@ from recall import mixed_prompts
 
 from quire.cluster import AsyncClient, SamplingParams, collect_async
 from quire.cluster.autoscaling_policy import last_record
-from quire.cluster.cli.local import APP, cluster, served
+from quire.cluster.cli.local import APP, served
 from quire.cluster.config import parse
 from quire.kvstore.peers.directory_actor import NAMESPACE
 from quire.replicas.engine.load import load_tokenizer
@@ -48,13 +48,11 @@ PROMPTS = mixed_prompts(load_tokenizer("demo"), [140 + 3 * n for n in range(24)]
 
 
 @pytest.fixture(scope="module")
-def address():
-    config = parse(CONFIG)
-    with cluster(config, None):
-        with served(config, lambda words: None) as port:
-            yield f"127.0.0.1:{port}"
-        with pytest.raises(ValueError, match="directory"):  # it has ended with its application
-            ray.get_actor(f"{APP}-directory", namespace=NAMESPACE)
+def address(joined):
+    with served(parse(CONFIG), lambda words: None) as port:
+        yield f"127.0.0.1:{port}"
+    with pytest.raises(ValueError, match="directory"):  # it has ended with its application
+        ray.get_actor(f"{APP}-directory", namespace=NAMESPACE)
 
 
 def _replicas() -> dict[str, int]:

@@ -38,12 +38,12 @@ def test_the_demo_finds_its_facts_and_hits_the_cache(served: Served):
 
 def test_both_shards_and_the_gateway_are_processes_of_their_own(served: Served):
     assert len(served.processes("ShardActor")) == 1  # rank 0 lives in the replica
-    assert len(served.processes(":Replica")) == 1
-    assert len(served.processes(":Gateway")) == 1
+    assert len(served.processes("Replica")) == 1
+    assert len(served.processes("Gateway")) == 1
 
 
 def test_the_gateway_listens_on_the_loopback_address_only(served: Served):
-    (process,) = served.processes(":Gateway")
+    (process,) = served.processes("Gateway")
     port = int(served.address.rsplit(":", 1)[1])
     at = {c.laddr.ip for c in process.net_connections("inet") if c.laddr.port == port and not c.raddr}
     assert at
@@ -52,7 +52,7 @@ def test_the_gateway_listens_on_the_loopback_address_only(served: Served):
 
 @pytest.mark.parametrize(
     ("victim", "blow"),
-    [("ShardActor", signal.SIGKILL), ("ShardActor", signal.SIGSTOP), (":Replica", signal.SIGKILL)],
+    [("ShardActor", signal.SIGKILL), ("ShardActor", signal.SIGSTOP), ("Replica", signal.SIGKILL)],
 )
 async def test_sixteen_requests_survive_or_say_so(served: Served, right_answers, victim, blow):
     """Each gets the right answer or UNAVAILABLE; the replica returns by itself and answers as before."""
@@ -86,20 +86,20 @@ async def test_dropped_streams_give_every_page_back(served: Served):
             (replica,) = (await client.stats()).replicas
             return replica.pages_free + replica.pages_cached == replica.pages_total
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not await free():
                 await asyncio.sleep(0.05)
 
 
 def test_a_gateway_that_dies_returns_on_its_port(served: Served, right_answers):
-    (gateway,) = served.processes(":Gateway")
+    (gateway,) = served.processes("Gateway")
     with Client(served.address) as client:
         stream = client.generate(PROMPTS[0], SamplingParams(max_tokens=1000, ignore_eos=True))
         next(stream)
         gateway.kill()
         with pytest.raises(ReplicaDied):
             collect(stream)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while True:
         with Client(served.address) as client:
             try:
@@ -119,7 +119,7 @@ def _alive(process: psutil.Process) -> bool:
 
 
 async def _until(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.1)

@@ -4,8 +4,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from ray_cluster import Cluster
 from recall import mixed_prompts
-from served_app import Served, quire_serve
+from served_app import Served
 
 from quire.cluster import Client, SamplingParams, collect
 from quire.replicas.engine.load import load_tokenizer
@@ -16,14 +17,14 @@ SAMPLING = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(joined: Cluster):
     """Time is not what is tested here: a busy machine may take a while for a fetch, and none is to fail."""
     engine = {
         "tp": 1,
         "pool": {"bytes": 16 << 20},
         "store": {"lookup_timeout_s": 5.0, "fetch_timeout_s": 60.0},
     }
-    with quire_serve(tmp_path_factory.mktemp("pair"), engine=engine, replicas={"count": 2}) as served:
+    with joined.application("pair", engine=engine, replicas={"count": 2}) as served:
         yield served
 
 
@@ -54,9 +55,9 @@ def test_a_prompt_that_one_replica_computed_is_fetched_by_the_other(pair: Served
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory):
-    with quire_serve(
-        tmp_path_factory.mktemp("split"),
+def split(joined: Cluster):
+    with joined.application(
+        "split",
         engine={"tp": 1, "pool": {"bytes": 16 << 20}},
         prefill={"count": 1, "least_tokens": 300},
     ) as served:

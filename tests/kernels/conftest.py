@@ -23,6 +23,7 @@ INTERPRETED = {
     "test_prefill_library.py",
     "test_page_copy.py",
 }
+assert all((Path(__file__).parent / name).exists() for name in INTERPRETED), "a module was renamed"
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 if _INTERPRETING:

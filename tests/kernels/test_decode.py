@@ -63,12 +63,16 @@ def decode(step: Step, multiprocessors: int = 1, plan: DecodePlan | None = None)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("multiprocessors", [1, 4])
-def test_agrees_with_the_reference(case, multiprocessors):
+def test_agrees_with_the_reference(case):
+    """Cut for one multiprocessor and for four, where that makes a difference."""
     step = make_step(case)
-    out = decode(step, multiprocessors)
-    assert out.dtype == step.q_TQD.dtype
-    assert relative_error(out, step.expected()) < (8e-3 if "bf16" in str(case) else 3e-3)
+    plans = [plan_of(step, multiprocessors) for multiprocessors in (1, 4)]
+    if torch.equal(*(plan.items_W4 for plan in plans)):
+        del plans[1]
+    for plan in plans:
+        out = decode(step, plan=plan)
+        assert out.dtype == step.q_TQD.dtype
+        assert relative_error(out, step.expected()) < (8e-3 if "bf16" in str(case) else 3e-3)
 
 
 def test_reads_queries_that_are_not_contiguous():

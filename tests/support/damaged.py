@@ -1,28 +1,30 @@
-"""Broken applications in the cluster that RAY_ADDRESS names: `python damaged.py pages|weights FOLDER`.
-
-`pages`: a prefill replica changes a bit of the blocks it sends. `weights`: weights are no numbers.
-Prints the gateway's address; ends with its input, and the application with it.
-"""
+"""Broken applications: a replica that sends damaged blocks, and weights that are no numbers."""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray import serve
+import pytest
+from ray import cloudpickle
+from ray_cluster import Cluster
 from reweighed import reweighed
+from served_app import Served
 from torch import Tensor
 
 from quire.cluster import app
 from quire.kvstore.peers.mover import Outgoing
 from quire.replicas.deployment import Replica
 
+ENGINE = {"tp": 1, "pool": {"bytes": 3 << 20}}
+
 
 class BadMemory(Replica):
-    """One bit of whatever it sends first is another one than it was."""
+    """A replica that changes one bit of the first chunk of whatever it sends."""
 
     async def __init__(self, *args: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         read_chunk = Outgoing.read_chunk
@@ -37,28 +39,20 @@ class BadMemory(Replica):
         await super().__init__(*args)  # type: ignore[misc]
 
 
-def main(what: str, folder: Path) -> None:
-    engine: dict[str, object] = {
-        "model": "demo" if what == "pages" else str(reweighed(folder, by=math.nan)),
-        "kv": "int8",
-        "device": "cpu",
-        "threads_per_shard": 1,
-        "pool": {"bytes": 3 << 20},
-    }
-    tree: dict[str, Any] = {
-        "engine": engine,
-        "gateway": {"cpus": 0.1, "port": 0},
-        "replicas": {"cpus_per_shard": 0.1, "graceful_shutdown_s": 1},
-    }
-    if what == "pages":
-        tree["prefill"] = {"count": 1, "least_tokens": 100}
-        app.Replica = BadMemory  # type: ignore[misc]
-    ray.init(log_to_driver=False)
-    handle = serve.run(app.build(tree), name=what, route_prefix=None)
-    print(f"127.0.0.1:{handle.port.remote().result()}", flush=True)
-    sys.stdin.read()
-    serve.delete(what)
+@contextmanager
+def damaged_pages(cluster: Cluster) -> Iterator[Served]:
+    """An application whose prefill replica sends damaged blocks, on the joined cluster."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import this file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "Replica", BadMemory)
+        prefill = {"count": 1, "least_tokens": 100}
+        with cluster.application("pages", engine=ENGINE, prefill=prefill) as served:
+            yield served
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+@contextmanager
+def damaged_weights(cluster: Cluster, folder: Path) -> Iterator[Served]:
+    """An application whose weights are NaN, on the joined cluster. `folder` takes them."""
+    engine = {**ENGINE, "model": str(reweighed(folder, by=math.nan))}
+    with cluster.application("weights", engine=engine) as served:
+        yield served

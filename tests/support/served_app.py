@@ -8,9 +8,10 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -25,47 +26,51 @@ CONFIG = {
         "pool": {"bytes": 8 << 20},
         "scheduler": {"max_running": 16, "max_queued": 32},
     },
-    "gateway": {"cpus": 0.1},
+    "gateway": {"port": 0, "cpus": 0.1},
     "replicas": {"cpus_per_shard": 0.1, "health_check_period_s": 0.5, "graceful_shutdown_s": 1},
 }
 
 
 class Served:
-    """A running `quire serve` and the processes below it."""
+    """A running application, and Ray's processes that belong to it."""
 
-    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
-        self.process = process
-        self.address = address
+    def __init__(self, process: subprocess.Popen[Any], address: str, app: str = "quire") -> None:
+        """`process`: the one below which its processes are."""
+        self.process, self.address, self._app = process, address, app
 
     def processes(self, name: str) -> list[psutil.Process]:
-        """Ray's workers whose title holds `name`: ShardActor, Replica, Gateway."""
-        found = []
+        """Those of a deployment (Replica, Prefill, Gateway), or of an actor's class (ShardActor)."""
+        titles, found = (f"ray::ServeReplica:{self._app}:{name}", f"ray::{name}"), []
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if "ray::" in (title := " ".join(process.cmdline())) and name in title:
+            with suppress(psutil.NoSuchProcess):  # gone meanwhile
+                if any(title in " ".join(process.cmdline()) for title in titles):
                     found.append(process)
-            except psutil.NoSuchProcess:
-                continue
         return found
+
+
+def config_tree(**changes: dict[str, object]) -> dict[str, Any]:
+    """`CONFIG` with `changes` by branch."""
+    return {branch: CONFIG.get(branch, {}) | changes.get(branch, {}) for branch in CONFIG | changes}
 
 
 @contextmanager
 def quire_serve(
-    folder: Path, *, environment: Mapping[str, str] | None = None, **changes: dict[str, object]
+    folder: Path, *, ray_address: str | None = None, **changes: dict[str, object]
 ) -> Iterator[Served]:
     """Up until the context ends, then gone; `folder` takes its configuration, with `changes` by branch.
 
-    `environment`: what is to be added to the test's own.
+    `ray_address`: of the cluster of these tests; without it, a Ray of its own, as a user has it.
     """
     config = folder / "config.yaml"
-    tree = {branch: CONFIG.get(branch, {}) | changes.get(branch, {}) for branch in CONFIG | changes}
-    config.write_text(yaml.safe_dump(tree))
+    config.write_text(yaml.safe_dump(config_tree(**changes)))
     command = [sys.executable, "-m", "quire.cluster.cli.main", "serve", "--config", str(config)]
+    environment = dict(os.environ)
+    if ray_address is None:
+        del environment["RAY_AUTH_MODE"], environment["RAY_AUTH_TOKEN"]
+    else:
+        command += ["--ray-address", ray_address]
     process = subprocess.Popen(
-        [*command, "--port", str(free_port())],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **(environment or {})},
+        [*command, "--port", str(free_port())], stderr=subprocess.PIPE, text=True, env=environment
     )
     assert process.stderr is not None
     said = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 import psutil
+from forkserver import forkserver
 from store_peers import StorePeer, peer_process
 
 from quire.kvstore.peers.ids import ReplicaId
@@ -69,8 +69,7 @@ def child(
     device: str = "cpu",
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Child]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["byte_streams", "store_peers"])
+    context = forkserver()
     ours, theirs = context.Pipe()
     process = context.Process(target=peer_process, args=(theirs, kv, tp, device, environment), daemon=True)
     process.start()

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from ray_cluster import Cluster
 from served_app import Served, quire
 
 from quire.cluster.cli.format_costs import format_costs
@@ -92,24 +93,24 @@ def test_replicas_are_a_number_or_bounds_and_go_before_the_file(option, in_file,
 
 
 @pytest.mark.ray
-def test_an_error_of_a_shard_reaches_the_terminal(tmp_path):
+def test_an_error_of_a_shard_reaches_the_terminal(ray_cluster: Cluster, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
         "engine: {model: demo, pool: {bytes: 1000}}\n"
         "gateway: {port: 0, cpus: 0.1}\n"
         "replicas: {cpus_per_shard: 0.1}\n"
     )
-    done = quire("serve", "--config", str(config))
+    done = quire("serve", "--config", str(config), "--ray-address", ray_cluster.address)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("quire: a pool of 1000 bytes holds no page")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.ray
-def test_a_cluster_without_what_is_asked_says_so(tmp_path):
+def test_a_cluster_without_what_is_asked_says_so(ray_cluster: Cluster, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("engine: {model: demo}\ngateway: {port: 0, resources: {moon: 1}}\n")
-    done = quire("serve", "--config", str(config))
+    done = quire("serve", "--config", str(config), "--ray-address", ray_cluster.address)
     assert done.returncode == 1
     assert "quire: 1 gateway with 1 CPU and 1 moon: no node has that" in done.stderr
     assert "Traceback" not in done.stderr

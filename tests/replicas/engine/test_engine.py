@@ -1,6 +1,7 @@
 """The engine over the demo model: what requests may ask for, how they end, and what they leave behind."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -19,25 +20,27 @@ _TURNS = [{"role": "user", "content": "Hello"}]
 HELLO = tuple(TOKENIZER.apply_chat_template(_TURNS, add_generation_prompt=True, return_dict=False))
 
 
+def _engine(
+    pages: int = 40, max_model_tokens: int | None = None, overlapped: bool = False, **scheduler: int
+) -> Engine:
+    config = EngineConfig(
+        model="demo",
+        kv="bf16",
+        threads_per_shard=1,
+        max_model_tokens=max_model_tokens,
+        pool=PoolConfig(bytes=pages * 196608),
+        scheduler=SchedulerConfig(**scheduler),
+    )
+    executor, engine = load_engine(config)
+    if overlapped:
+        engine._executor = Overlapping(executor)
+    return engine
+
+
 @pytest.fixture(params=["in turn", "overlapped"])
 def make_engine(request) -> Callable[..., Engine]:
     """Engines over the demo model, whose steps run one after the other, or each while the last one runs."""
-
-    def make(pages: int = 40, max_model_tokens: int | None = None, **scheduler: int) -> Engine:
-        config = EngineConfig(
-            model="demo",
-            kv="bf16",
-            threads_per_shard=1,
-            max_model_tokens=max_model_tokens,
-            pool=PoolConfig(bytes=pages * 196608),
-            scheduler=SchedulerConfig(**scheduler),
-        )
-        executor, engine = load_engine(config)
-        if request.param == "overlapped":
-            engine._executor = Overlapping(executor)
-        return engine
-
-    return make
+    return partial(_engine, overlapped=request.param == "overlapped")
 
 
 @pytest.fixture
@@ -224,17 +227,27 @@ def test_every_open_output_of_a_cancelled_request_says_so_once(engine, steps):
     assert [o.usage is None for o in ended] == [True, True, False]
 
 
-@pytest.mark.parametrize("pages", [7, 8, 9, 11])
-def test_outputs_that_share_pages_survive_preemption(pages, make_engine):
-    engine = make_engine(pages)
-    engine.add(_request("n", n=6, temperature=1.0, seed=1, max_tokens=120))
+SIX = {"n": 6, "temperature": 1.0, "seed": 1, "max_tokens": 60}
+
+
+@pytest.fixture(scope="module")
+def six_without_preemption() -> list[list[int]]:
+    """The six outputs of one request where there is room for all of them."""
+    engine = _engine(pages=60)
+    engine.add(_request("n", **SIX))
     outputs = _run(engine)["n"]
-    assert outputs[-1].usage.output_tokens == 6 * 120
+    assert engine.stats().preemptions == 0
+    return [_tokens(outputs, i) for i in range(6)]
+
+
+@pytest.mark.parametrize("pages", [7, 8, 9, 11])
+def test_outputs_that_share_pages_survive_preemption(pages, make_engine, six_without_preemption):
+    engine = make_engine(pages)
+    engine.add(_request("n", **SIX))
+    outputs = _run(engine)["n"]
+    assert outputs[-1].usage.output_tokens == 6 * SIX["max_tokens"]
     assert engine.stats().preemptions > 0
-    roomy = make_engine(60)
-    roomy.add(_request("n", n=6, temperature=1.0, seed=1, max_tokens=120))
-    expected = _run(roomy)["n"]
-    assert [_tokens(outputs, i) for i in range(6)] == [_tokens(expected, i) for i in range(6)]
+    assert [_tokens(outputs, i) for i in range(6)] == six_without_preemption
 
 
 def test_cancelling_the_unknown_changes_nothing(engine):
@@ -301,7 +314,7 @@ def test_more_sequences_than_pages_all_end_right(make_engine):
     answers = []
     for engine in (many, few):
         for i, prompt in enumerate(prompts):
-            engine.add(_request(str(i), prompt, max_tokens=90))
+            engine.add(_request(str(i), prompt, max_tokens=50))
         answers.append({name: _tokens(outputs) for name, outputs in _run(engine).items()})
     assert answers[0] == answers[1]
     assert few.stats().preemptions > 0 == many.stats().preemptions
@@ -338,11 +351,9 @@ def _answers(engine: Engine) -> dict[str, list[tuple[list[int], str, FinishReaso
 
 @pytest.mark.parametrize("pages", [60, 11])
 def test_overlapped_steps_give_the_answers_of_steps_in_turn(pages):
-    config = EngineConfig(model="demo", kv="bf16", threads_per_shard=1, pool=PoolConfig(bytes=pages * 196608))
-    in_turn, (executor, overlapped) = load_engine(config)[1], load_engine(config)
-    overlapped._executor = overlapping = Overlapping(executor)
+    in_turn, overlapped = _engine(pages), _engine(pages, overlapped=True)
     assert _answers(overlapped) == _answers(in_turn)
-    assert overlapping.handed_on > 100
+    assert overlapped._executor.handed_on > 100
     assert (overlapped.stats().preemptions > 0) == (pages == 11)
 
 

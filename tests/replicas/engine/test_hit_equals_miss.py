@@ -20,7 +20,7 @@ from quire.replicas.request import SamplingParams
 
 FORMATS = ["fp32", "bf16", "fp8", "int8", "int4", "k8v4", "int4g32"]
 SAMPLING = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, top_p=0.95, seed=11, logprobs=3)
-PROMPT_TOKENS = 203
+PROMPT_TOKENS = 139
 
 
 def _llm(kv: str, max_step_tokens: int = 512, pages: int | None = None) -> LLM:
@@ -77,9 +77,9 @@ def test_chunked_at_any_size(cold, max_step_tokens):
 
 def test_preempted_and_computed_again(cold):
     kv, _, prompt, others, answer = cold
-    with _llm(kv, pages=10) as llm:
+    with _llm(kv, pages=8) as llm:
         company = [others[0], prompt, *others[1:4]]
-        long = SamplingParams(max_tokens=150, ignore_eos=True)
+        long = SamplingParams(max_tokens=60, ignore_eos=True)
         params = [long, SAMPLING, *[long] * 3]
         completions = llm.generate(company, params)
         assert _answer(completions[1]) == answer
