@@ -34,7 +34,9 @@ test-rest: $(VENV)/.dev
 	OMP_NUM_THREADS=1 scripts/loopback $(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS) -m "not ray"
 
 # Hosts in namespaces of their own, which must not lie in those of scripts/loopback: sshd wants to be root for real.
+# Where that cannot be, this fails and says what is missing.
 on-prem: $(VENV)/.dev
+	PYTHONPATH=tests/support $(BIN)/python -c "import hosts, sys; sys.exit(hosts.why_not())"
 	$(BIN)/pytest $(PYTEST_ARGS) tests/cluster/test_on_prem.py
 
 # The same on hosts that have no Python package: about 3 GB of downloads, and four installations of 1.5 GB each.
