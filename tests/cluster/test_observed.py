@@ -30,6 +30,7 @@ from ray_cluster import Cluster
 from served_app import Served
 
 from quire.cluster import CallOptions, Client, SamplingParams, collect
+from quire.cluster.cli.local import APP
 from quire.cluster.metrics.catalogue import CATALOGUE
 from quire.replicas.errors import QuireError
 
@@ -218,7 +219,7 @@ def test_every_metric_of_the_catalogue_is_exported_with_its_type_and_labels(stag
             metric.name
         )  # as OpenMetrics has it
         suffix = "_count" if metric.buckets else ""
-        series = stage.prometheus.query(metric.exported + suffix)
+        series = stage.prometheus.query(f'{metric.exported}{suffix}{{application="{APP}"}}')
         assert series, metric.name
         for one in series:
             assert one["metric"]["deployment"].lower() == metric.origin

@@ -60,7 +60,7 @@ def _replicas() -> dict[str, int]:
     return {str(getattr(state, "value", state)): count for state, count in states.items() if count}
 
 
-async def _until(condition, within_s: float = 60.0) -> None:
+async def _until(condition, within_s: float = 300.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():
             await asyncio.sleep(0.05)
@@ -99,14 +99,14 @@ async def test_one_replica_becomes_two_and_two_become_one_while_both_have_work(a
         for stream in [*old[1:], *new[:-1]]:  # one each is left
             await stream.aclose()
         (second,) = set(await running()) - {first}
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             while await running() != {first: 1, second: 1}:
                 await asyncio.sleep(0.05)
         left = [asyncio.create_task(collect_async(stream)) for stream in (old[0], new[-1])]
 
         await _until(lambda: _replicas() == {"RUNNING": 1, "STOPPING": 1})
         assert not any(task.done() for task in left), "the requests were too short to be drained"
-        await asyncio.sleep(0.5)  # until the gateway has heard
+        await asyncio.sleep(2.0)  # until the gateway has heard
         more = [await collect_async(client.generate(next(prompts), SHORT)) for _ in range(3)]
         assert all(answer.usage.output_tokens == 2 for answer in more)
         stats = {replica.replica_id: replica for replica in (await client.stats()).replicas}

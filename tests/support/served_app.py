@@ -84,9 +84,9 @@ def quire_serve(
     finally:
         below = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=180)
         assert process.returncode == 130
-        assert not psutil.wait_procs(below, timeout=10)[1], "a process was left behind"
+        assert not psutil.wait_procs(below, timeout=60)[1], "a process was left behind"
 
 
 def free_port() -> int:
@@ -105,6 +105,6 @@ def quire(*args: str, stdin: str = "", **env: str) -> subprocess.CompletedProces
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, **env},
     )

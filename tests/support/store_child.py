@@ -31,7 +31,7 @@ class Child:
     def tell(self, *what: object) -> None:
         self.control.send(what)
 
-    def drive(self, until: Callable[[], bool], limit_s: float = 30) -> None:
+    def drive(self, until: Callable[[], bool], limit_s: float = 60) -> None:
         """Carry messages between the two until something is true here."""
         self.me.send = lambda to, message: self._carry(message)
         end_s = time.monotonic() + limit_s

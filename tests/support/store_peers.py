@@ -192,7 +192,7 @@ class StorePeer:
             transport.close()
 
 
-def run(peers: Sequence[StorePeer], until: Callable[[], bool], limit_s: float = 30.0) -> None:
+def run(peers: Sequence[StorePeer], until: Callable[[], bool], limit_s: float = 60.0) -> None:
     """Drive replicas of this process until something is true."""
     by_name = {peer.name: peer for peer in peers}
     for peer in peers:

@@ -28,6 +28,9 @@ def campaign(request, tmp_path_factory):
         patch.setattr(sys, "path", [*sys.path, BENCHMARKS])
         import store_faults
 
+        patch.setattr(store_faults, "TIMEOUT_S", 8.0)  # on a busy machine 3 s are not enough for a fetch
+        patch.setattr(store_faults, "SETTLED_S", 120.0)
+        patch.setattr(store_faults, "_LOOKS", 20)
         kind = getattr(store_faults, request.param)
         campaign = store_faults.Campaign(tmp_path_factory.mktemp("faults"), kind)
         yield campaign

@@ -206,7 +206,7 @@ def test_shards_die_with_a_parent_that_is_killed(llama, tmp_path):
         shards = psutil.Process(parent.pid).children(recursive=True)
         assert len(shards) == 1
         parent.kill()
-    gone, alive = psutil.wait_procs(shards, timeout=10)
+    gone, alive = psutil.wait_procs(shards, timeout=60)
     assert (len(gone), alive) == (1, [])
 
 
