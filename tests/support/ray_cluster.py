@@ -70,7 +70,8 @@ def ray_cluster() -> Iterator[Cluster]:
     log = folder / "ray.log"
     try:
         with log.open("wb") as out, running(command, out, of_head) as process:
-            until(lambda: "Ray runtime started" in log.read_text(), START_S)
+            until(lambda: "Ray runtime started" in log.read_text() or process.poll() is not None, START_S)
+            assert process.poll() is None, f"ray start failed: {log.read_text()}"
             yield Cluster(process, folder, address)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
