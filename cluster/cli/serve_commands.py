@@ -1,4 +1,4 @@
-"""The commands that serve: `quire serve`, `deploy`, `gateways`, `layout`, `demo` and `down`.
+"""The commands that serve: `quire serve`, `deploy`, `gateways`, `layout` and `demo`.
 
 Each command imports what it needs beyond the client, so that `quire --help` works in every installation.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quire.cluster.cli.options import APP, FILE, Replicas, cluster_options, kv_option
-from quire.replicas.errors import ConfigError, QuireError
+from quire.replicas.errors import ConfigError
 
 if TYPE_CHECKING:
     from quire.cluster.config import ServeConfig
@@ -146,16 +146,6 @@ def demo(kv: str, tp: int) -> None:
         run_demo(f"127.0.0.1:{port}", click.echo, partial(click.echo, nl=False))
 
 
-@click.command()
-@click.argument("cluster_file", type=FILE)
-def down(cluster_file: Path) -> None:
-    """Take down the cluster of CLUSTER_FILE (as for `ray up`), and look whether nothing of it lives on."""
-    from quire.cluster.teardown import take_down
-
-    if not take_down(cluster_file, click.echo):
-        raise QuireError("something lives on, or may; the lines above say where")
-
-
 @contextmanager
 def _running(config: ServeConfig, ray_address: str | None) -> Iterator[int]:
     """The application, up; gives the gateway's port. Ctrl-C and SIGTERM both take it down in order."""
@@ -198,4 +188,4 @@ def _read_tree(path: Path | None) -> dict[str, Any]:
     return tree
 
 
-COMMANDS = (serve_command, deploy, gateways, layout, demo, down)
+COMMANDS = (serve_command, deploy, gateways, layout, demo)

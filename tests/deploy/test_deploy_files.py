@@ -12,9 +12,9 @@ from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_NODE_STATUS, TAG_RAY_USER_NODE_TYPE
 from ray.serve.schema import ServeDeploySchema
+from teardown import end_machines
 
 from quire.cluster.config import ServeConfig, parse
-from quire.cluster.teardown import end_machines
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 CLUSTERS = sorted(DEPLOY.glob("ray/*.yaml"))

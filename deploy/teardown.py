@@ -1,12 +1,13 @@
-"""Taking a cluster down for certain: `ray down`, then a look at every machine, because `ray down` can lie.
+"""Takes a cluster down and checks that it is gone: `python deploy/teardown.py deploy/ray/on-prem.yaml`.
 
-It stops Ray with a command that may not be found on the node, says so in a warning, and reports that no node
-remains. Here each host of the file is asked over the file's own ssh settings; on a cloud, its provider is
-asked which machines it still counts.
+`ray down` alone is not enough: it stops Ray with a command that may not be found on the node, prints a
+warning, and reports that no node remains. So each host of the file is asked afterwards over the file's own
+ssh settings; on a cloud, the provider is asked which machines it still counts.
 """
 
 from __future__ import annotations
 
+import argparse
 import os.path
 import subprocess
 import sys
@@ -220,3 +221,19 @@ def _provider(tree: Mapping[str, Any]) -> Provider:
     config = prepare_config(dict(tree))
     provider: Provider = _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
     return provider
+
+
+def main() -> None:
+    """Exits with 1 if something still runs, or may."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("cluster_file", type=Path, help="the cluster, as for `ray up`")
+    try:
+        gone = take_down(arguments.parse_args().cluster_file, print)
+    except (ConfigError, OSError) as error:
+        sys.exit(f"teardown: {error}")
+    if not gone:
+        sys.exit("teardown: something still runs, or may; the lines above say where")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""What `quire down` asks the hosts and makes of their answers; test_on_prem.py has it take a cluster down."""
+"""What `deploy/teardown.py` asks the hosts, and what it concludes; test_on_prem.py uses it."""
 
 import json
 import os
@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import teardown
 import yaml
+from teardown import Found, Login, end_machines, found_by, logins, read_cluster, sweep_script
 
-from quire.cluster import teardown
-from quire.cluster.teardown import Found, Login, end_machines, found_by, logins, read_cluster, sweep_script
 from quire.replicas.errors import ConfigError
 
 LOCAL = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2", "10.0.0.3"]}
