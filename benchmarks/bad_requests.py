@@ -35,7 +35,8 @@ from rows import Row, merge, report
 from safetensors.torch import load_file, save_file
 
 from quire.cluster import AsyncClient, SamplingParams, collect_async
-from quire.cluster.cli.local import cluster, served
+from quire.cluster.cli.ray_session import cluster
+from quire.cluster.cli.rollout import served
 from quire.cluster.config import ServeConfig, parse
 from quire.protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from quire.replicas.errors import QuireError

@@ -36,7 +36,7 @@ from ray.serve.context import _get_global_client
 from rows import Row, merge, report
 
 from quire.cluster import AsyncClient, SamplingParams, collect_async
-from quire.cluster.cli.local import APP, rolled_out
+from quire.cluster.cli.rollout import APP, rolled_out
 from quire.cluster.config import ServeConfig, parse
 from quire.cluster.gateway_registry import addresses, by_actor
 from quire.kvstore.peers.directory_actor import end_directory

@@ -32,7 +32,8 @@ from rows import Row, report
 from quire.cluster import AsyncClient, SamplingParams
 from quire.cluster.autoscaling import AutoscalingConfig
 from quire.cluster.autoscaling_policy import last_record
-from quire.cluster.cli.local import APP, cluster, served
+from quire.cluster.cli.ray_session import cluster
+from quire.cluster.cli.rollout import APP, served
 from quire.cluster.config import GatewayConfig, ReplicaConfig, ServeConfig
 from quire.replicas.config import EngineConfig, PoolConfig, SchedulerConfig
 from quire.replicas.engine.load import load_tokenizer

@@ -36,7 +36,7 @@ from rows import Row, merge, report
 
 from quire.cluster import AsyncClient, CallOptions, SamplingParams
 from quire.cluster.app import application
-from quire.cluster.cli.local import cluster
+from quire.cluster.cli.ray_session import cluster
 from quire.cluster.config import GatewayConfig, ReplicaConfig, ServeConfig
 from quire.cluster.gateway.deployment import Gateway
 from quire.cluster.gateway.replica_stream import ReplicaStream

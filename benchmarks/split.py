@@ -26,7 +26,7 @@ from rows import Row, alternate, merge, report
 
 from quire.cluster import AsyncClient, SamplingParams
 from quire.cluster.app import application
-from quire.cluster.cli.local import cluster
+from quire.cluster.cli.ray_session import cluster
 from quire.cluster.config import GatewayConfig, PrefillConfig, ReplicaConfig, ServeConfig
 from quire.replicas.config import EngineConfig, PoolConfig
 

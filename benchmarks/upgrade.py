@@ -31,7 +31,8 @@ from rows import Row, merge, report
 from safetensors.torch import load_file, save_file
 
 from quire.cluster import CallOptions, Client, SamplingParams, collect
-from quire.cluster.cli.local import APP, cluster, rolled_out, served
+from quire.cluster.cli.ray_session import cluster
+from quire.cluster.cli.rollout import APP, rolled_out, served
 from quire.cluster.config import ServeConfig, parse
 from quire.replicas.errors import QuireError
 from quire.replicas.llm import LLM

@@ -11,7 +11,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from reprlib import repr as shown
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
+
+from tqdm import tqdm
 
 from quire.replicas.config import EngineConfig, GpuConfig, PoolConfig, SchedulerConfig
 from quire.replicas.config_decoder import checked
@@ -31,9 +33,10 @@ from quire.replicas.request import (
     Usage,
 )
 from quire.replicas.stats import EngineStats
-from quire.replicas.text.prompt import Messages, Prompt, as_messages, as_prompts
+from quire.replicas.text.prompt import ChatMessage, Messages, Prompt, as_messages, as_prompts
 from quire.replicas.text.tokenize import PromptTokenizer
 from quire.replicas.values import items
+from quire.replicas.vllm_options import from_vllm
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +102,22 @@ class LLM:
         pool: PoolConfig | None = None,
         scheduler: SchedulerConfig | None = None,
         progress: Callable[[int, int], None] | None = None,
+        **vllm: object,
     ) -> None:
-        """See `EngineConfig` for the options. Raises ConfigError, UnknownModel, ModelNotServable."""
+        """See `EngineConfig` for the options.
+
+        Options of vLLM's `LLM` are taken where they mean the same here; for others the error names ours.
+        Raises ConfigError, UnknownModel, ModelNotServable.
+        """
+        same = from_vllm(vllm)
         options = EngineConfig(
             model=os.fspath(model) if isinstance(model, os.PathLike) else model,
             weights=weights,
             kv=kv,
-            tp=tp,
+            tp=same.get("tp", tp),
             dtype=dtype,
             device=device,
-            max_model_tokens=max_model_tokens,
+            max_model_tokens=same.get("max_model_tokens", max_model_tokens),
             generation_defaults=generation_defaults,
             threads_per_shard=threads_per_shard,
             gpu=gpu or GpuConfig(),
@@ -140,31 +149,41 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Seq[Prompt],
-        sampling: SamplingParams | Seq[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        use_tqdm: bool | None = None,
         *,
         tenant: str = "",
     ) -> list[Completion]:
         """Continue every prompt (text or token ids), batched together; results in the prompts' order.
 
-        A single prompt gives a list of one.
+        A single prompt gives a list of one. `use_tqdm`: show a progress bar; None: on a terminal.
 
         Raises: InvalidRequest before anything is computed; PromptsFailed once all is computed, if a prompt
         failed, with the results of the others; ReplicaDied if a shard dies.
         """
         given = as_prompts(prompts)
-        params = _params_for(len(given), sampling)
+        params = _params_for(len(given), sampling_params)
         requests = [self._request(prompt, p, tenant) for prompt, p in zip(given, params, strict=True)]
         for request in requests:
             self._engine.validate(request)
-        return self._run(requests)
+        return self._run(requests, use_tqdm)
 
     def chat(
-        self, messages: Messages, sampling: SamplingParams | None = None, *, tenant: str = ""
-    ) -> Completion:
-        """The next turn of a chat: `[{"role": "user", "content": ...}, ...]`."""
-        turns = as_messages(messages)
-        prompt = self._tokenizing().encode_chat(turns, self.info.max_model_tokens)
-        return self.generate([prompt], sampling, tenant=tenant)[0]
+        self,
+        messages: Messages | Seq[Messages],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        use_tqdm: bool | None = None,
+        *,
+        tenant: str = "",
+    ) -> list[Completion]:
+        """Compute the next turn of one chat, `[{"role": "user", "content": ...}, ...]`, or of several.
+
+        Results, bar and errors are those of `generate`: a single chat gives a list of one.
+        """
+        prompts = [
+            self._tokenizing().encode_chat(turns, self.info.max_model_tokens) for turns in _chats(messages)
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm, tenant=tenant)
 
     def close(self) -> None:
         """End the shards and free weights and pages, once calls of other threads are done."""
@@ -191,18 +210,19 @@ class LLM:
             raise InvalidRequest("this model has no tokenizer; give token ids")
         return self._prompts
 
-    def _run(self, requests: list[Request]) -> list[Completion]:
-        with self._stepping:
+    def _run(self, requests: list[Request], use_tqdm: bool | None) -> list[Completion]:
+        bar = tqdm(total=len(requests), unit="prompt", disable=None if use_tqdm is None else not use_tqdm)
+        with self._stepping, bar:
             if self._closed:
                 raise QuireError("this LLM is closed; make another one")
-            events = self._events_of(requests)
+            events = self._events_of(requests, bar)
         results = [_result(request, events[request.id]) for request in requests]
         completions = [result for result in results if isinstance(result, Completion)]
         if len(completions) < len(results):
             raise PromptsFailed(results)
         return completions
 
-    def _events_of(self, requests: list[Request]) -> dict[RequestId, list[Event]]:
+    def _events_of(self, requests: list[Request], bar: tqdm) -> dict[RequestId, list[Event]]:
         events: dict[RequestId, list[Event]] = {request.id: [] for request in requests}
         left = deque(requests)
         try:
@@ -211,6 +231,7 @@ class LLM:
                     self._engine.add(left.popleft())
                 for event in self._engine.step():
                     events[event.request_id].append(event)
+                    bar.update(isinstance(event, Failure) or event.usage is not None)
         finally:  # after an error or Ctrl-C nothing may go on in the next call
             for request in requests:
                 self._engine.cancel(request.id)
@@ -223,14 +244,23 @@ def _result(request: Request, events: list[Event]) -> Completion | Failure:
     return events[-1] if isinstance(events[-1], Failure) else _completion(request, outputs)
 
 
+def _chats(messages: Any) -> list[tuple[ChatMessage, ...]]:
+    """The one chat, or the several: sequences whose own items are messages. Raises InvalidRequest."""
+    chats = items("messages", messages, "messages, or of chats")
+    several = chats and all(
+        isinstance(chat, list | tuple) and not (chat and isinstance(chat[0], str)) for chat in chats
+    )
+    return [as_messages(one) for one in (chats if several else [messages])]
+
+
 def _params_for(prompts: int, sampling: SamplingParams | Seq[SamplingParams] | None) -> Seq[SamplingParams]:
     """The sampling parameters of each prompt. Raises InvalidRequest."""
     if sampling is None or isinstance(sampling, SamplingParams):
         return [sampling or SamplingParams()] * prompts
-    params = items("sampling", sampling, "SamplingParams, or SamplingParams for all prompts")
+    params = items("sampling_params", sampling, "SamplingParams, or SamplingParams for all prompts")
     for at, one in enumerate(params):
         if not isinstance(one, SamplingParams):
-            raise InvalidRequest(f"sampling[{at}] must be SamplingParams, got {shown(one)}")
+            raise InvalidRequest(f"sampling_params[{at}] must be SamplingParams, got {shown(one)}")
     if len(params) != prompts:
         raise InvalidRequest(f"{prompts} prompts came with {len(params)} sampling parameters")
     return params

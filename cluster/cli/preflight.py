@@ -9,8 +9,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from quire.cluster.cli.room import groups, lack, own_cpus
 from quire.cluster.config import ServeConfig
-from quire.replicas.errors import UnknownModel
+from quire.replicas.errors import ConfigError, UnknownModel
 
 
 def located(config: ServeConfig) -> ServeConfig:
@@ -26,11 +27,11 @@ def located(config: ServeConfig) -> ServeConfig:
         engine = replace(config.engine, model=os.path.abspath(folder), name=config.engine.name or model)
         return replace(config, engine=engine)
     if model.startswith(("./", "../", "~")):
-        raise UnknownModel(f"{model} is no folder: there is nothing at {os.path.abspath(folder)}")
+        raise UnknownModel(f"no such folder: {os.path.abspath(folder)}")
     return config  # an id of the Hugging Face hub
 
 
-def check(config: ServeConfig, *, here: bool) -> None:
+def check(config: ServeConfig, *, here: bool, metrics_port: int | None = None) -> None:
     """Refuse what can never be served. `here`: by this machine; else what is not here may be elsewhere.
 
     Raises UnknownModel, ModelNotServable, ConfigError, FormatError.
@@ -46,6 +47,21 @@ def check(config: ServeConfig, *, here: bool) -> None:
 
     if here:
         check_port(config.gateway.host, config.gateway.port)
+        check_port("127.0.0.1", metrics_port or 0)
     folder, _ = check_config(config.engine)
     policy_cost(model, config.engine.kv, name="", page_tokens=config.engine.pool.page_tokens)
     read_tokenizer(folder)
+    if here:
+        _check_gpus(config)
+
+
+def _check_gpus(config: ServeConfig) -> None:
+    """Refuses more shards than this machine has GPUs for. Raises ConfigError."""
+    import torch
+
+    from quire.cluster.app import gpus_per_shard
+
+    gpus = float(torch.cuda.device_count())
+    node = {"CPU": float(own_cpus(config)), "GPU": gpus, **config.gateway.resources}
+    if reason := lack(groups(config, gpus_per_shard(config, gpus)), [node]):
+        raise ConfigError(reason)

@@ -6,6 +6,7 @@ Only what can never be is told: all placements must keep every rule here, whatev
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,13 @@ def groups(config: ServeConfig, gpus_per_shard: float) -> tuple[Group, ...]:
             on_own_nodes=gateway.count if gateway.port else 0,
         ),
     )
+
+
+def own_cpus(config: ServeConfig) -> int:
+    """CPUs that Ray is told this machine has: never fewer than the processes reserve."""
+    shards = config.most_replicas * config.engine.tp
+    reserved = config.gateway.count * config.gateway.cpus + shards * config.replicas.cpus_per_shard
+    return max(os.cpu_count() or 1, round(reserved + 0.5))
 
 
 def lack(asked: Sequence[Group], nodes: Sequence[Resources]) -> str | None:

@@ -5,6 +5,7 @@ Each command imports what it needs beyond the client, so that `quire --help` wor
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quire.cluster.cli.options import APP, FILE, Replicas, cluster_options, kv_option
+from quire.cluster.cli.progress import Progress, standard_error
 from quire.replicas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--replicas", type=Replicas(), help="Whole engines: a number, or LEAST..MOST as the load asks.")
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on; 0: any free one.  [default: 8100]")
+@click.option("--metrics-port", type=int, help="Port for Prometheus, on 127.0.0.1.  [default: any free one]")
 @click.option(
     "--ray-address", envvar="RAY_ADDRESS", help="A running Ray cluster (RAY_ADDRESS); none: our own."
 )
@@ -41,9 +44,13 @@ def serve_command(
     replicas: dict[str, Any] | None,
     host: str | None,
     port: int | None,
+    metrics_port: int | None,
     ray_address: str | None,
 ) -> None:
-    """Serve MODEL (a folder, a Hugging Face id, or "demo") until interrupted."""
+    """Serve MODEL (a folder, a Hugging Face id, or "demo") until interrupted.
+
+    Gated models of the hub need HF_TOKEN, a token that may read them.
+    """
     from quire.cluster.config import parse
 
     tree = _read_tree(config_file)
@@ -62,8 +69,12 @@ def serve_command(
             'which model? Give a folder, a Hugging Face id or "demo", or a --config that does'
         )
     config = parse(tree)
-    with _running(config, ray_address):
-        click.echo(f"serving {config.engine.model} at {_gateways(APP)}; Ctrl-C ends it", err=True)
+    if ray_address and metrics_port is not None:
+        raise click.UsageError("--metrics-port is for a Ray of our own; a running cluster has ports already")
+    with _running(config, ray_address, metrics_port) as (_, progress):
+        progress.say(f"serving {config.engine.model} at {_gateways(APP)}; Ctrl-C ends it")
+        if ray_address is None:
+            progress.say(f"metrics for Prometheus at {_metrics_address()}")
         signal.pause()
 
 
@@ -77,21 +88,26 @@ def deploy(config_file: Path, ray_address: str, app: str) -> None:
     until `serve delete` takes it down.
     """
     from quire.cluster.cli import preflight
-    from quire.cluster.cli.local import cluster, rolled_out
     from quire.cluster.config import parse
 
     config = preflight.located(parse(_arguments(_read_tree(config_file), app)))
-    preflight.check(config, here=False)
-    with cluster(config, ray_address):
-        rolled_out(config, app, partial(click.echo, err=True))
-        click.echo(f"serving {config.engine.model} at {_gateways(app)}", err=True)
+    with Progress(standard_error()) as progress:
+        progress("checking the configuration")
+        preflight.check(config, here=False)
+        from quire.cluster.cli.ray_session import cluster
+        from quire.cluster.cli.rollout import rolled_out
+
+        progress("connecting to Ray")
+        with cluster(config, ray_address):
+            rolled_out(config, app, progress)
+            progress.say(f"serving {config.engine.model} at {_gateways(app)}")
 
 
 @click.command()
 @cluster_options
 def gateways(ray_address: str, app: str) -> None:
     """Addresses of the application's gateways, with commas: `QUIRE_ADDRESS=$(quire gateways)`."""
-    from quire.cluster.cli.local import connected
+    from quire.cluster.cli.ray_session import connected
 
     with connected(ray_address):
         found = _gateways(app)
@@ -104,6 +120,12 @@ def _gateways(app: str) -> str:
     from quire.cluster.gateway_registry import addresses
 
     return ",".join(addresses(app))
+
+
+def _metrics_address() -> str:
+    from quire.cluster.cli.ray_session import metrics_address
+
+    return metrics_address()
 
 
 def _arguments(tree: dict[str, Any], app: str) -> dict[str, Any]:
@@ -121,18 +143,21 @@ def _arguments(tree: dict[str, Any], app: str) -> dict[str, Any]:
 @kv_option
 @click.option("--page-tokens", default=64, show_default=True, help="16, 32 or 64.")
 def layout(model: str, kv: str | dict[str, object] | None, page_tokens: int) -> None:
-    """What a token of MODEL costs in each KV format; needs its config.json only."""
+    """Show what a token of MODEL costs in each KV format that can be served; reads only its config.json."""
     from quire.cluster.cli.format_costs import format_costs, policy_cost
 
+    misfits: dict[str, str] = {}
     if kv:
         name = kv if isinstance(kv, str) else "policy"
         costs = [policy_cost(model, kv, name=name, page_tokens=page_tokens)]
     else:
-        costs = list(format_costs(model, page_tokens))
+        costs, misfits = format_costs(model, page_tokens)
     click.echo(f"{'format':<12}{'bytes per token':>16}{'of bf16':>10}{'tokens in the memory of one':>30}")
     for cost in costs:
         more = 1 / cost.share_of_bf16
         click.echo(f"{cost.name:<12}{cost.bytes_per_token:>16,.1f}{cost.share_of_bf16:>10.3f}{more:>29.2f}x")
+    for name, reason in misfits.items():
+        click.echo(f"{name:<12}not for this model: {reason}")
 
 
 @click.command()
@@ -142,28 +167,47 @@ def demo(kv: str, tp: int) -> None:
     """Serve a small model and let it find a fact far back in a chat; leaves nothing running."""
     from quire.cluster.cli.demo import demo_config, run_demo
 
-    with _running(demo_config(kv, tp), None) as port:
+    with _running(demo_config(kv, tp), None) as (port, progress):
+        progress.say("")
         run_demo(f"127.0.0.1:{port}", click.echo, partial(click.echo, nl=False))
 
 
 @contextmanager
-def _running(config: ServeConfig, ray_address: str | None) -> Iterator[int]:
+def _running(
+    config: ServeConfig, ray_address: str | None, metrics_port: int | None = None
+) -> Iterator[tuple[int, Progress]]:
     """The application, up; gives the gateway's port. Ctrl-C and SIGTERM both take it down in order."""
-    from quire.cluster.cli import preflight
-    from quire.cluster.cli.local import cluster, served
+    with Progress(standard_error()) as progress:
+        _end_in_order(progress)
+        progress("checking the model")
+        from quire.cluster.cli import preflight  # from here on, imports take seconds
 
-    config = preflight.located(config)
-    preflight.check(config, here=ray_address is None)
-    signal.signal(signal.SIGTERM, _interrupt)
-    click.echo("starting Ray", err=True)
-    with cluster(config, ray_address):
-        signal.signal(signal.SIGTERM, _interrupt)  # again: Ray has put its own there, which aborts
-        with served(config, partial(click.echo, err=True)) as port:
-            yield port
+        config = preflight.located(config)
+        if config.engine.model != "demo" and not Path(config.engine.model).is_absolute():
+            # Downloads draw bars of their own.
+            progress.say(f"looking for {config.engine.model} on the Hugging Face hub")
+        preflight.check(config, here=ray_address is None, metrics_port=metrics_port)
+        progress("starting Ray" if ray_address is None else "connecting to Ray")
+        from quire.cluster.cli.ray_session import cluster
+        from quire.cluster.cli.rollout import served
+
+        with cluster(config, ray_address, metrics_port or 0):
+            _end_in_order(progress)  # again: Ray has put its own handlers there, which abort
+            with served(config, progress) as port:
+                yield port, progress
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _end_in_order(progress: Progress) -> None:
+    """The first Ctrl-C or SIGTERM takes everything down, and says so at once; a second one does not wait."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: os._exit(130))
+        progress("stopping; Ctrl-C again ends without waiting")
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
 
 def with_replicas(branch: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
@@ -50,12 +50,18 @@ def find_model(source: str) -> Path:
         if not (folder / "config.json").is_file():
             raise UnknownModel(f"{folder} holds no config.json; give a folder in Hugging Face format")
         return folder
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:  # no id of the hub looks like that
+        raise UnknownModel(f"no such folder: {folder.absolute()}")
     try:
         return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
+    except RepositoryNotFoundError as error:  # a gated repository, too: it is one of its subclasses
+        raise UnknownModel(
+            f"the Hugging Face hub does not give {source!r} to you. If it is gated or private, accept its "
+            f"terms at https://huggingface.co/{source} and set HF_TOKEN to a token that may read it"
+        ) from error
     except (HFValidationError, OSError) as error:  # OSError: all that HTTP, network and cache raise
         raise UnknownModel(
-            f'model {source!r} is neither a local folder nor "demo", and the Hugging Face hub did not give '
-            "it: "
+            f"there is no folder {source!r} here, and it could not be downloaded from the Hugging Face hub: "
             f"{str(error).splitlines()[0]}"
         ) from error
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quire.kernels.formats import FORMATS, FormatError, LayerFormat, layer_formats, spelled
+from quire.kernels.transform import default_transform
 from quire.replicas.errors import ConfigError
 
 _VERSION = 1
@@ -55,17 +56,26 @@ def open_policy(kv: str | Mapping[str, object], num_layers: int) -> KVPolicy:
     """
     try:
         if not isinstance(kv, str) or kv in FORMATS:
-            return KVPolicy(layer_formats(kv, num_layers))
+            return _complete(KVPolicy(layer_formats(kv, num_layers)))
         path = Path(kv)
         if not path.exists():
             if len(path.parts) > 1:
                 raise FormatError(f"there is no KV policy at {kv}; run `quire calibrate` to make one")
             return KVPolicy(layer_formats(kv, num_layers))
         if path.is_file():
-            return KVPolicy(layer_formats(_read_json(path), num_layers))
-        return _read_folder(path, num_layers)
+            return _complete(KVPolicy(layer_formats(_read_json(path), num_layers)))
+        return _complete(_read_folder(path, num_layers))
     except FormatError as error:
         raise ConfigError(f"kv: {error}") from error
+
+
+def _complete(policy: KVPolicy) -> KVPolicy:
+    """Return the policy. Raises FormatError if a format needs a calibration that it does not have."""
+    for i, fmt in enumerate(policy.formats):
+        for name, side in (("k", fmt.k), ("v", fmt.v)):
+            if f"{i}.{name}.scale" not in policy.tensors:
+                default_transform(side)
+    return policy
 
 
 def save_policy(

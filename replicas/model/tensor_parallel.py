@@ -58,9 +58,10 @@ def shard_config(config: PreTrainedConfig, tp: int) -> PreTrainedConfig:
             f"transformers has no tensor-parallel plan for {config.model_type} models; set tp to 1"
         )
     if heads % tp or (kv_heads % tp and tp % kv_heads):
+        fits = [n for n in range(1, heads + 1) if not heads % n and (not kv_heads % n or not n % kv_heads)]
         raise ConfigError(
-            f"tp={tp} does not fit {heads} query heads and {kv_heads} kv heads: tp must divide the query "
-            "heads, and divide the kv heads or be a multiple of them"
+            f"tp={tp} does not fit {heads} query heads and {kv_heads} kv heads; "
+            f"possible are {', '.join(map(str, fits))}"
         )
     shard.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     shard.num_attention_heads = heads // tp

@@ -88,7 +88,7 @@ class Shard:
             raise ValueError(f"tp={config.tp} needs {'no' if config.tp == 1 else 'a'} group")
         self.device = shard_device(config, rank)
         self._rank, self._group = rank, group
-        folder, model_config = _model(config)
+        folder, model_config = servable_model(config)
         self.dtype = _dtype(config, model_config, self.device)
         with _weights(config, folder, model_config, self.dtype, self.device) as weights:
             loaded = load_model(
@@ -242,15 +242,18 @@ def check_config(config: EngineConfig) -> tuple[Path, PreTrainedConfig]:
     Files are opened and their names and shapes compared with the model's; no weights are read.
     Raises UnknownModel, ModelNotServable, ConfigError.
     """
-    folder, model = _model(config)
+    folder, model = servable_model(config)
     generation_values(folder)
     open_tokenizer(folder)
     with _weights(config, folder, model, torch.float32, torch.device("cpu")):
         return folder, model
 
 
-def _model(config: EngineConfig) -> tuple[Path, PreTrainedConfig]:
-    """What can be refused by the model's configuration is."""
+def servable_model(config: EngineConfig) -> tuple[Path, PreTrainedConfig]:
+    """The model's folder and configuration, once all has been refused that config.json alone rules out.
+
+    Raises UnknownModel, ModelNotServable, ConfigError.
+    """
     folder = find_model(config.model)
     model = load_config(folder)
     check_servable(model, _max_model_tokens(config, model))

@@ -12,7 +12,7 @@ import yaml
 from served_app import free_port, quire
 
 from quire.cluster import AsyncClient, SamplingParams, collect_async
-from quire.cluster.cli.local import APP, rolled_out, served
+from quire.cluster.cli.rollout import APP, rolled_out, served
 from quire.cluster.config import parse
 from quire.cluster.gateway_registry import addresses
 from quire.replicas.errors import ConfigError, ReplicaDied, UnknownModel

@@ -9,7 +9,7 @@ from recall import mixed_prompts
 
 from quire.cluster import AsyncClient, SamplingParams, collect_async
 from quire.cluster.autoscaling_policy import last_record
-from quire.cluster.cli.local import APP, served
+from quire.cluster.cli.rollout import APP, served
 from quire.cluster.config import parse
 from quire.kvstore.peers.directory_actor import NAMESPACE
 from quire.replicas.engine.load import load_tokenizer

@@ -54,6 +54,25 @@ def test_one_bad_prompt_costs_nobody_anything(llm):
     assert llm.stats() == before
 
 
+def test_a_bar_counts_prompts_where_it_is_asked_for_or_seen(llm, capfd):
+    one = SamplingParams(max_tokens=2)
+    llm.generate(["The king", "The fox", "The cat"], one, use_tqdm=True)
+    assert "3/3" in capfd.readouterr().err
+    llm.generate(["The king"], one)  # no terminal
+    llm.generate(["The king"], one, use_tqdm=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_scripts_written_for_vllm_run(llm):
+    """Its names of arguments, lists of chats, and outputs by index."""
+    with LLM(model="demo", tensor_parallel_size=1, max_model_len=512, enable_prefix_caching=True) as other:
+        assert (other.info.tp, other.info.max_model_tokens) == (1, 512)
+    sampling_params = SamplingParams(max_tokens=3, temperature=0)
+    first, second = llm.chat([CHAT, CHAT[:1]], sampling_params=sampling_params, use_tqdm=False)
+    assert first.outputs[0].text == llm.chat(CHAT, sampling_params)[0].outputs[0].text
+    assert len(first.prompt) > len(second.prompt)
+
+
 def test_a_single_prompt_needs_no_list(llm):
     one = SamplingParams(max_tokens=2)
     by_text = llm.generate("Once upon a time", one)
@@ -79,7 +98,7 @@ def test_parts_of_a_message_are_its_text(llm):
         [{"role": "user", "content": parts}],
         [{"role": "user", "content": "The pass key is 71432."}],
     ]
-    assert len({llm.chat(chat, one).prompt for chat in chats}) == 1
+    assert len({answer.prompt for answer in llm.chat(chats, one)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -88,7 +107,7 @@ def test_parts_of_a_message_are_its_text(llm):
         (lambda llm: llm.generate([5, "a"]), r"prompts\[0\]"),
         (lambda llm: llm.generate({"prompt": "a"}), "prompts"),
         (lambda llm: llm.generate(["a"], {"max_tokens": 3}), "sampling"),
-        (lambda llm: llm.generate(["a"], [{"max_tokens": 3}]), r"sampling\[0\]"),
+        (lambda llm: llm.generate(["a"], [{"max_tokens": 3}]), r"sampling_params\[0\]"),
         (lambda llm: llm.generate(["a"], tenant=None), "tenant"),
         (lambda llm: llm.generate("half of \ud83e"), "surrogate"),
         (lambda llm: llm.generate("word " * 1_000_000), "tokens.*Shorten"),
@@ -133,11 +152,11 @@ def test_more_prompts_than_may_wait_are_fed_in_turn():
 def test_two_shards_say_what_one_says():
     sampling = SamplingParams(max_tokens=16)
     with LLM("demo", kv="fp32", tp=2, threads_per_shard=1) as two:
-        answer = two.chat(CHAT, sampling)
+        (answer,) = two.chat(CHAT, sampling)
         assert two.info.tp == 2
         two.check()
     with LLM("demo", kv="fp32", threads_per_shard=1) as one:
-        assert one.chat(CHAT, sampling).outputs == answer.outputs
+        assert one.chat(CHAT, sampling)[0].outputs == answer.outputs
     assert answer.text == "The pass key is 71432."
 
 
@@ -148,6 +167,12 @@ def test_two_shards_say_what_one_says():
         ({"tp": 3}, ConfigError, "3"),
         ({"model": "no/such-model-anywhere"}, UnknownModel, "no/such-model-anywhere"),
         ({"max_model_tokens": 10**6}, ConfigError, "the model allows 4096"),
+        ({"max_model_len": 10**6}, ConfigError, "the model allows 4096"),
+        ({"tensor_parallel_size": 3}, ConfigError, "tp=3 does not fit"),
+        ({"gpu_memory_utilization": 0.9}, ConfigError, r"use pool=PoolConfig\(memory_fraction="),
+        ({"kv_cache_dtype": "fp8"}, ConfigError, 'use kv="fp8"'),
+        ({"enable_prefix_caching": False}, ConfigError, "is always on"),
+        ({"mdoel": "demo"}, ConfigError, "no option mdoel"),
     ],
 )
 def test_impossible_options_are_refused_with_what_to_change(options, error, message):

@@ -14,7 +14,7 @@ from quire.kernels.layout import PageLayout
 
 
 def test_layout_tells_what_a_page_really_takes():
-    (int4,) = (cost for cost in format_costs("demo") if cost.name == "int4")
+    (int4,) = (cost for cost in format_costs("demo")[0] if cost.name == "int4")
     layout = PageLayout(layer_formats("int4", 6), kv_heads=2, head_dim=64)
     assert int4.bytes_per_token == layout.page_bytes / 64
     done = quire("layout", "demo")
@@ -38,7 +38,11 @@ def test_layout_reads_a_policy_file(tmp_path):
     ("args", "code", "text"),
     [
         (("layout", "demo", "--kv", "int5"), 1, "unknown KV format 'int5'"),
-        (("layout", "/nowhere/at all"), 1, "neither a local folder"),
+        (("layout", "/nowhere/at all"), 1, "no such folder: /nowhere/at all"),
+        (("layout", "demo", "--kv", "int4c"), 1, "choose a format with dynamic scales"),
+        (("serve", "/nowhere/at all"), 1, "no such folder: /nowhere/at all"),
+        (("serve", "demo", "--kv", "int4c"), 1, "choose a format with dynamic scales"),
+        (("serve", "demo", "--tp", "3"), 1, "tp=3 does not fit 4 query heads and 2 kv heads; possible are"),
         (("serve",), 2, "which model?"),
         (("serve", "demo", "--kv", "int5"), 1, "unknown KV format 'int5'"),
         (("serve", "demo", "--port", "70000"), 1, "gateway.port must be"),

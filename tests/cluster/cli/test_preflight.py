@@ -41,7 +41,7 @@ def test_what_is_no_relative_folder_stays(model):
 
 @pytest.mark.parametrize("model", ["./nowhere", "../nowhere", "~/nowhere at all"])
 def test_a_path_that_leads_nowhere_is_refused_with_where_it_leads(model):
-    with pytest.raises(UnknownModel, match=r"there is nothing at /.*nowhere"):
+    with pytest.raises(UnknownModel, match=r"no such folder: /.*nowhere"):
         located(config(model))
 
 
@@ -100,5 +100,6 @@ def test_the_commands_refuse_a_damaged_folder_before_ray(tmp_path, command):
     file.write_text(f"engine: {{model: {folder}}}")
     done = quire("serve", "--config", str(file)) if command == "serve" else quire("deploy", str(file))
     assert done.returncode == 1
-    assert done.stderr.strip().startswith(f"quire: {folder} holds no tokenizer")
-    assert len(done.stderr.strip().splitlines()) == 1
+    *phases, said = done.stderr.splitlines()
+    assert said.startswith(f"quire: {folder} holds no tokenizer")
+    assert not any("Ray" in phase for phase in phases)

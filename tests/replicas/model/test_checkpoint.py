@@ -6,9 +6,11 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 from transformers import AutoConfig
@@ -42,9 +44,9 @@ def test_a_folder_without_a_config_is_no_model(tmp_path):
         find_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("source", ["../no/such/folder", "a//b", "/no/such/folder"])
-def test_a_name_that_is_nothing_is_unknown(source):
-    with pytest.raises(UnknownModel, match='neither a local folder nor "demo"'):
+@pytest.mark.parametrize("source", ["../no/such/folder", "a//b", "/no/such", "~/no/such", "./nothing"])
+def test_a_path_that_leads_nowhere_is_no_such_folder(source):
+    with pytest.raises(UnknownModel, match=r"no such folder: /"):
         find_model(source)
 
 
@@ -53,7 +55,17 @@ def test_a_hub_that_does_not_answer_is_told(monkeypatch):
         raise ConnectionError("no route to the hub\nmore")
 
     monkeypatch.setattr("quire.replicas.model.checkpoint.snapshot_download", offline)
-    with pytest.raises(UnknownModel, match=r"hub did not give it: no route to the hub$"):
+    with pytest.raises(UnknownModel, match=r"no folder 'some/model' here, .*: no route to the hub$"):
+        find_model("some/model")
+
+
+@pytest.mark.parametrize("kind", [RepositoryNotFoundError, GatedRepoError])
+def test_a_gated_or_private_model_asks_for_a_token(monkeypatch, kind):
+    def refused(*args: object, **kwargs: object) -> str:
+        raise kind("401", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("quire.replicas.model.checkpoint.snapshot_download", refused)
+    with pytest.raises(UnknownModel, match=r"accept its terms at https://\S+/some/model and set HF_TOKEN"):
         find_model("some/model")
 
 

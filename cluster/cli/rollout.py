@@ -1,10 +1,8 @@
-"""Bringing the application up and down: Ray, Serve, the wait until it answers, and what went wrong if not."""
+"""Bringing the application up and down on a connected cluster, and what went wrong if it does not start."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -28,47 +26,9 @@ from quire.replicas.errors import ConfigError, QuireError, ReplicaDied
 
 APP = "quire"
 _POLL_S = 0.2
-_OBJECT_STORE_BYTES = 100 << 20  # nothing large travels through Ray
 _ERRORS = {name: error for name, error in vars(errors).items() if isinstance(error, type)}
 _SCALER_KEY = b"__autoscaling_status"
 """Where Ray's monitor says what kinds of nodes it knows."""
-
-
-@contextmanager
-def cluster(config: ServeConfig, address: str | None) -> Iterator[None]:
-    """Connected to the Ray cluster at `address`; None: one of our own on this machine, gone at the end."""
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    if address is None:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, _cpus(config)),
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    else:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        serve.start(proxy_location="Disabled")
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def connected(address: str) -> Iterator[None]:
-    """To look at a running Ray cluster. Raises QuireError if there is none at the address."""
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError) as error:
-        raise QuireError(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager
@@ -82,11 +42,6 @@ def served(config: ServeConfig, on_progress: Callable[[str], None]) -> Iterator[
     finally:
         serve.delete(APP)
         end_directory(APP)
-
-
-def _cpus(config: ServeConfig) -> int:
-    shards = config.most_replicas * config.engine.tp
-    return round(config.gateway.count * config.gateway.cpus + shards * config.replicas.cpus_per_shard + 0.5)
 
 
 def rolled_out(config: ServeConfig, app: str, on_progress: Callable[[str], None]) -> DeploymentHandle[Any]:
@@ -116,7 +71,6 @@ def _await_running(
     name: str, asked: Sequence[Group], before: Sequence[str], on_progress: Callable[[str], None]
 ) -> None:
     """`before`: messages from before the deployment, which Serve may still show."""
-    said = ""
     while True:
         app = serve.status().applications[name]
         if app.status is ApplicationStatus.RUNNING:
@@ -124,17 +78,21 @@ def _await_running(
         failed = app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
         messages = [message for message in _messages(name) if failed or message not in before]
         _raise_failure("\n".join(messages), failed)
-        words = _missing(asked) or _progress(messages)
-        if words != said:
-            on_progress(said := words)
+        on_progress(_missing(asked) or _progress(messages))
         time.sleep(_POLL_S)
 
 
 def _progress(messages: Sequence[str]) -> str:
-    if messages:  # Serve's own, on what takes long
-        return messages[0].strip().splitlines()[0]
-    progress = loading_progress()
-    return f"loading weights: {progress[0]}/{progress[1]} tensors" if progress else "starting processes"
+    waits = [message for message in messages if "to initialize" not in message]  # of that we know more
+    if waits:
+        return waits[0].strip().splitlines()[0].partition(". ")[0]
+    match loading_progress():
+        case None:
+            return "starting processes"
+        case (done, total) if done < total:
+            return f"loading weights: {done}/{total} tensors"
+        case _:
+            return "preparing the first step"  # on a GPU it is compiled and captured
 
 
 def _missing(asked: Sequence[Group]) -> str:
