@@ -44,7 +44,7 @@ WHEELS := $(CURDIR)/build/wheels
 on-prem-from-nothing: $(VENV)/.dev
 	$(BIN)/pip wheel -q $(PIP_ARGS) -c constraints.txt -w $(WHEELS) torch ".[serve]" "setuptools>=80"
 	rm $(WHEELS)/quire-*
-	$(BIN)/pytest $(PYTEST_ARGS) tests/cluster/test_on_prem.py --wheels $(WHEELS)
+	$(BIN)/pytest $(PYTEST_ARGS) --on-prem tests/cluster/test_on_prem.py --wheels $(WHEELS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

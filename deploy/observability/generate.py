@@ -22,6 +22,8 @@ from quire.replicas.metric import Metric, Origin
 ROOT = Path(__file__).parents[2]
 
 _RULES_HEAD = "# Made of deploy/observability/alerts.py by `make observability`; see docs/dashboards.md.\n"
+_RUNBOOKS = "docs/dashboards.md"
+"""The page with a section for each alert; put the URL here under which your people read it."""
 
 
 def generate(into: Path) -> None:
@@ -44,7 +46,11 @@ def rules_yaml(chosen: tuple[Alert, ...]) -> str:
             "expr": alert.expression,
             "for": alert.hold,
             "labels": {"severity": alert.severity.value},
-            "annotations": {"summary": alert.summary, "description": alert.action},
+            "annotations": {
+                "summary": alert.summary,
+                "description": alert.action,
+                "runbook_url": f"{_RUNBOOKS}#{alert.name.lower()}",
+            },
         }
         for alert in chosen
     ]

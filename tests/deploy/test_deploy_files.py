@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -80,6 +81,47 @@ def test_the_rayservice_holds_an_application_and_workers_it_fits_on():
     (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
     assert config.gateway.port in {port["containerPort"] for port in head["ports"]}
     assert head["image"] == container["image"]
+
+
+def kuberay(name: str) -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load((DEPLOY / f"kuberay/{name}.yaml").read_text())
+    return tree
+
+
+def pods() -> list[dict[str, Any]]:
+    """The templates of the head and of the workers."""
+    cluster = kuberay("rayservice")["spec"]["rayClusterConfig"]
+    return [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+@pytest.mark.parametrize("name", ["networkpolicy", "podmonitor"])
+def test_policies_and_monitors_select_the_head_and_the_workers(name):
+    spec = kuberay(name)["spec"]
+    labels = spec.get("podSelector", spec.get("selector"))["matchLabels"]
+    assert all(labels.items() <= pod["metadata"]["labels"].items() for pod in pods())
+
+
+def test_prometheus_may_reach_what_it_scrapes_and_clients_the_gateway():
+    ports = [{p["name"]: p["containerPort"] for p in pod["spec"]["containers"][0]["ports"]} for pod in pods()]
+    (endpoint,) = kuberay("podmonitor")["spec"]["podMetricsEndpoints"]
+    scraped = {of_pod[endpoint["port"]] for of_pod in ports}
+    rules = kuberay("networkpolicy")["spec"]["ingress"]
+    opened = {port["port"] for rule in rules for port in rule.get("ports", ())}
+    assert scraped | {ports[0]["gateway"], ports[0]["dashboard"]} <= opened
+
+
+def test_workers_keep_models_on_the_claim_and_run_on_tainted_gpu_nodes():
+    spec = pods()[1]["spec"]
+    (volume,), (container,) = spec["volumes"], spec["containers"]
+    assert volume["persistentVolumeClaim"]["claimName"] == kuberay("weights")["metadata"]["name"]
+    (mount,) = container["volumeMounts"]
+    environment = {one["name"]: one for one in container["env"]}
+    assert mount["name"] == volume["name"]
+    assert environment["HF_HOME"]["value"] == mount["mountPath"]
+    secret = environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"]
+    assert secret["optional"]
+    assert f"create secret generic {secret['name']} " in (DEPLOY.parent / "docs/deploy.md").read_text()
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in spec["tolerations"]
 
 
 def test_the_image_installs_the_pinned_set_and_drops_root():

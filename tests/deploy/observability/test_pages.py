@@ -1,9 +1,11 @@
 """What is generated from the catalogue, the panels and the alerts is what is checked in."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from observability.capacity import CAPACITY
 from observability.generate import ROOT, generate
 from observability.operators import OPERATORS
@@ -31,3 +33,11 @@ def test_grafana_gets_every_query_and_panels_do_not_overlap(dashboard):
         assert not mine & cells, panel["title"]
         cells |= mine
     assert len({panel["id"] for panel in tree["panels"]}) == len(tree["panels"])
+
+
+def test_every_alert_leads_to_a_section_of_its_own():
+    (group,) = yaml.safe_load((ROOT / "deploy/prometheus/quire.rules.yml").read_text())["groups"]
+    for rule in group["rules"]:
+        page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+        titles = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
+        assert [title for title in titles if title.lower() == anchor] == [rule["alert"]]
