@@ -1,4 +1,4 @@
-"""Draws text from standard input as a terminal: `quire top --once | python scripts/terminal_svg.py > top.svg`.
+"""Draws standard input as a terminal: `quire top --once | python scripts/terminal_svg.py > top.svg`.
 
 Sizes are in pixels.
 """

@@ -26,11 +26,11 @@ from observability.capacity import CAPACITY
 from observability.generate import rules_yaml
 from observability.operators import OPERATORS
 from observed import Prometheus, observed_app
-from quire.cluster.cli.local import APP
 from ray_cluster import Cluster
 from served_app import Served
 
 from quire.cluster import CallOptions, Client, SamplingParams, collect
+from quire.cluster.cli.rollout import APP
 from quire.cluster.metrics.catalogue import CATALOGUE
 from quire.replicas.errors import QuireError
 

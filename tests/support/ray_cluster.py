@@ -18,7 +18,8 @@ from observability.generate import ROOT
 from ray import serve
 from served_app import Served, config_tree, free_port
 
-from quire.cluster.cli import local
+from quire.cluster.cli.ray_session import cluster
+from quire.cluster.cli.rollout import rolled_out
 from quire.cluster.config import parse
 from quire.kvstore.peers.directory_actor import end_directory
 
@@ -36,14 +37,14 @@ class Cluster:
     @contextmanager
     def joined(self) -> Iterator[None]:
         """This process may use Ray and Serve there until the context ends."""
-        with local.cluster(parse(config_tree()), self.address):
+        with cluster(parse(config_tree()), self.address):
             yield
 
     @contextmanager
     def application(self, name: str, **changes: dict[str, object]) -> Iterator[Served]:
         """The configuration of tests with `changes` by branch, served on the joined cluster under a name."""
         try:
-            handle = local.rolled_out(parse(config_tree(**changes)), name, lambda words: None)
+            handle = rolled_out(parse(config_tree(**changes)), name, lambda words: None)
             yield Served(self.process, f"127.0.0.1:{handle.port.remote().result()}", name)
         finally:
             serve.delete(name)
