@@ -39,9 +39,7 @@ def test_layout_reads_a_policy_file(tmp_path):
     [
         (("layout", "demo", "--kv", "int5"), 1, "unknown KV format 'int5'"),
         (("layout", "/nowhere/at all"), 1, "no such folder: /nowhere/at all"),
-        (("layout", "demo", "--kv", "int4c"), 1, "choose a format with dynamic scales"),
         (("serve", "/nowhere/at all"), 1, "no such folder: /nowhere/at all"),
-        (("serve", "demo", "--kv", "int4c"), 1, "choose a format with dynamic scales"),
         (("serve", "demo", "--tp", "3"), 1, "tp=3 does not fit 4 query heads and 2 kv heads; possible are"),
         (("serve",), 2, "which model?"),
         (("serve", "demo", "--kv", "int5"), 1, "unknown KV format 'int5'"),
