@@ -42,9 +42,10 @@ on-prem: $(VENV)/.dev
 # The same on hosts that have no Python package: about 3 GB of downloads, and four installations of 1.5 GB each.
 WHEELS := $(CURDIR)/build/wheels
 on-prem-from-nothing: $(VENV)/.dev
+	PYTHONPATH=tests/support $(BIN)/python -c "import hosts, sys; sys.exit(hosts.why_not())"
 	$(BIN)/pip wheel -q $(PIP_ARGS) -c constraints.txt -w $(WHEELS) torch ".[serve]" "setuptools>=80"
 	rm $(WHEELS)/quire-*
-	$(BIN)/pytest $(PYTEST_ARGS) --on-prem tests/cluster/test_on_prem.py --wheels $(WHEELS)
+	$(BIN)/pytest $(PYTEST_ARGS) tests/cluster/test_on_prem.py --wheels $(WHEELS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
