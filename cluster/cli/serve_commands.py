@@ -5,17 +5,16 @@ Each command imports what it needs beyond the client, so that `quire --help` wor
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from quire.cluster.cli.interrupts import Interrupts
 from quire.cluster.cli.options import APP, FILE, Replicas, cluster_options, kv_option
 from quire.cluster.cli.progress import Progress, standard_error
 from quire.replicas.errors import ConfigError
@@ -178,7 +177,7 @@ def _running(
 ) -> Iterator[tuple[int, Progress]]:
     """The application, up; gives the gateway's port. Ctrl-C and SIGTERM both take it down in order."""
     with Progress(standard_error()) as progress:
-        _end_in_order(progress)
+        interrupts = Interrupts(progress.say)
         progress("checking the model")
         from quire.cluster.cli import preflight  # from here on, imports take seconds
 
@@ -192,22 +191,9 @@ def _running(
         from quire.cluster.cli.rollout import served
 
         with cluster(config, ray_address, metrics_port or 0):
-            _end_in_order(progress)  # again: Ray has put its own handlers there, which abort
+            interrupts.orderly()
             with served(config, progress) as port:
                 yield port, progress
-
-
-def _end_in_order(progress: Progress) -> None:
-    """The first Ctrl-C or SIGTERM takes everything down, and says so at once; a second one does not wait."""
-
-    def end(signum: int, frame: FrameType | None) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: os._exit(130))
-        progress("stopping; Ctrl-C again ends without waiting")
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
 
 
 def with_replicas(branch: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
