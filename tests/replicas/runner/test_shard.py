@@ -87,12 +87,15 @@ def test_only_the_steps_slots_are_written(llama):
         assert (pool[4] != 0xFF).sum() >= 3 * 2 * 2 * 2 * 32 * 3  # most bytes of three tokens of fp32
 
 
+UNCALIBRATED = {"codes": "int8", "scales": "token", "transform": "affine"}
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"pool": PoolConfig(bytes=1000)}, r"a pool of 1000 bytes holds no page of \d+; raise pool.bytes"),
         ({"kv": "int5"}, "unknown KV format 'int5'"),
-        ({"kv": "int4c"}, "needs calibrated shifts"),
+        ({"kv": {"default": {"k": UNCALIBRATED, "v": "int8"}}}, "needs calibrated shifts"),
         (
             {"kv": {"default": {"k": "int8", "v": "int8"}, "layers": {"7": {"k": "bf16", "v": "bf16"}}}},
             "layers 0..1",
