@@ -80,7 +80,7 @@ class Found:
     alive: int = 0
     """Ray's processes that did not."""
     unknown: str | None = None
-    """Why nobody can say."""
+    """Why no one can say."""
 
     @property
     def gone(self) -> bool:
@@ -192,7 +192,7 @@ def _ray_down(path: Path) -> str:
 
 
 def _sweep(hosts: Sequence[Login]) -> list[Found]:
-    """The head's first; then everybody's, its own once more."""
+    """The head's first; then all others', its own once more."""
     first = _sweep_host(hosts[0])
     with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
         head, *workers = pool.map(_sweep_host, hosts)

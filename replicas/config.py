@@ -107,8 +107,8 @@ class EngineConfig:
     """Not used by the engine: a deployment with another revision replaces its replicas, for instance because
     the files in the model's folder were replaced."""
     kv: str | Mapping[str, object] = "int8"
-    """KV policy: a format's name, a mapping of layers (`kernels/formats.py`), or the path of a policy's folder or
-    JSON file (`replicas/model/policy.py`)."""
+    """KV policy: a format's name, a mapping of layers (`kernels/formats.py`), or the path of a policy:
+    a folder or JSON file (`replicas/model/policy.py`)."""
     tp: Count = 1
     """Tensor-parallel shards."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

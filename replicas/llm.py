@@ -83,7 +83,7 @@ class LLM:
     """A model in this process (and `tp` - 1 others). A context manager; `close` ends its shards.
 
     May be used from several threads: calls are computed one after the other. Prompts are batched within a
-    call, so many prompts in one call are faster than many calls.
+    call; many prompts in one call are faster than many calls.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM to `quire serve`: heard at once, also while the main thread is in native code."""
+"""Ctrl-C and SIGTERM to `quire serve`: noticed at once, also while the main thread is in native code."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ sampling_options = compose(
     click.option(
         "--top-p",
         type=float,
-        help="Keep the likeliest tokens up to this sum.  [default: the model's]",
+        help="Keep the most probable tokens up to this sum.  [default: the model's]",
     ),
     click.option("--seed", type=int, help="The same seed gives the same answer, which can be resumed."),
     click.option("--stop", multiple=True, help="End the answer before this text; may be repeated."),

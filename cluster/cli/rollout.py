@@ -35,7 +35,7 @@ _SCALER_KEY = b"__autoscaling_status"
 def served(config: ServeConfig, on_progress: Callable[[str], None]) -> Iterator[int]:
     """The application on the connected cluster, taken down at the end; gives the gateway's port.
 
-    `on_progress` hears in a few words what is going on. Raises QuireError if the application cannot start.
+    `on_progress` is told in a few words what is going on. Raises QuireError if the application cannot start.
     """
     try:
         yield rolled_out(config, APP, on_progress).port.remote().result()
@@ -107,7 +107,7 @@ def _missing(asked: Sequence[Group]) -> str:
 
 
 def _may_grow(nodes: Set[str]) -> bool:
-    """Whether somebody may add nodes. Without an autoscaler every node is the only one of its kind."""
+    """Whether nodes may be added. Without an autoscaler every node is the only one of its kind."""
     status = json.loads(_internal_kv_get(_SCALER_KEY) or b"{}")
     kinds = (status.get("autoscaler_report") or {}).get("active_nodes")
     return not (kinds and all(kind.removeprefix("node_") in nodes for kind in kinds))
@@ -116,7 +116,7 @@ def _may_grow(nodes: Set[str]) -> bool:
 def _raise_failure(messages: str, failed: bool) -> None:
     """Finds our own error in what Serve says of a constructor that raised.
 
-    Whatever it is, but for a process that died, no second try mends it.
+    Whatever it is, but for a process that died, no retry mends it.
     """
     named = rf"(?:{errors.__name__}|{FormatError.__module__})\.(\w+): (.+)"
     for name, text in re.findall(named, messages):

@@ -34,7 +34,7 @@ class Group:
     on_one_node: bool = False
     """All processes of one group."""
     on_own_nodes: int = 0
-    """So many processes may not share a node."""
+    """This many processes may not share a node."""
 
 
 def groups(config: ServeConfig, gpus_per_shard: float) -> tuple[Group, ...]:

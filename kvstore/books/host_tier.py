@@ -1,7 +1,7 @@
 """Host memory behind the pool: blocks that make room there keep their bytes here, and come back on a hit.
 
 Two halves, as in the pool: the books (`HostTier`, one a replica, pure) say which slot holds which block; the
-bytes (`HostPages`, one a shard) lie under the same slot numbers. Copies are carried out on every shard in the
+bytes (`HostPages`, one a shard) have the same slot numbers. Copies are carried out on every shard in the
 order in which the books gave them out, and before the step that follows: then neither a page nor a slot is
 used again too early.
 """
@@ -40,7 +40,7 @@ class HostTierStats:
 
 
 class HostTier:
-    """Which block lies in which slot; the least recently used one makes room."""
+    """Which block is in which slot; the least recently used one makes room."""
 
     def __init__(self, slots: int) -> None:
         """No slots: everything is dropped."""

@@ -1,4 +1,4 @@
-"""Tells the directory what this replica holds: in batches, in the background, and anew when it has forgotten.
+"""Tells the directory what this replica holds: in batches, in the background, again if it has forgotten.
 
 Knows no Ray: the directory is reached through a `Channel`.
 """
@@ -62,7 +62,7 @@ class Announcer:
             self._changed.update(hints)
 
     def flush(self) -> bool:
-        """Announce a batch of what changed. False if the directory did not take it: all is announced anew."""
+        """Announce a batch of what changed. False if the directory did not take it: all is repeated."""
         with self._lock:
             batch = [self._changed.pop() for _ in range(min(BATCH, len(self._changed)))]
             added = [hint for hint in batch if hint in self._held and hint not in self._said]
@@ -81,7 +81,7 @@ class Announcer:
         return True
 
     def close(self) -> None:
-        """Stop announcing; the directory forgets this owner by its silence, or by news of its death."""
+        """Stop announcing; the directory forgets this owner by its silence, or when told of its death."""
         self._closing.set()
 
     def _begin_anew(self) -> None:

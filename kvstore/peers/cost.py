@@ -1,4 +1,4 @@
-"""Fetch or recompute: whichever is predicted to be sooner, from rates measured here and nothing else.
+"""Fetch or recompute: whichever is predicted to be faster, from rates measured here and nothing else.
 
 Pure: observations and times are passed in. There are no guessed constants, so before the first measurement
 there is nothing to compare. The rule then is to try: a link that was never used is measured by one fetch (one
@@ -30,14 +30,14 @@ class CostConfig:
     memory: float = 16.0
     """Observations of a link that count: each new one weighs 1 / memory, the first ones more."""
     hysteresis: float = 0.05
-    """A choice between the same peers changes when the other one is sooner by this share."""
+    """A choice between the same peers changes when the other one is faster by this share."""
     retry_s: float = 10.0
     """A link that failed is not tried again before."""
     refresh_s: float = 60.0
-    """A link that seemed too slow is measured again after so long without a fetch, prefill after so long
+    """A link that seemed too slow is measured again after this time without a fetch, prefill after this time
     without a full step, as where everything is fetched."""
     exploring: float = 0.01
-    """Share of the time that computing what could be fetched sooner, to measure prefill, may cost."""
+    """Share of the time that computing what could be fetched faster, to measure prefill, may cost."""
     max_links: int = 4096
     """Peers remembered; the one not used for longest is forgotten."""
 
@@ -83,7 +83,7 @@ class Average:
 
 
 class _Line:
-    """seconds = latency + bytes * pace, by weighted least squares over what was observed."""
+    """seconds = latency + bytes / rate, by weighted least squares over what was observed."""
 
     def __init__(self, memory: float) -> None:
         self._x, self._y, self._xx, self._xy = (Average(memory) for _ in range(4))
@@ -104,7 +104,7 @@ class _Line:
 
     @property
     def line(self) -> tuple[float, float]:
-        """Latency and pace, neither negative. Sizes that hardly differ tell pace alone, and no latency."""
+        """Latency and seconds per byte, neither negative. Sizes that hardly differ tell the latter alone."""
         x, y = self._x.value, self._y.value
         spread = self._xx.value - x * x
         pace = y / x
@@ -117,7 +117,7 @@ class PrefillPace:
     """seconds a token = base + slope * tokens before it, which attention reads.
 
     Least squares in which a step weighs, and makes forgotten, as much as its tokens are: what fetches leave
-    to compute are steps of a few tokens, whose pace says little about full ones.
+    to compute are steps of a few tokens, whose rate says little about full ones.
     """
 
     def __init__(self, memory: float = 64.0) -> None:
@@ -130,7 +130,7 @@ class PrefillPace:
         return self._tokens > 0
 
     def full(self, tokens: int) -> bool:
-        """Whether a step of so many tokens says much."""
+        """Whether a step of this many tokens says much."""
         return 2 * tokens >= self._most
 
     def add(self, tokens: int, seconds: float, before: float) -> None:
@@ -191,9 +191,9 @@ class CostModel:
         return self._all_links.line if self._all_links.known else None
 
     def prefilled(self, tokens: int, seconds: float, now_s: float, before: float = 0.0) -> None:
-        """A step computed so many prompt tokens in so long (its whole time: others share it later, too).
+        """A step computed this many prompt tokens in this time (all of it: others share it later, too).
 
-        `before`: tokens that stood before each of them, on average.
+        `before`: tokens before each of them, on average.
         """
         if tokens > 0 and seconds > 0:
             if self.prefill.full(tokens):
@@ -211,7 +211,7 @@ class CostModel:
         self._regret(seconds, decision.recompute_s)
 
     def failed(self, owner: ReplicaId, seconds: float, now_s: float, decision: Decision) -> None:
-        """A fetch failed after so long; the tokens are computed after all."""
+        """A fetch failed after this time; the tokens are computed after all."""
         link = self._link(owner)
         link.trying, link.failed_s = False, now_s
         self._regret(seconds, 0.0 if decision.recompute_s is not None else None)
@@ -221,7 +221,7 @@ class CostModel:
         self._link(owner).trying = False
 
     def recomputed(self, seconds: float, decision: Decision) -> None:
-        """Tokens that another replica held were computed, in so long."""
+        """Tokens that another replica held were computed, in this time."""
         self._regret(seconds, decision.fetch_s)
 
     def decide(

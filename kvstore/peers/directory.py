@@ -28,7 +28,7 @@ class Announcement:
 
     owner: ReplicaId
     number: int
-    """0 starts anew: whatever the owner announced before is forgotten. Otherwise one more than the last."""
+    """0 starts again: whatever the owner announced before is forgotten. Otherwise one more than the last."""
     added: bytes
     """Hints of `HINT_BYTES` each, one after the other."""
     removed: bytes
@@ -84,7 +84,7 @@ class Directory:
         return DirectoryStats(entries, len(self._owners), self._lookups, self._announcements, self._evicted)
 
     def announce(self, said: Announcement, now_s: float) -> bool:
-        """Take it in. False: something is missing in between, start anew with number 0."""
+        """Take it in. False: something is missing in between, start again with number 0."""
         self._announcements += 1
         self._forget_the_silent(now_s)
         self._sweep()
@@ -105,7 +105,7 @@ class Directory:
         return True
 
     def gone(self, owner: ReplicaId) -> None:
-        """News that an owner is dead: its entries are skipped from now on."""
+        """An owner is dead: its entries are skipped from now on."""
         index = self._index_of.pop(owner, None)
         if index is not None:
             del self._owners[index]
@@ -116,7 +116,7 @@ class Directory:
         return tuple(self._index_of)
 
     def lookup(self, chain: Sequence[BlockKey]) -> tuple[Holder, ...]:
-        """Who holds the most leading blocks of a chain, best first; nobody who does not hold the first."""
+        """Who holds the most leading blocks of a chain, best first; none that does not hold the first."""
         self._lookups += 1
         reach: dict[int, int] = {}
         open_: set[int] | None = None
@@ -163,7 +163,7 @@ class Directory:
             self.gone(name)
 
     def _sweep(self) -> None:
-        """One bucket an announcement, while there may be entries that nobody alive holds."""
+        """One bucket an announcement, while there may be entries that no living owner holds."""
         if self._unswept:
             bucket = self._unswept.pop()
             dead = [hint for hint, entry in bucket.items() if not _members(entry) & self._owners.keys()]

@@ -1,6 +1,6 @@
 """The directory as a Ray actor, one per deployment, and the way to it. The room's only file that knows Ray.
 
-The actor belongs to nobody and holds nothing that cannot be announced again: whoever finds it dead makes a
+The actor has no owner and holds nothing that cannot be announced again: a replica that finds it dead makes a
 new one, and the announcers fill it. Announcements are its lease: when none has come for a while, its
 deployment is gone, however that ended, and it ends too.
 """
@@ -28,7 +28,7 @@ class DirectoryActor:
     """`Directory`, with the actor's own clock."""
 
     def __init__(self, max_entries: int, silence_s: float) -> None:
-        """Ends its process when nobody has announced anything for twice `silence_s`."""
+        """Ends its process when nothing has been announced for twice `silence_s`."""
         self._directory = Directory(max_entries, silence_s)
         self._lease_s = 2 * silence_s
         self._heard_s = time.monotonic()
@@ -89,7 +89,7 @@ class RayDirectory:
             raise ChannelLost(f"the directory did not answer in {self._timeout_s:g} s") from error
 
     def _find(self) -> Any:
-        """The deployment's actor, made if there is none. Detached: it outlives whoever made it."""
+        """The deployment's actor, made if there is none. Detached: it outlives its maker."""
         actor: Any = (
             ray.remote(DirectoryActor)
             .options(

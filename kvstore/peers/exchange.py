@@ -8,7 +8,7 @@ owns it together with the pool.
                                 ▼
                              ENDING ── all own shards have reported ─→ pages free
 
-Whatever goes wrong, the engine hears it once, at the deadline at the latest, and computes the blocks.
+Whatever goes wrong, the engine is told once, at the deadline at the latest, and computes the blocks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ExchangeConfig:
     max_loans: int = 16
     """Under way at once."""
     max_lent_share: float = 0.5
-    """Of the pool's pages: so many may be pinned for peers, who need not come back for them."""
+    """The share of the pool's pages that may be pinned for peers, who need not come back for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +205,7 @@ class Exchange:
         self._end_loans(over, Cause.LEASE)
 
     def peer_gone(self, peer: ReplicaId, now_s: float) -> None:
-        """News that a replica is dead or cannot be reached: nothing more is expected of it."""
+        """A replica is dead or cannot be reached: nothing more is expected of it."""
         for fetch in list(self._fetches.values()):
             if fetch.owner == peer and fetch.state is not _State.ENDING:
                 self._fail(fetch, Cause.PEER, f"{peer} is gone", now_s, say_done=False)
@@ -262,7 +262,7 @@ class Exchange:
         if offer.space != self.space:
             refusal = Cause.REFUSED, "another model, or another KV format, is served here"
         elif not fits(len(offer.endpoints), self._kv_heads):
-            refusal = Cause.REFUSED, "the pages cannot be cut for so many shards"
+            refusal = Cause.REFUSED, "the pages cannot be cut for that number of shards"
         elif busy or room < 1:
             refusal = Cause.BUSY, f"{len(self._loans)} loans of {self._pool.leased} pages are under way"
         else:
@@ -343,7 +343,7 @@ class Exchange:
         self._clear(fetch)
 
     def _fail(self, fetch: _Fetch, cause: Cause, reason: str, now_s: float, *, say_done: bool = True) -> None:
-        """The engine hears of it now; the pages come back when no shard can write into them any more."""
+        """The engine is told now; the pages come back when no shard can write into them any more."""
         fetch.state = _State.ENDING
         self.stats.fetch_failures[cause] += 1
         if say_done:

@@ -1,10 +1,10 @@
 """A shard's hands: gathers pages for the transfers of its replica, verifies and stores what arrives.
 
 Knows the pool's tensor and no books: which pages, and who may read them, is `exchange.py`'s to say. Pages
-that are received belong to nobody else until the exchange has published them.
+that are received belong to no one else until the exchange has published them.
 
 On a link go the pages' bytes in chunks, and then one chunk with all their headers, whose checksums are known
-by then. Large pages are chunks by themselves, sent from where they lie; small ones are packed.
+by then. Large pages are chunks by themselves, sent from where they are; small ones are packed.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class _ChecksumCache:
         """Many may be in line there; no transfer waits for that."""
         self._known: dict[_ChecksumKey, tuple[int, Future[int]]] = {}
         self._ahead: dict[_ChecksumKey, tuple[int, Future[int]]] = {}
-        """Generation and sum; nobody has asked for these yet."""
+        """Generation and sum; these have not been asked for yet."""
 
     def of(self, page: PageId, generation: int, heads: tuple[int, int], bytes_B: Tensor) -> Future[int]:
         name = (page, *heads)

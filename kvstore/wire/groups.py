@@ -1,6 +1,6 @@
 """Process groups built directly on a key-value store, which listens at one address and nowhere else.
 
-torch's default group is never touched, so many groups fit in one process and a dead one leaves nothing
+torch's default group is never touched, several groups fit in one process and a dead one leaves nothing
 behind. Knows torch.distributed; not what is sent.
 """
 

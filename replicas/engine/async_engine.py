@@ -197,7 +197,7 @@ class AsyncEngine:
                 self._arrived.wait(min(max(left_s, _STALLED_WAKE_S), _IDLE_WAKE_S))
 
     def _rest(self) -> None:
-        """Wait a little, or until there is news: sequences wait for pages that others read or fill."""
+        """Wait a little, or until woken: sequences wait for pages that others read or fill."""
         with self._arrived:
             if not (self._inbox or self._engine.waits.has_news or self._closing):
                 self._arrived.wait(_STALLED_WAKE_S)
@@ -241,5 +241,5 @@ class AsyncEngine:
 def _failed(error: Exception) -> str:
     return (
         f"the engine failed while it computed this request ({type(error).__name__}: {error}); the fault may "
-        "lie in the request, so no other replica was asked"
+        "be in the request, so no other replica was asked"
     )

@@ -39,7 +39,7 @@ class Copier(Protocol):
 
 
 class BlockStore:
-    """The pool, with what stands behind it."""
+    """The pool, with what is behind it."""
 
     def __init__(self, copier: Copier, share: Callable[[PagePool], PrefixWaits] | None) -> None:
         self.pool = PagePool(copier.num_pages, self._make_room)
@@ -55,7 +55,7 @@ class BlockStore:
         self.waits.expect(seq, seq.found_blocks, now_s)
 
     def find(self, seq: Sequence) -> tuple[int, int]:
-        """Leading blocks of the sequence that are in the pool now, and how many of them nobody uses."""
+        """Leading blocks of the sequence that are in the pool now, and how many of them are unused."""
         keys = seq.shareable_keys()
         if not seq.brought_back:
             seq.promoted_blocks = self._bring_back(keys)
@@ -74,7 +74,7 @@ class BlockStore:
             self.waits.network.added([key for key, _ in blocks])
 
     def withdraw(self, seq: Sequence, pages: Iterable[PageId]) -> None:
-        """A sequence's blocks may be damaged: nobody else may find them, nor those it has given back."""
+        """A sequence's blocks may be damaged: no other may find them, nor those it has given back."""
         keys = seq.keys()
         found = self.pool.share(keys)
         self.pool.withdraw({*pages, *found})

@@ -78,7 +78,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything now: sequences that wait for news of their prefix do not count."""
+        """Whether a step would do anything now: sequences that wait for their prefix do not count."""
         waiting = any(not self.waits.is_waiting(seq_id) for seq_id in self._open.waiting)
         running = self._open.running or self._launched or self._open.events
         return bool(waiting or running or self.waits.has_news)

@@ -33,7 +33,7 @@ def load_engine(
 ) -> tuple[Executor, Engine]:
     """Load all shards; blocking. `host`: the address at which other shards and replicas reach this process.
 
-    `network`: the way to the replicas that the engine shares blocks with; `wake` is called on news of them.
+    `network`: the way to the replicas that the engine shares blocks with; `wake` is called when they report.
 
     Raises: ConfigError, UnknownModel, ModelNotServable, ReplicaDied.
     """

@@ -30,7 +30,7 @@ _SEND_TIMEOUT_S = 2.0
 _MAX_CHANNELS = 64
 _MAX_LOOKUPS = 256
 _LOOKUP_STALE_S = 1.0
-"""A lookup that was asked for so long ago is of no use any more."""
+"""A lookup that was asked for this long ago is of no use any more."""
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from quire.replicas.engine.sequence import Sequence
 
 @dataclass(slots=True)
 class _Wait:
-    """A sequence that waits for news of its prefix."""
+    """A sequence that waits for its prefix."""
 
     seq: Sequence
     keys: tuple[BlockKey, ...]
@@ -74,7 +74,7 @@ class PrefixWaits:
         block_bytes: int,
         wake: Callable[[], None],
     ) -> None:
-        """`block_bytes`: of a block on all shards. `wake`: called by other threads that have brought news."""
+        """`block_bytes`: of a block on all shards. `wake`: called by other threads with reports."""
         self.peer, self.network = peer, network
         self._pool, self._config, self._wake = pool, config, wake
         self._page_tokens, self._block_bytes = page_tokens, block_bytes
@@ -155,7 +155,7 @@ class PrefixWaits:
         self._cost.prefilled(tokens, seconds, now_s, context_tokens)
 
     def poll(self, now_s: float, queued_tokens: int) -> None:
-        """Take news in, give up what is late, do what follows. `queued_tokens`: prompt tokens to compute."""
+        """Take reports in, give up what is late, act on it. `queued_tokens`: prompt tokens to compute."""
         while self._answers:
             seq, holders = self._answers.popleft()
             self._decide(seq, holders, queued_tokens, now_s)

@@ -16,7 +16,7 @@ from quire.kvstore.wire.stream import reason_of
 from quire.replicas.errors import ReplicaDied
 
 _FIRST_BYTES = 32 * 1024
-"""A message's length and beginning travel in one operation of so many bytes: enough for a decode step."""
+"""A message's length and beginning travel in one operation of this many bytes: enough for a decode step."""
 
 
 class TensorParallelGroup:
@@ -42,7 +42,7 @@ class TensorParallelGroup:
         """The sum over the ranks, in x's type.
 
         On a CPU added in fp32 and in the order of the ranks, so that an element's sum does not depend on
-        where in a tensor of what size it stands.
+        its place in a tensor of what size.
         """
         if self._nccl is not None and x.is_cuda:
             x = x.contiguous()

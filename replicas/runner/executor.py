@@ -57,7 +57,7 @@ from quire.replicas.step_batch import StepBatch
 Value = TypeVar("Value")
 
 _HEARTBEAT_S = 1.0
-"""Idle shards hear of each other so often; a third of `shard_timeout_s` where that is less."""
+"""How often idle shards check on each other; a third of `shard_timeout_s` where that is less."""
 
 _POLL_S = 0.1
 """How often a waiting call asks the launcher whether all processes live."""

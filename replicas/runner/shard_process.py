@@ -66,7 +66,7 @@ YES, NO = "yes", "no"
 def use_threads(config: EngineConfig) -> None:
     """Give torch a shard's share of this machine's cores.
 
-    For whoever owns the process, in the thread that computes.
+    For the owner of the process, in the thread that computes.
     """
     torch.set_num_threads(config.threads_per_shard or max(1, (os.cpu_count() or 1) // config.tp))
 
@@ -86,7 +86,7 @@ def connect(spec: ShardSpec, store: Store) -> TensorParallelGroup:
 def serve_shard(spec: ShardSpec) -> None:
     """Be shard `spec.rank` until rank 0 says stop.
 
-    An error while loading is reported to rank 0 and raised. Raises ReplicaDied when rank 0 is not heard of
+    An error while loading is reported to rank 0 and raised. Raises ReplicaDied when rank 0 sends nothing
     for `shard_timeout_s`.
     """
     use_threads(spec.config)

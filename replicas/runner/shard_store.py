@@ -52,7 +52,7 @@ class ShardStore:
         """Begin this shard's part; `report` is called by the order's deadline, mostly from other threads."""
         assert self._mover is not None, "an order without links to carry it out"
         if self._device.type == "cuda":
-            # Links run beside the steps, on streams of their own that wait for nobody. A step still under
+            # Links run beside the steps, on streams of their own that wait for no one. A step still under
             # way may write to pages that have changed hands since, or write what is to be sent; so may
             # copies of the host tier. The steps that come after a report need no such wait: it comes when
             # the link's stream is done.
