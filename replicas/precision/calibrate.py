@@ -61,7 +61,7 @@ def read_texts(model: str, files: Sequence[Path], *, tokens: int, chunk_tokens: 
             text = file.read_text(errors="strict")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} cannot be read as UTF-8 text: {error}") from error
-        ids = tokenizer(text[: 16 * share])["input_ids"][:share]
+        ids = tokenizer(text[: 16 * share], verbose=False)["input_ids"][:share]
         chunks += [tuple(ids[at : at + chunk_tokens]) for at in range(0, len(ids), chunk_tokens)]
     found = CalibrationText(tuple(chunks))
     if found.tokens < _LEAST_TOKENS:
