@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from quire.cluster.api.client import DEFAULT_ADDRESS
+from quire.kernels.formats import FORMATS
 from quire.replicas.errors import ConfigError
 
 APP = "quire"
@@ -48,13 +49,15 @@ class Policy(click.ParamType[str | dict[str, object]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(value)
+        if value in FORMATS:
+            return value
         if path.is_dir():
             return str(path.resolve())
         if not path.is_file():
             return value
         try:
             return json.loads(path.read_text())
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is not JSON: {error}") from error
 
 

@@ -8,6 +8,8 @@ import click
 
 from quire.cluster.cli.options import FILE, kv_option
 
+POSITIVE = click.IntRange(min=1)
+
 
 @click.command()
 @click.argument("model")
@@ -16,9 +18,9 @@ from quire.cluster.cli.options import FILE, kv_option
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The policy's folder."
 )
 @kv_option
-@click.option("--tokens", default=8192, show_default=True, help="Tokens of the texts to measure.")
-@click.option("--chunk-tokens", default=1024, show_default=True, help="Tokens that are computed at once.")
-@click.option("--tp", default=1, show_default=True, help="Tensor-parallel shards to compute with.")
+@click.option("--tokens", type=POSITIVE, default=8192, show_default=True, help="Tokens to measure.")
+@click.option("--chunk-tokens", type=POSITIVE, default=1024, show_default=True, help="Tokens of a step.")
+@click.option("--tp", type=POSITIVE, default=1, show_default=True, help="Tensor-parallel shards.")
 def calibrate(
     model: str,
     texts: tuple[Path, ...],

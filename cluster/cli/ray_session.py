@@ -74,7 +74,7 @@ def _connect(address: str, **options: Any) -> None:
         with native_errors_only():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:
-        said = str(error).strip().splitlines()[0]
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "AuthenticationError" in f"{error!r} {error.__cause__!r}":
             said = (
                 f"the Ray cluster at {address!r} asks for a token: set RAY_AUTH_MODE=token, and "

@@ -49,9 +49,9 @@ class _Moments:
 
 @torch.inference_mode()
 def key_moments(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
-    """Each channel's sums of K, of K squared and of Q squared, the mean over a kv head's query heads.
+    """Sum up K, K squared and Q squared of each channel over the tokens of one text.
 
-    fp64 [L, 3, H, D] of this shard's heads, over the tokens of one text.
+    Returns fp64 [L, 3, H, D] of this shard's kv heads; Q squared is the mean over a head's query heads.
     """
     ids_1T = torch.tensor([token_ids], device=model.device)
     positions_1T = torch.arange(len(token_ids), device=model.device)[None]
@@ -67,7 +67,7 @@ def key_moments(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
 
 
 def key_transform(sums_3HD: Tensor, tokens: int, *, shift: bool) -> tuple[Tensor | None, Tensor]:
-    """The balanced shift and scale, fp32 [H, D], from a layer's moments over this many tokens.
+    """Compute the balanced shift and scale, fp32 [H, D], from a layer's moments over this many tokens.
 
     Stored keys have a root mean square of 1. Without `shift` it is None.
     """
@@ -84,7 +84,7 @@ def _floored(x_HD: Tensor) -> Tensor:
 
 
 def calibrated_formats(formats: Sequence[LayerFormat], layers: Iterable[int]) -> tuple[LayerFormat, ...]:
-    """The same formats, with affine and rotated keys on these layers where keys are quantized."""
+    """Return the formats with affine and rotated keys on these layers, where keys are quantized."""
     chosen = {i for i in layers if formats[i].k.codes.quantized}
     return tuple(
         replace(f, k=replace(f.k, transform=Transform.AFFINE_HADAMARD)) if i in chosen else f
@@ -95,7 +95,7 @@ def calibrated_formats(formats: Sequence[LayerFormat], layers: Iterable[int]) ->
 def calibrated_tensors(
     layers: Iterable[int], sums_L3HD: Tensor, tokens: int, specs: Sequence[AttentionSpec]
 ) -> dict[str, Tensor]:
-    """Shifts and scales of these layers' keys, by the names that a policy gives them."""
+    """Return the shifts and scales of these layers' keys by the names that a policy gives them."""
     tensors: dict[str, Tensor] = {}
     for i in layers:
         shift_HD, scale_HD = key_transform(sums_L3HD[i], tokens, shift=specs[i].softcap is None)

@@ -50,7 +50,7 @@ class KVPolicy:
 
 
 def open_policy(kv: str | Mapping[str, object], num_layers: int) -> KVPolicy:
-    """The policy that a configuration's `kv` means: a format's name, a mapping, a folder or a JSON file.
+    """Open the policy that a configuration's `kv` means: a format's name, a mapping, a folder or a JSON file.
 
     Raises ConfigError for one that does not exist, cannot be read, or does not fit the number of layers.
     """

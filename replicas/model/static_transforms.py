@@ -12,9 +12,8 @@ from collections.abc import Set as AbstractSet
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quire.kernels.formats import FormatError, KVFormat, LayerFormat, Transform
+from quire.kernels.formats import KVFormat, LayerFormat, Transform
 from quire.kernels.transform import LayerTransform, SideTransform, default_transform
-from quire.replicas.errors import ConfigError
 from quire.replicas.model.calibration import calibrated_tensors, key_moments
 from quire.replicas.model.loading import LoadedModel
 from quire.replicas.model.magnitudes import fixed_prompt, gather_heads, log_scales, measured_transforms
@@ -30,7 +29,7 @@ _PROMPT_TOKENS = 512
 def whole_key_moments(
     model: PreTrainedModel, token_ids: Sequence[int], kv_heads: int, group: Collectives | None
 ) -> Tensor:
-    """`key_moments` of all kv heads, fp64 [L, 3, kv_heads, D] on the CPU. All ranks call it at once."""
+    """Return `key_moments` of all kv heads, fp64 [L, 3, kv_heads, D] on the CPU. A call of all ranks."""
     return gather_heads(key_moments(model, token_ids), kv_heads, group).cpu()
 
 
@@ -45,10 +44,10 @@ def static_transforms(
     group: Collectives | None,
     max_tokens: int,
 ) -> tuple[LayerTransform, ...]:
-    """Every layer's, for the whole model's kv heads, on the CPU. All ranks call it at the same time.
+    """Return every layer's transforms for the whole model's kv heads, on the CPU.
 
-    `formats`: the policy's, with affine keys on the `biased` layers. Raises ConfigError for a policy that was
-    made for another model, and for formats that need a calibration that is not there.
+    All ranks call it at the same time. `formats`: the policy's, with affine keys on the `biased` layers.
+    Raises ConfigError for a policy that was made for another model.
     """
     head_dim = loaded.layers[0].k_dim
     policy.check(kv_heads, head_dim, weights)
@@ -58,13 +57,10 @@ def static_transforms(
         sums_L3HD = whole_key_moments(loaded.model, prompt, kv_heads, group)
         specs = [layer.spec for layer in loaded.layers]
         tensors |= calibrated_tensors(biased, sums_L3HD, len(prompt), specs)
-    try:
-        defaults = [
-            LayerTransform(_side(f.k, f"{i}.k", tensors), _side(f.v, f"{i}.v", tensors))
-            for i, f in enumerate(formats)
-        ]
-    except FormatError as error:
-        raise ConfigError(f"kv: {error}") from error
+    defaults = [
+        LayerTransform(_side(f.k, f"{i}.k", tensors), _side(f.v, f"{i}.v", tensors))
+        for i, f in enumerate(formats)
+    ]
     return measured_transforms(
         loaded.model,
         formats,
@@ -79,7 +75,7 @@ def static_transforms(
 def log_choices(
     formats: Sequence[LayerFormat], transforms: Sequence[LayerTransform], biased: AbstractSet[int]
 ) -> None:
-    """Say in the log what was measured and why it matters."""
+    """Log which layers got a static transform, and why."""
     if biased:
         _LOG.warning(
             "keys of layers %s have a large constant part (a bias), which their format would not resolve; "

@@ -7,7 +7,7 @@ from ray_cluster import Cluster
 from served_app import Served, quire
 
 from quire.cluster.cli.format_costs import format_costs
-from quire.cluster.cli.options import Replicas
+from quire.cluster.cli.options import Policy, Replicas
 from quire.cluster.cli.serve_commands import with_replicas
 from quire.kernels.formats import layer_formats
 from quire.kernels.layout import PageLayout
@@ -47,6 +47,7 @@ def test_layout_reads_a_policy_file(tmp_path):
         (("serve", "demo", "--kv", __file__), 1, "is not JSON"),
         (("serve", "demo", "--kv", "no/policy"), 1, "there is no KV policy at no/policy"),
         (("calibrate", "demo", "--text", __file__), 2, "--out"),
+        (("calibrate", "demo", "--text", __file__, "--out", "x", "--chunk-tokens", "0"), 2, "x>=1"),
         (("serve", "demo", "--replicas", "two"), 2, "neither a number nor LEAST..MOST"),
         (("serve", "demo", "--replicas", "3..1"), 1, "min=3, max=1"),
         (("serve", "demo", "--config", __file__), 1, "is not YAML"),
@@ -144,3 +145,10 @@ def test_a_taken_port_is_known_before_ray_starts(served: Served):
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
     assert "starting Ray" not in done.stderr
+
+
+def test_a_formats_name_is_not_taken_for_a_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "int4").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Policy().convert("int4", None, None) == "int4"
+    assert Policy().convert(str(tmp_path / "int4"), None, None) == str(tmp_path / "int4")
