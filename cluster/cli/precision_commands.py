@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quire.cluster.cli.options import FILE, kv_option
+from quire.cluster.cli.options import FILE, FOLDER, kv_option
 
 POSITIVE = click.IntRange(min=1)
 
@@ -14,9 +14,7 @@ POSITIVE = click.IntRange(min=1)
 @click.command()
 @click.argument("model")
 @click.option("--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be repeated.")
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The policy's folder."
-)
+@click.option("--out", type=FOLDER, required=True, help="The policy's folder.")
 @kv_option
 @click.option("--tokens", type=POSITIVE, default=8192, show_default=True, help="Tokens to measure.")
 @click.option("--chunk-tokens", type=POSITIVE, default=1024, show_default=True, help="Tokens of a step.")
