@@ -226,7 +226,8 @@ def served_folder(folder: Path) -> Bad:
             process.terminate()
             await process.wait()
             return f"{folder.name}: still there after 60 s"
-        lines = said.decode().strip().splitlines()
+        # A line of progress comes first, and nothing else but the reason.
+        lines = [line for line in said.decode().strip().splitlines() if "checking the model" not in line]
         refused = process.returncode == 1 and len(lines) == 1 and lines[0].startswith("quire: ")
         return "" if refused else f"{folder.name}: {process.returncode}, {lines[-1:]}"
 
